@@ -1,0 +1,145 @@
+"""What determines the numbers in a cache (`Recipe`), and how they are laid out on disk (`Layout`).
+
+The **fingerprint** hashes the recipe: teacher, sampler, precision, noise. The **layout hash** hashes which states
+are kept, how they are stored and in what blocks, so that a subset of a cache keeps its identity. Neither holds a
+time, host, path or duration: two builds of the same thing are the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from advkd.cache.durable import canonical_json
+from advkd.cache.errors import NotACacheError
+
+DTYPES = ("float16", "float32")
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of a value, as hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that determines the numbers of a trajectory, and nothing else."""
+
+    teacher: dict[str, Any]
+    """`tensors_sha256`, the UNet's configuration and the training scheduler's."""
+    sampler: dict[str, Any]
+    """`name`, `steps`, `deterministic`, the scheduler's class, its configuration and its timesteps."""
+    precision: dict[str, Any]
+    """`compute` dtype and whether `tf32` was allowed."""
+    noise: dict[str, Any]
+    """`rule` and `root_seed` (see `advkd.cache.noise`)."""
+    item_shape: tuple[int, ...]
+    """Shape of one state, (C, H, W)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 that names this recipe."""
+        return digest(self.to_json())
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether x_T alone determines x_0, so that paired losses mean something."""
+        return bool(self.sampler["deterministic"])
+
+    @property
+    def root_seed(self) -> int:
+        """Root seed of the noise rule."""
+        return int(self.noise["root_seed"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, for attributes and hashing."""
+        return {**asdict(self), "item_shape": list(self.item_shape)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(**{**value, "item_shape": tuple(int(n) for n in value["item_shape"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """One recorded point of the denoising: x_t = alpha · x_0 + sigma · ε, stored as x_t / scale.
+
+    Storing at unit variance keeps fp16 exact to about 2e-4 whatever the solver's own scale is (Euler starts at
+    sigma = 157). In stored units the coefficients are `alpha / scale` and `sigma / scale`.
+    """
+
+    step: int
+    """Solver steps done: 0 is x_T."""
+    timestep: float
+    """The teacher's timestep at which it would look at this state; −1 for the final one."""
+    alpha: float
+    sigma: float
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """Name of its array below `states/`."""
+        return f"{self.step:04d}"
+
+    @property
+    def stored_alpha(self) -> float:
+        """Signal coefficient of the stored value."""
+        return self.alpha / self.scale
+
+    @property
+    def stored_sigma(self) -> float:
+        """Noise coefficient of the stored value."""
+        return self.sigma / self.scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Which states are stored, as what, in blocks of how many seeds."""
+
+    states: tuple[State, ...]
+    dtype: str
+    block_size: int
+
+    def __post_init__(self) -> None:
+        steps = [state.step for state in self.states]
+        if self.dtype not in DTYPES or self.block_size < 1 or steps != sorted(set(steps)) or steps[:1] != [0]:
+            raise NotACacheError(
+                f"impossible layout: dtype {self.dtype!r}, block size {self.block_size}, steps {steps}"
+            )
+
+    @property
+    def layout_hash(self) -> str:
+        """sha256 that names this layout."""
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, for attributes and hashing."""
+        return {**asdict(self), "states": [asdict(state) for state in self.states]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        states = tuple(State(**state) for state in value["states"])
+        return cls(states=states, dtype=str(value["dtype"]), block_size=int(value["block_size"]))
+
+
+def differences(found: Any, expected: Any, path: str = "") -> list[str]:
+    """Name what differs between two JSON values, as `path: found → expected`, in reading order."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = sorted(found.keys() | expected.keys())
+        return [
+            line
+            for key in keys
+            for line in differences(found.get(key), expected.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    if found == expected:
+        return []
+    short_found, short_expected = (_short(value) for value in (found, expected))
+    return [f"{path}: {short_found} → {short_expected}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:16]}… ({len(value)} long)" if hasattr(value, "__len__") else text[:40]

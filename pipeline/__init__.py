@@ -1,0 +1,1 @@
+"""What binds a run together: configuration, command line, progress."""

@@ -1,0 +1,68 @@
+"""What all commands share: errors to exit codes, signals to a clean stop, the command that goes on."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec
+
+import click
+
+from advkd.cache.errors import AdvkdError, UsageError
+
+P = ParamSpec("P")
+INTERRUPTED = 130
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C."""
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise Interrupted
+
+
+def command_line() -> str:
+    """The command as it was typed, to record and to suggest."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def guarded(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors into one line and an exit code: 2 for a wrong request, 1 for a failure, 130 when interrupted."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            function(*args, **kwargs)
+        except AdvkdError as error:
+            _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            _fail(f"{error.strerror or error}{where}; what was committed before is kept", 1)
+        except KeyboardInterrupt:
+            click.echo(f"\nstopped; what was committed is kept. To go on: {command_line()}", err=True)
+            sys.exit(INTERRUPTED)
+
+    return wrapper
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def example(text: str) -> str:
+    """An epilog with an example that click leaves as it is."""
+    return f"\b\nExample:\n  {text}"
+
+
+CONFIG_OPTION: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
+    "--config",
+    metavar="FILE",
+    help="Experiment: a YAML file, or the name of one that ships (digits, smoke, cifar10, celebahq256).",
+)

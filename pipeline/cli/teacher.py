@@ -1,0 +1,43 @@
+"""`advkd-teacher`: stage 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from advkd.pipeline.cli.common import CONFIG_OPTION, example, guarded
+
+
+@click.command(
+    epilog=example("advkd-teacher --config configs/digits.yaml"),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@CONFIG_OPTION
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="teachers/NAME if not given.")
+@guarded
+def main(config: str | None, out: Path | None) -> None:
+    """Train the small teacher that an experiment describes, and the classifier that scores samples.
+
+    Where the teacher comes from elsewhere there is nothing to train; its address is written down, so that a change
+    of it is seen by DVC.
+    """
+    from advkd.cache.durable import write_json
+    from advkd.pipeline.config import load_experiment, to_plain
+    from advkd.pipeline.progress import TerminalReporter
+
+    experiment = load_experiment(config)
+    folder = out or experiment.teacher_folder
+    if experiment.pretrain is None:
+        write_json(folder / "teacher.json", to_plain(experiment.teacher))
+        click.echo(f"{experiment.name}: nothing to train, the teacher is {experiment.teacher.source}")
+        return
+    from advkd.stages.pretrain.run import pretrain
+
+    with TerminalReporter() as reporter:
+        report = pretrain(experiment.pretrain, folder, reporter)
+    click.echo(
+        f"{folder}: Fréchet distance to real images {report.frechet_to_real:.1f} "
+        f"(real against real {report.frechet_real_to_real:.1f}), "
+        f"classifier {report.classifier_accuracy:.1%} correct on held-out images"
+    )

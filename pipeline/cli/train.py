@@ -1,0 +1,68 @@
+"""`advkd-train`: stage two."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from advkd.pipeline.cli.common import CONFIG_OPTION, INTERRUPTED, command_line, example, guarded
+
+
+@click.command(
+    epilog=example("advkd-train --cache cache/digits.zarr"),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("--cache", "store", metavar="STORE", type=click.Path(path_type=Path), required=True)
+@CONFIG_OPTION
+@click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), help="runs/NAME of the store if not given.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many steps in all; goes on later.")
+@click.option("--resume", is_flag=True, help="Insist that the run is there already, and go on with it.")
+@click.option(
+    "--on-mismatch",
+    type=click.Choice(["stop", "set-aside"]),
+    default="stop",
+    show_default=True,
+    help="Where the folder holds another run: stop, or rename it out of the way.",
+)
+@guarded
+def main(
+    store: Path, config: str | None, run: Path | None, max_steps: int | None, resume: bool, on_mismatch: Any
+) -> None:
+    """Train a one-pass student from a trajectory cache alone.
+
+    Item shape, recorded states and noise schedule come from the cache. Run the same command again to go on after an
+    interruption.
+    """
+    from advkd.cache.reader import read_metadata
+
+    read_metadata(store)  # a wrong path is said at once, before anything heavy is imported
+    from advkd.pipeline.config import load_experiment
+    from advkd.pipeline.interrupts import StopRequest
+    from advkd.pipeline.progress import TerminalReporter
+    from advkd.stages.student.config import TrainConfig
+    from advkd.stages.student.train import train
+
+    settings = load_experiment(config).train if config else TrainConfig()
+    folder = run or Path("runs") / store.name.removesuffix(".zarr")
+    with StopRequest() as stop, TerminalReporter() as reporter:
+        trained = train(
+            store,
+            settings,
+            folder,
+            max_steps=max_steps,
+            resume=resume,
+            on_mismatch=on_mismatch,
+            reporter=reporter,
+            should_stop=stop,
+        )
+    if stop.requested and not trained.complete:
+        click.echo(f"stopped at step {trained.step}, checkpoint saved. To go on: {command_line()}", err=True)
+        sys.exit(INTERRUPTED)
+    where = f"; look: {trained.preview}" if trained.preview else ""
+    click.echo(
+        f"{folder}: step {trained.step} of {trained.num_steps}, "
+        f"mean squared error on held-out seeds {trained.held_out_mse:.4f}{where}"
+    )

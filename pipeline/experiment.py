@@ -1,0 +1,69 @@
+"""How flags change an experiment, and what that does to the names of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from advkd.cache.errors import UsageError
+from advkd.pipeline.config import Experiment
+
+_SECTIONS = {
+    "teacher": ("teacher", "source"),
+    "steps": ("sampler", "steps"),
+    "sampler": ("sampler", "name"),
+    "record": ("cache", "record"),
+    "seeds": ("cache", "seeds"),
+    "block_size": ("cache", "block_size"),
+    "batch_size": ("cache", "batch_size"),
+    "device": ("cache", "device"),
+}
+_NAMING = ("teacher", "sampler", "steps", "record", "block_size")
+"""Flags that change the recipe or layout, so that the store must not collide with the configured one."""
+
+
+def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experiment, str]:
+    """An experiment with some values replaced, and the suffix that its store's name gets for it.
+
+    Args:
+        experiment: as configured.
+        flags: by flag name; None where a flag was not given.
+    """
+    suffix = ""
+    for flag, (section_name, key) in _SECTIONS.items():
+        value = parse_record(flags["record"]) if flag == "record" and flags.get("record") else flags.get(flag)
+        section = getattr(experiment, section_name)
+        if value is None or value == getattr(section, key):
+            continue
+        section = dataclasses.replace(section, **{key: value})
+        experiment = dataclasses.replace(experiment, **{section_name: section})
+        if flag in _NAMING:
+            suffix += _label(flag, value)
+    return experiment, suffix
+
+
+def _label(flag: str, value: Any) -> str:
+    if flag == "teacher":
+        return f"-{Path(value).name}"
+    if flag == "record":
+        return f"-record{'_'.join(map(str, value)) if isinstance(value, list) else value}"
+    return f"-block{value}" if flag == "block_size" else f"-{value}"
+
+
+def parse_record(text: str) -> int | list[int]:
+    """Read `--record`: a count, or a comma-separated list of solver steps.
+
+    Raises:
+        UsageError: neither.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError:
+        raise UsageError(f"record {text!r}: expected a number of states, or steps such as 10,20,50") from None
+
+
+def needs_pretraining(experiment: Experiment) -> bool:
+    """Whether the teacher is the one that stage 0 makes, and isn't there."""
+    source = Path(experiment.teacher.source)
+    return experiment.pretrain is not None and experiment.teacher_folder in source.parents and not source.is_dir()

@@ -1,0 +1,36 @@
+"""What the evaluation can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from advkd.cache.errors import ConfigError
+
+INCEPTION = "inception"
+FULL_SET_SIZE = 2048
+FULL_REFERENCE = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """How samplers are compared."""
+
+    features: str = INCEPTION
+    """`inception` (pytorch-fid's, for colour images of at least 32 pixels), or a folder with a small classifier."""
+    inception_weights: str | None = None
+    """pytorch-fid's weights as a local file; null takes torch's own download folder."""
+    real: str | None = None
+    """Real images to compare with: `digits`, or a folder of image files; null for none."""
+    num_sets: int = 5
+    """Sets of fresh seeds, the same for every sampler."""
+    set_size: int = 512
+    """Seeds a set; the whole protocol (`--full`) takes 2,048 and a reference of at least 8,192 seeds."""
+    solver_steps: list[int] = field(default_factory=lambda: [5, 10, 20])
+    """Steps of DDIM and DPM-Solver++ with the same teacher."""
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.num_sets < 2:
+            raise ConfigError(f"evaluate.num_sets: {self.num_sets} gives no interval; at least 2")
+        if self.set_size < 2 or self.batch_size < 1 or not all(steps > 0 for steps in self.solver_steps):
+            raise ConfigError("evaluate: set_size, batch_size and solver_steps must be positive")

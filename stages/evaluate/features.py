@@ -1,0 +1,177 @@
+"""Networks that turn images into features to compare: Inception through pytorch-fid, or a small classifier.
+
+A feature network from someone else is a named architecture plus safetensors weights; no code comes with it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.error import URLError
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from advkd.cache.durable import write_atomically, write_json
+from advkd.cache.errors import UsageError
+from advkd.stages.evaluate.config import INCEPTION, EvaluateConfig
+
+SMALL_CNN = "small-cnn"
+MIN_INCEPTION_SIZE = 32
+
+
+class FeatureNetwork(Protocol):
+    """Maps images to features."""
+
+    name: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images in [−1, 1], shape (N, C, H, W) → features, shape (N, D)."""
+
+
+class SmallClassifier(nn.Module):
+    """A small convolutional classifier whose last hidden layer serves as features.
+
+    Args:
+        channels: of an image.
+        size: height and width of an image.
+        num_classes: of the labels.
+        width: of the first convolution.
+        num_features: of the hidden layer before the logits.
+    """
+
+    name = SMALL_CNN
+
+    def __init__(self, channels: int, size: int, num_classes: int, width: int = 32, num_features: int = 64) -> None:
+        super().__init__()
+        self.options = {
+            "channels": channels,
+            "size": size,
+            "num_classes": num_classes,
+            "width": width,
+            "num_features": num_features,
+        }
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * (size // 4) ** 2, num_features),
+            nn.ReLU(),
+        )
+        self.dropout = nn.Dropout(0.2)
+        self.logits = nn.Linear(num_features, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images in [−1, 1], shape (N, C, H, W) → the hidden layer, shape (N, num_features)."""
+        hidden: Tensor = self.body(images)
+        return hidden
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [−1, 1] → logits, shape (N, num_classes)."""
+        logits: Tensor = self.logits(self.dropout(self.features(images)))
+        return logits
+
+
+def save_classifier(folder: Path, classifier: SmallClassifier, report: dict[str, Any]) -> None:
+    """Write weights, then the configuration that names their architecture."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    write_atomically(folder / "model.safetensors", [save(weights)])
+    write_json(folder / "config.json", {"architecture": SMALL_CNN, "options": classifier.options, **report})
+
+
+def load_classifier(folder: Path) -> SmallClassifier:
+    """Load what `save_classifier` wrote.
+
+    Raises:
+        UsageError: it is not there, or something else.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        if config["architecture"] != SMALL_CNN:
+            raise ValueError(f"architecture {config['architecture']!r}, expected {SMALL_CNN!r}")
+        classifier = SmallClassifier(**config["options"])
+        classifier.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UsageError(
+            f"features {folder}: no classifier that advkd can load ({error}); give `inception` or the folder of one"
+        ) from None
+    return classifier.eval().requires_grad_(False)
+
+
+class _SmallFeatures:
+    name = SMALL_CNN
+
+    def __init__(self, classifier: SmallClassifier) -> None:
+        self.classifier = classifier
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.classifier.features(images)
+
+
+class _InceptionFeatures:
+    name = INCEPTION
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, images: Tensor) -> Tensor:
+        pooled: Tensor = self.network((images.clamp(-1.0, 1.0) + 1.0) / 2.0)[0]
+        return pooled.flatten(1)
+
+
+def load_features(config: EvaluateConfig, item_shape: tuple[int, ...]) -> FeatureNetwork:
+    """The feature network that the configuration names.
+
+    Raises:
+        UsageError: it doesn't fit the images, or its weights are not there.
+    """
+    if config.features != INCEPTION:
+        return _SmallFeatures(load_classifier(Path(config.features)))
+    if item_shape[0] != 3 or item_shape[1] < MIN_INCEPTION_SIZE:
+        shape = "×".join(map(str, item_shape))
+        raise UsageError(
+            f"features inception: needs colour images of at least 32 pixels, these are {shape}; "
+            "give --features FOLDER of a small classifier"
+        )
+    return _InceptionFeatures(_load_inception(config.inception_weights))
+
+
+def _load_inception(weights: str | None) -> nn.Module:
+    from pytorch_fid import inception
+
+    if weights is not None and not Path(weights).is_file():
+        raise UsageError(f"inception weights {weights}: no such file")
+    original = inception.load_state_dict_from_url
+    if weights is not None:
+        inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
+    try:
+        block = inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]
+        network: nn.Module = inception.InceptionV3([block]).eval().requires_grad_(False)
+    except (OSError, URLError) as error:
+        raise UsageError(
+            f"inception weights are not here and can't be fetched ({error}): put pytorch-fid's "
+            f"{Path(inception.FID_WEIGHTS_URL).name} on this machine and name it with --inception-weights FILE"
+        ) from None
+    except Exception as error:  # unpickling and state-dict errors of torch.load
+        raise UsageError(f"inception weights {weights}: not pytorch-fid's ({type(error).__name__})") from None
+    finally:
+        inception.load_state_dict_from_url = original
+    return network
+
+
+@torch.no_grad()
+def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 256) -> npt.NDArray[np.float32]:
+    """Features of images (N, C, H, W), in batches; float32, shape (N, D)."""
+    parts = [network(part).float().cpu().numpy() for part in torch.split(images, batch_size)]
+    return np.concatenate(parts).astype(np.float32)

@@ -1,0 +1,111 @@
+"""The samplers that a table compares: the student, the teacher itself, and few-step solvers of the same teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advkd.cache.errors import ConfigError, TeacherError
+from advkd.cache.recipe import Recipe
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.student import noise_of
+from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
+from advkd.stages.teacher.loader import Teacher, load_teacher
+from advkd.stages.teacher.sampling import initial_noise, sample
+from advkd.stages.teacher.solvers import find_solver
+
+FAST_SOLVERS = ("ddim", "dpmsolver++")
+Generate = Callable[[range], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """One row of the table."""
+
+    name: str
+    evaluations: int
+    """Network evaluations of one image: the teacher's, or passes of the student."""
+    generate: Generate | None
+    """Seeds → x_0, float32 in about [−1, 1], shape (N, C, H, W); None where it can't be measured."""
+
+
+def student_sampler(student: nn.Module, geometry: Geometry) -> Sampler:
+    """The student: one pass."""
+    device = next(student.parameters()).device
+
+    @torch.no_grad()
+    def generate(seeds: range) -> Tensor:
+        images: Tensor = student(noise_of(geometry, list(seeds)).to(device))
+        return images.float().cpu()
+
+    return Sampler(name="student", evaluations=1, generate=generate)
+
+
+def teacher_sampler(name: str, teacher: Teacher | None, sampler: SamplerConfig, recipe: Recipe, dtype: str) -> Sampler:
+    """A solver with the cache's teacher, from the very noise that the cache's seeds would have."""
+
+    def generate(seeds: range) -> Tensor:
+        assert teacher is not None
+        noise = initial_noise(recipe.root_seed, seeds, recipe.item_shape, dtype)
+        kept = sample(teacher, sampler, noise, seeds=seeds, root_seed=recipe.root_seed, record=[sampler.steps])
+        return kept[sampler.steps]
+
+    evaluations = find_solver(sampler.name).num_evaluations(sampler.steps)
+    return Sampler(name=name, evaluations=evaluations, generate=generate if teacher is not None else None)
+
+
+def cache_sampler_config(recipe: Recipe) -> SamplerConfig:
+    """The sampler that made the cache."""
+    sampler = recipe.sampler
+    spacing = str(sampler["config"].get("timestep_spacing", "trailing"))
+    return SamplerConfig(
+        name=str(sampler["name"]), steps=int(sampler["steps"]), eta=float(sampler["eta"]), spacing=spacing
+    )
+
+
+def all_samplers(
+    student: Sampler, teacher: Teacher | None, recipe: Recipe, dtype: str, solver_steps: list[int]
+) -> list[Sampler]:
+    """The table's rows: student, teacher, then each fast solver at each number of steps."""
+    own = cache_sampler_config(recipe)
+    rows = [student, teacher_sampler(f"teacher: {own.name} {own.steps}", teacher, own, recipe, dtype)]
+    for name in FAST_SOLVERS:
+        for steps in solver_steps:
+            if (name, steps) != (own.name, own.steps):
+                config = SamplerConfig(name=name, steps=steps, spacing=own.spacing)
+                rows.append(teacher_sampler(f"{name} {steps}", teacher, config, recipe, dtype))
+    return rows
+
+
+def find_teacher(source: str | None, revision: str | None, recipe: Recipe) -> tuple[Teacher | None, str]:
+    """The cache's teacher if it can be had, and why not otherwise."""
+    if source is None:
+        return None, "no teacher was named"
+    try:
+        teacher = load_teacher(
+            TeacherConfig(source=source, revision=revision),
+            torch.device("cpu"),
+            str(recipe.precision["compute"]),
+        )
+    except (TeacherError, ConfigError) as error:
+        return None, str(error)
+    if teacher.identity()["tensors_sha256"] != recipe.teacher["tensors_sha256"]:
+        return None, f"{source} is not the teacher that made this cache"
+    return teacher, ""
+
+
+def recorded_source(store: Path) -> dict[str, Any]:
+    """Where the cache's teacher came from, as its provenance says; empty if that is not here."""
+    import json
+
+    try:
+        value: dict[str, Any] = json.loads((store / "provenance" / "store.json").read_bytes())["teacher"]
+        source = value.get("source")
+        return {"source": str(source), "revision": value.get("commit")} if source else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

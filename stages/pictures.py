@@ -1,0 +1,78 @@
+"""Pictures: grids of images and strips of trajectories, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+MARGIN = 2
+LABEL_HEIGHT = 14
+MIN_SIDE = 48
+"""Small images are enlarged to at least this many pixels, by whole factors."""
+
+Images = npt.NDArray[Any]
+
+
+def to_pixels(images: Images) -> npt.NDArray[np.uint8]:
+    """Images in [−1, 1], shape (N, C, H, W) with C = 1 or 3, to uint8 RGB, shape (N, H, W, 3); clipped."""
+    values = np.clip(np.asarray(images, dtype=np.float32) * 127.5 + 127.5, 0.0, 255.0).round().astype(np.uint8)
+    channels = values if values.shape[1] == 3 else np.repeat(values[:, :1], 3, axis=1)
+    return np.ascontiguousarray(channels.transpose(0, 2, 3, 1))
+
+
+def grid(images: Images, columns: int) -> Image.Image:
+    """A contact sheet of images in [−1, 1], shape (N, C, H, W)."""
+    pixels = to_pixels(images)
+    factor = max(1, -(-MIN_SIDE // pixels.shape[1]))
+    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = pixels.shape[1] + MARGIN, pixels.shape[2] + MARGIN
+    rows = -(-len(pixels) // columns)
+    sheet = np.full((rows * height + MARGIN, columns * width + MARGIN, 3), 255, dtype=np.uint8)
+    for index, tile in enumerate(pixels):
+        y, x = MARGIN + index // columns * height, MARGIN + index % columns * width
+        sheet[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
+    return Image.fromarray(sheet)
+
+
+def save_image(path: Path, image: Image.Image) -> Path:
+    """Write a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+    return path
+
+
+def save_grid(path: Path, images: Images, columns: int | None = None) -> Path:
+    """Write a contact sheet, about square unless told otherwise."""
+    return save_image(path, grid(images, columns or max(1, round(len(images) ** 0.5))))
+
+
+def save_trajectories(path: Path, timesteps: Sequence[float], states: Sequence[Images]) -> Path:
+    """One row a seed, one column a recorded state, the timestep above each column.
+
+    Args:
+        path: PNG to write.
+        timesteps: of each state; negative means x_0.
+        states: for each state, values about [−1, 1], shape (N, C, H, W).
+    """
+    labels = [f"t={timestep:g}" if timestep >= 0 else "x_0" for timestep in timesteps]
+    return save_columns(path, labels, states)
+
+
+def save_columns(path: Path, labels: Sequence[str], columns: Sequence[Images]) -> Path:
+    """One row a seed, one labelled column a set of images (N, C, H, W)."""
+    interleaved = np.stack([np.asarray(column, dtype=np.float32) for column in columns], axis=1)
+    sheet = grid(interleaved.reshape(-1, *interleaved.shape[2:]), len(columns))
+    labelled = Image.new("RGB", (sheet.width, sheet.height + LABEL_HEIGHT), "white")
+    labelled.paste(sheet, (0, LABEL_HEIGHT))
+    draw = ImageDraw.Draw(labelled)
+    width = (sheet.width - MARGIN) / len(columns)
+    for index, label in enumerate(labels):
+        draw.text((MARGIN + (index + 0.5) * width, 1), label, fill="black", anchor="ma")
+    return save_image(path, labelled)

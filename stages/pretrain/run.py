@@ -1,0 +1,115 @@
+"""Stage 0 as a whole: teacher, classifier, and how good both are.
+
+teachers/NAME/
+  pipeline/     a normal diffusers DDPMPipeline
+  classifier/   config.json and model.safetensors: features to score with
+  report.json   Fréchet distance to the real images beside real against real; accuracy
+  samples.png   what the teacher makes
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advkd.cache.durable import PARTIAL_SUFFIX, write_json
+from advkd.stages.evaluate.features import SmallClassifier, save_classifier
+from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
+from advkd.stages.evaluate.images import load_digits
+from advkd.stages.pictures import save_grid
+from advkd.stages.pretrain.classifier import train_classifier
+from advkd.stages.pretrain.config import PretrainConfig
+from advkd.stages.pretrain.teacher import train_teacher
+from advkd.stages.reporter import Reporter, SilentReporter
+from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
+from advkd.stages.teacher.loader import load_teacher, save_pipeline
+from advkd.stages.teacher.sampling import initial_noise, sample
+
+HALVINGS = 10
+REPORT_ROOT_SEED = 1
+REPORT_SAMPLER = SamplerConfig(name="ddim", steps=50)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainReport:
+    """How good the teacher and the classifier are."""
+
+    frechet_to_real: float
+    frechet_real_to_real: float
+    """Between two random halves of the real images, mean of several."""
+    classifier_accuracy: float
+    num_parameters: int
+
+
+def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = None) -> PretrainReport:
+    """Train teacher and classifier; the folder appears when all of it is done, in place of an earlier one."""
+    reporter = reporter or SilentReporter()
+    images, labels = load_digits(config.size)
+    partial = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}")
+    shutil.rmtree(partial, ignore_errors=True)
+    classifier, accuracy = train_classifier(images, torch.from_numpy(labels), config.classifier, config.seed, reporter)
+    save_classifier(partial / "classifier", classifier, {"held_out_accuracy": accuracy})
+    reporter.say(f"classifier: {accuracy:.1%} correct on {config.classifier.held_out} held-out real images")
+    unet, scheduler = train_teacher(images, config, reporter)
+    save_pipeline(partial / "pipeline", unet, scheduler)
+    made = sample_pipeline(partial / "pipeline", config.report_samples, reporter)
+    save_grid(partial / "samples.png", made[:64].numpy())
+    report = PretrainReport(
+        frechet_to_real=_frechet(classifier, made, images),
+        frechet_real_to_real=real_to_real(classifier, images),
+        classifier_accuracy=accuracy,
+        num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
+    )
+    write_json(partial / "report.json", asdict(report))
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    reporter.say(
+        f"teacher: {report.num_parameters:,} parameters; Fréchet distance to the real images "
+        f"{report.frechet_to_real:.1f}, real against real {report.frechet_real_to_real:.1f}; "
+        f"look: {folder / 'samples.png'}"
+    )
+    return report
+
+
+def sample_pipeline(pipeline: Path, count: int, reporter: Reporter, batch_size: int = 256) -> Tensor:
+    """x_0 of some seeds by DDIM 50, shape (count, C, H, W), clipped to [−1, 1] as a picture would be."""
+    teacher = load_teacher(TeacherConfig(source=str(pipeline)), torch.device("cpu"))
+    reporter.start("samples", count, "images")
+    parts = []
+    for start in range(0, count, batch_size):
+        seeds = range(start, min(start + batch_size, count))
+        noise = initial_noise(REPORT_ROOT_SEED, seeds, teacher.item_shape, "float32")
+        states = sample(
+            teacher,
+            REPORT_SAMPLER,
+            noise,
+            seeds=seeds,
+            root_seed=REPORT_ROOT_SEED,
+            record=[REPORT_SAMPLER.steps],
+        )
+        parts.append(states[REPORT_SAMPLER.steps].clamp(-1.0, 1.0))
+        reporter.advance(len(seeds))
+    reporter.finish()
+    return torch.cat(parts)
+
+
+def _frechet(classifier: SmallClassifier, first: Tensor, second: Tensor) -> float:
+    fitted = [Gaussian.fit(classifier.features(images).numpy()) for images in (first, second)]
+    return frechet_distance(fitted[0], fitted[1])
+
+
+def real_to_real(classifier: SmallClassifier, images: Tensor) -> float:
+    """Fréchet distance between random halves of the real images, mean of several."""
+    generator = np.random.default_rng(0)
+    half = len(images) // 2
+    distances = []
+    for _ in range(HALVINGS):
+        order = torch.from_numpy(generator.permutation(len(images)))
+        distances.append(_frechet(classifier, images[order[:half]], images[order[half : 2 * half]]))
+    return float(np.mean(distances))

@@ -1,0 +1,97 @@
+"""Training a small diffusion teacher (Ho et al. 2020) with a velocity target (Salimans & Ho 2022, app. D)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advkd.cache.errors import TrainingError
+from advkd.stages.pretrain.config import PretrainConfig
+from advkd.stages.reporter import Reporter
+from advkd.stages.schedules import one_cycle
+from advkd.stages.teacher.loader import new_training_scheduler, new_unet
+
+NUM_TIMESTEPS = 1000
+
+
+def make_network(config: PretrainConfig) -> nn.Module:
+    """The UNet, with fresh weights."""
+    levels = len(config.channels)
+    return new_unet(
+        {
+            "sample_size": config.size,
+            "in_channels": 1,
+            "out_channels": 1,
+            "layers_per_block": config.layers_per_block,
+            "block_out_channels": tuple(config.channels),
+            "down_block_types": ("DownBlock2D",) * levels,
+            "up_block_types": ("UpBlock2D",) * levels,
+            "norm_num_groups": 8,
+            "attention_head_dim": 16,
+        }
+    )
+
+
+def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) -> tuple[nn.Module, Any]:
+    """Train on images in [−1, 1], shape (N, C, H, W); the same seed gives the same teacher on a CPU.
+
+    Returns:
+        The averaged UNet and its `DDPMScheduler`.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    unet = make_network(config)
+    scheduler = new_training_scheduler(
+        {
+            "num_train_timesteps": NUM_TIMESTEPS,
+            "beta_schedule": config.beta_schedule,
+            "prediction_type": config.prediction_type,
+            "clip_sample": False,
+            "timestep_spacing": "trailing",
+        }
+    )
+    average = copy.deepcopy(unet).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    order = torch.empty(0, dtype=torch.int64)
+    reporter.start("teacher", config.steps, "steps")
+    for step in range(config.steps):
+        while len(order) < config.batch_size:
+            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
+        chosen, order = order[: config.batch_size], order[config.batch_size :]
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * one_cycle(step, config.steps, config.warmup)
+        loss = diffusion_loss(unet, scheduler, images[chosen], generator)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        weight = 1.0 - min(config.ema, (1.0 + step) / (10.0 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), weight)
+        if step % 50 == 0 and not bool(torch.isfinite(loss)):
+            raise TrainingError(f"the teacher's loss is not finite at step {step}: lower pretrain.learning_rate")
+        reporter.advance(1, f"loss {float(loss.detach()):.4f}" if step % 50 == 0 else "")
+    reporter.finish()
+    return average, scheduler
+
+
+def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the predicted target at stratified timesteps, one stratum an image."""
+    strata = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
+    timesteps = (strata * NUM_TIMESTEPS).long()
+    noise = torch.randn(images.shape, generator=generator)
+    noisy = scheduler.add_noise(images, noise, timesteps)
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        target = scheduler.get_velocity(images, noise, timesteps)
+    else:
+        target = noise if kind == "epsilon" else images
+    return nn.functional.mse_loss(unet(noisy, timesteps).sample, target)

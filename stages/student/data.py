@@ -1,0 +1,98 @@
+"""Batches of trajectories from a cache, in an order that is a pure function of (seed, phase, epoch, seeds)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from advkd.cache.noise import mix64
+from advkd.cache.reader import TrajectoryCache
+
+Seeds = npt.NDArray[np.int64]
+
+
+def epoch_order(seeds: Seeds, root_seed: int, phase: int, epoch: int) -> Seeds:
+    """A permutation of some seeds: sorted by a hash of (root seed, phase, epoch, seed), the same on every machine."""
+    key = mix64(mix64(mix64(root_seed) ^ np.uint64(phase)) ^ np.uint64(epoch))
+    ordered: Seeds = seeds[np.argsort(mix64(seeds.astype(np.uint64) ^ key), kind="stable")]
+    return ordered
+
+
+class TrajectoryDataset(Dataset[dict[int, Tensor]]):
+    """States of a cache by seed. Index i is seed i; a batch is read at once."""
+
+    def __init__(self, cache: TrajectoryCache, steps: Sequence[int]) -> None:
+        self.cache = cache
+        self.steps = tuple(steps)
+
+    def __getitems__(self, seeds: list[int]) -> dict[int, Tensor]:
+        """Float32 states by solver steps done, stored units, shape (N, C, H, W)."""
+        return {step: read_float(self.cache, step, seeds) for step in self.steps}
+
+
+def read_float(cache: TrajectoryCache, step: int, seeds: npt.ArrayLike) -> Tensor:
+    """Rows of a cache as a float32 tensor, stored units."""
+    return torch.from_numpy(cache.rows(step, seeds).astype(np.float32))
+
+
+class TrajectoryBatches(Sampler[list[int]]):
+    """Which seeds each step of a phase uses: epoch after epoch, incomplete batches dropped.
+
+    Args:
+        seeds: to train on.
+        batch_size: seeds a step, over all processes.
+        root_seed: of the order.
+        phase: of training; each has its own order.
+        steps: which steps of the phase to yield, so that resuming begins in the middle.
+        rank: this process.
+        world_size: all processes; each takes every `world_size`-th seed of a batch.
+    """
+
+    def __init__(
+        self,
+        seeds: Seeds,
+        *,
+        batch_size: int,
+        root_seed: int,
+        phase: int,
+        steps: range,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.seeds = seeds
+        self.batch_size = batch_size
+        self.root_seed = root_seed
+        self.phase = phase
+        self.steps = steps
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Lists of seeds."""
+        per_epoch = len(self.seeds) // self.batch_size
+        current, order = -1, self.seeds
+        for step in self.steps:
+            epoch, position = divmod(step, per_epoch)
+            if epoch != current:
+                current, order = epoch, epoch_order(self.seeds, self.root_seed, self.phase, epoch)
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            yield batch[self.rank :: self.world_size].tolist()
+
+
+def make_loader(cache: TrajectoryCache, steps: Sequence[int], batches: TrajectoryBatches) -> DataLoader[Any]:
+    """A loader of {solver steps done: states} for some batches."""
+    return DataLoader(TrajectoryDataset(cache, steps), batch_sampler=batches, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,57 @@
+"""What a student must know of the cache that it learns from: shape, noise levels, and how noise is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from advkd.cache.reader import TrajectoryCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """Item shape and noise levels, in stored units; travels with the weights."""
+
+    item_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    levels: tuple[tuple[float, float], ...]
+    """(alpha, sigma) of x_T and of each recorded state after it: stored = alpha · x_0 + sigma · ε."""
+    timesteps: tuple[float, ...]
+    """The teacher's timestep of each, −1 for x_0."""
+    steps: tuple[int, ...]
+    """The solver steps done at each."""
+    root_seed: int
+    """Of the cache's noise, so that seed i means the same x_T here as for the teacher."""
+    noise_dtype: str
+    """What x_T is rounded to, as the teacher saw it."""
+
+    @classmethod
+    def of(cls, cache: TrajectoryCache) -> Self:
+        """Read it off a cache."""
+        channels, height, width = cache.item_shape
+        states = cache.layout.states
+        return cls(
+            item_shape=(channels, height, width),
+            levels=tuple((state.stored_alpha, state.stored_sigma) for state in states),
+            timesteps=tuple(state.timestep for state in states),
+            steps=tuple(state.step for state in states),
+            root_seed=cache.recipe.root_seed,
+            noise_dtype=cache.layout.dtype,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        channels, height, width = (int(n) for n in value["item_shape"])
+        return cls(
+            item_shape=(channels, height, width),
+            levels=tuple((float(alpha), float(sigma)) for alpha, sigma in value["levels"]),
+            timesteps=tuple(float(t) for t in value["timesteps"]),
+            steps=tuple(int(step) for step in value["steps"]),
+            root_seed=int(value["root_seed"]),
+            noise_dtype=str(value["noise_dtype"]),
+        )

@@ -1,0 +1,57 @@
+"""What a training step is. A program is a list of phases, each with its own discriminator and optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A stretch of training with one batch size and one set of states."""
+
+    num_steps: int
+    batch_size: int
+    states: tuple[int, ...]
+    """Which states it reads, by solver steps done."""
+
+
+class Program(Protocol):
+    """One way to train one kind of student."""
+
+    student: nn.Module
+    phases: list[Phase]
+
+    def begin(self, phase: int) -> None:
+        """Make the discriminator and optimisers of a phase afresh."""
+
+    def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> Metrics:
+        """Train on one batch of states (float32, stored units, on the device); readings as 0-d tensors."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint must hold besides the average."""
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The same for optimisers."""
+
+
+def descend(
+    accelerator: Accelerator,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    clip: float,
+) -> None:
+    """One optimiser step on a loss, gradients clipped to a norm (0 doesn't clip)."""
+    optimizer.zero_grad(set_to_none=True)
+    accelerator.backward(loss)
+    if clip:
+        accelerator.clip_grad_norm_(parameters, clip)
+    optimizer.step()

@@ -1,0 +1,162 @@
+"""A run's folder: what it was asked to do, on which seeds of which cache, and how far it is.
+
+runs/NAME/
+  run.json        identity: configuration, cache, seeds, versions; status
+  student/        config.json and model.safetensors: the average of the weights, what is used afterwards
+  checkpoint/     last.safetensors, to go on from
+  log/            DVCLive's metrics.json and plots
+  preview/        the same held-out seeds every time, teacher beside student
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from advkd.cache.durable import fsync_folder, write_json
+from advkd.cache.errors import NotCachedError, TrainingError, UsageError
+from advkd.cache.layout import blocks_of, parse_seed_range
+from advkd.cache.ledger import content_digest
+from advkd.cache.noise import is_held_out
+from advkd.cache.reader import TrajectoryCache
+from advkd.cache.recipe import differences
+from advkd.stages.student.config import TrainConfig
+
+FORMAT = 1
+Seeds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSplit:
+    """The seeds of a run."""
+
+    blocks: tuple[int, ...]
+    training: Seeds
+    held_out: Seeds
+
+
+def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
+    """The seeds to train on and those held out, from whole committed blocks.
+
+    Raises:
+        NotCachedError: the cache is empty, or blocks of the range are missing.
+    """
+    if not cache.blocks:
+        raise NotCachedError(
+            f"{cache.path} is empty (0 of {cache.num_blocks} blocks): finish it with `advkd-cache build`"
+        )
+    size = cache.layout.block_size
+    asked = parse_seed_range(wanted) if wanted else range(cache.num_seeds)
+    blocks = blocks_of(asked, size)
+    missing = sorted(set(blocks) - set(cache.blocks))
+    if missing:
+        raise NotCachedError(
+            f"{cache.path} is partial: {len(blocks) - len(missing)} of the {len(blocks)} blocks of seeds "
+            f"{asked.start}:{asked.stop} are there, block {missing[0]} (seeds {missing[0] * size}:"
+            f"{(missing[0] + 1) * size}) is not; finish it with `advkd-cache build`, or choose train.seeds"
+        )
+    seeds = np.arange(asked.start, asked.stop, dtype=np.int64)
+    held_out = is_held_out(seeds)
+    return SeedSplit(blocks=tuple(blocks), training=seeds[~held_out], held_out=seeds[held_out])
+
+
+def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    return {
+        "config": asdict(config),
+        "cache": {
+            "fingerprint": cache.recipe.fingerprint,
+            "layout_hash": cache.layout.layout_hash,
+            "blocks": [min(split.blocks), max(split.blocks) + 1],
+            "digest": content_digest([cache.record(block) for block in split.blocks]),
+        },
+    }
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.student = path / "student"
+        self.checkpoint = path / "checkpoint" / "last.safetensors"
+        self.log = path / "log"
+        self.preview = path / "preview"
+        self._file = path / "run.json"
+
+    def exists(self) -> bool:
+        """Whether something is in the folder."""
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+    def read(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        try:
+            value: dict[str, Any] = json.loads(self._file.read_bytes())
+            if value["format"] != FORMAT or not isinstance(value["identity"], dict):
+                raise ValueError("another format")
+        except FileNotFoundError:
+            raise TrainingError(
+                f"{self.path} is no run (no run.json): `advkd-train --cache STORE --run RUN` makes one"
+            ) from None
+        except (ValueError, KeyError, TypeError, NotADirectoryError) as error:
+            raise TrainingError(f"{self.path} is no run (run.json: {error})") from None
+        return value
+
+    def write(self, wanted: dict[str, Any], status: Literal["training", "complete"]) -> None:
+        """Record what this run is and how far."""
+        versions = {name: version(name) for name in ("accelerate", "advkd", "numpy", "torch")}
+        write_json(self._file, {"format": FORMAT, "identity": wanted, "status": status, "versions": versions})
+
+    def seeds_in_progress(self, cache: TrajectoryCache, on_mismatch: str) -> str | None:
+        """The seeds that an unfinished run began with, so that it ends on them even if the cache has grown since."""
+        if on_mismatch != "stop" or not self._file.is_file():
+            return None
+        value = self.read()
+        if value["status"] == "complete":
+            return None
+        first, last = value["identity"]["cache"]["blocks"]
+        return f"{first * cache.layout.block_size}:{last * cache.layout.block_size}"
+
+    def claim(self, wanted: dict[str, Any], *, resume: bool, on_mismatch: Literal["stop", "set-aside"]) -> str:
+        """Make the folder this run's: "new", "resume" or "complete".
+
+        Raises:
+            UsageError: another run is there, or there is nothing to resume.
+        """
+        if not self.exists():
+            if resume:
+                raise UsageError(f"--resume: there is no run in {self.path}; without it, a new one begins")
+            self.write(wanted, "training")
+            return "new"
+        found = self.read()
+        lines = differences(found["identity"], wanted)
+        if lines and on_mismatch == "set-aside":
+            self._set_aside()
+            self.write(wanted, "training")
+            return "new"
+        if lines:
+            more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+            raise UsageError(
+                f"{self.path} holds another run ({'; '.join(lines[:3])}{more}): choose another --run, "
+                "or --on-mismatch set-aside renames it"
+            )
+        if found["status"] == "complete":
+            return "complete"
+        return "resume" if self.checkpoint.is_file() else "new"
+
+    def _set_aside(self) -> None:
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        fsync_folder(target.parent)

@@ -1,0 +1,154 @@
+"""Our student: the sampler, unrolled into one network, features carried through.
+
+Submodule k sees the features so far and the current state x_{k−1}, predicts x̂_0, and computes its state by the DDIM
+jump between recorded noise levels (Song et al. 2021, eq. 12 with η = 0), whichever solver made the cache:
+
+    ε = (x_{k−1} − α_{k−1} x̂_0) / σ_{k−1},    x_k = α_k x̂_0 + σ_k ε.
+
+The last submodule returns x̂_0. All (α, σ) are in the cache's stored units, where states have unit variance.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from advkd.cache.errors import TrainingError
+from advkd.stages.student.geometry import Geometry
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm → SiLU → 3×3 convolution, twice, around a skip; starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        groups = math.gcd(8, width)
+        self.norm_in, self.norm_out = nn.GroupNorm(groups, width), nn.GroupNorm(groups, width)
+        self.conv_in = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (N, width, h, w) in and out."""
+        hidden = self.conv_in(F.silu(self.norm_in(x)))
+        return x + self.conv_out(F.silu(self.norm_out(hidden)))  # type: ignore[no-any-return]
+
+
+class SelfAttention(nn.Module):
+    """Single-head attention over positions around a skip; starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(math.gcd(8, width), width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (N, width, h, w) in and out."""
+        batch, width, height, breadth = x.shape
+        query, key, value = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return x + self.out(mixed.transpose(1, 2).reshape(batch, width, height, breadth))  # type: ignore[no-any-return]
+
+
+class Submodule(nn.Module):
+    """One small denoiser: (features, state) → (features, x̂_0)."""
+
+    def __init__(self, channels: int, width: int, depth: int, patch: int, attention: bool) -> None:
+        super().__init__()
+        self.patch = patch
+        self.embed = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+        self.blocks = nn.Sequential(*[ResidualBlock(width) for _ in range(depth)])
+        self.attention = SelfAttention(width) if attention else nn.Identity()
+        self.norm = nn.GroupNorm(math.gcd(8, width), width)
+        self.read = nn.Conv2d(width, channels * patch**2, 3, padding=1)
+
+    def forward(self, features: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        """States are (N, C, H, W); features (N, width, H / patch, W / patch), None before the first submodule."""
+        seen = self.embed(F.pixel_unshuffle(state, self.patch))
+        features = self.attention(self.blocks(seen if features is None else features + seen))
+        x0 = F.pixel_shuffle(self.read(F.silu(self.norm(features))), self.patch)
+        return features, x0
+
+
+class UnrolledStudent(nn.Module):
+    """One submodule for each recorded state after x_T.
+
+    Args:
+        geometry: item shape and noise levels of the cache.
+        width: channels of the trunk.
+        depth: residual blocks of a submodule.
+        patch: side of the pixel patches that the trunk sees as one position.
+        attention: whether each submodule attends over positions.
+    """
+
+    def __init__(
+        self, geometry: Geometry, width: int = 64, depth: int = 2, patch: int = 2, attention: bool = True
+    ) -> None:
+        super().__init__()
+        channels, size, _ = geometry.item_shape
+        if size % patch:
+            raise TrainingError(f"items of {size} pixels can't be cut into patches of {patch}: choose student.patch")
+        self.levels = geometry.levels
+        self.submodules = nn.ModuleList(
+            Submodule(channels, width, depth, patch, attention) for _ in range(len(geometry.levels) - 1)
+        )
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]."""
+        return self.unroll(noise)[0][-1]
+
+    def unroll(self, noise: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Every submodule's x̂_0, and every state after x_T; stored units."""
+        features, state = None, noise
+        predictions, states = [], []
+        for k, submodule in enumerate(self.submodules, start=1):
+            features, x0 = submodule(features, state)
+            (alpha_before, sigma_before), (alpha, sigma) = self.levels[k - 1], self.levels[k]
+            state = alpha * x0 + (sigma / sigma_before) * (state - alpha_before * x0)
+            predictions.append(x0)
+            states.append(state)
+        states[-1] = predictions[-1]
+        return predictions, states
+
+    def heads(self, noise: Tensor) -> list[Tensor]:
+        """One prediction per recorded state after x_T."""
+        return self.unroll(noise)[1]
+
+    def deployed_parameters(self) -> int:
+        """Parameters that a sample needs: all."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+class Critic(nn.Module):
+    """A small residual discriminator of x_0, conditioned on the noise it came from; no normalisation.
+
+    Args:
+        channels: of an image.
+        width: of the first convolution; doubles at each of two halvings.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(2 * channels, width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * width, 4 * width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(4 * width * 16, 1),
+        )
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Logits, shape (N,)."""
+        logits: Tensor = self.layers(torch.cat([images, noise], dim=1))
+        return logits.squeeze(1)

@@ -1,0 +1,94 @@
+"""What stage one can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from advkd.cache.errors import ConfigError
+from advkd.cache.recipe import DTYPES
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """Which diffusers pipeline is the teacher."""
+
+    source: str
+    """A folder saved by diffusers, or a Hub id such as `google/ddpm-cifar10-32`."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerConfig:
+    """Which diffusers scheduler denoises, in how many steps."""
+
+    name: str = "ddim"
+    """One of `advkd.stages.teacher.solvers.SOLVERS`."""
+    steps: int = 50
+    eta: float = 0.0
+    """Only for ddim: 0 is the deterministic ODE solver, 1 as noisy as DDPM (Song et al. 2021, eq. 16)."""
+    spacing: str = "trailing"
+    """How timesteps are chosen (Lin et al. 2024, table 2); trailing starts at pure noise."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"sampler.steps: {self.steps} is not a positive number of steps")
+        if self.spacing not in SPACINGS:
+            raise ConfigError(f"sampler.spacing: {self.spacing!r} is none of {', '.join(SPACINGS)}")
+        if self.eta < 0 or (self.eta and self.name != "ddim"):
+            raise ConfigError(f"sampler.eta: {self.eta} (it is a number ≥ 0, and of ddim only)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """What is recorded, for which seeds, and how it is stored."""
+
+    seeds: str = "0:4096"
+    """A:B, half open; widened to whole blocks."""
+    record: int | list[int] = 10
+    """K evenly spaced states after x_T, or a list of solver steps. x_T and x_0 are always recorded."""
+    block_size: int = 1024
+    """Seeds in a block: one file a state. 16 to 64 MB a file is good."""
+    batch_size: int = 256
+    """Seeds in one evaluation of the teacher."""
+    dtype: str = "float16"
+    precision: str = "float32"
+    """What the teacher computes in; states between its evaluations are always float32."""
+    root_seed: int = 0
+    device: str | None = None
+    """`cuda`, `cuda:1`, `mps`, `cpu`; the best that is there if not given. Not part of the recipe."""
+
+    def __post_init__(self) -> None:
+        for key in ("block_size", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"cache.{key}: {getattr(self, key)} is not positive")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"cache.dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"cache.precision: {self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if not 0 <= self.root_seed < 1 << 63:
+            raise ConfigError(f"cache.root_seed: {self.root_seed} is not in [0, 2^63)")
+
+
+def recorded_steps(record: int | list[int], num_steps: int) -> tuple[int, ...]:
+    """Which states are kept, by solver steps done; x_T (0) and x_0 (`num_steps`) always are.
+
+    Raises:
+        ConfigError: more states than steps, or a step that is not there.
+    """
+    if isinstance(record, int):
+        if not 1 <= record <= num_steps:
+            raise ConfigError(
+                f"record {record} doesn't fit steps {num_steps}: from 1 to {num_steps} states after x_T can be recorded"
+            )
+        return tuple(round(k * num_steps / record) for k in range(record + 1))
+    outside = [step for step in record if not 0 <= step <= num_steps]
+    if outside or len(set(record)) != len(record):
+        raise ConfigError(
+            f"record {','.join(map(str, record))} doesn't fit steps {num_steps}: "
+            f"expected different numbers of steps from 0 to {num_steps}"
+        )
+    return tuple(sorted({0, num_steps, *record}))
