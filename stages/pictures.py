@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 
 MARGIN = 2
 LABEL_HEIGHT = 14
-MIN_SIDE = 48
+LABEL_GAP = 6
+MIN_SIDE = 64
 """Small images are enlarged to at least this many pixels, by whole factors."""
 
 Images = npt.NDArray[Any]
@@ -62,17 +63,34 @@ def save_trajectories(path: Path, timesteps: Sequence[float], states: Sequence[I
         states: for each state, values about [−1, 1], shape (N, C, H, W).
     """
     labels = [f"t={timestep:g}" if timestep >= 0 else "x_0" for timestep in timesteps]
-    return save_columns(path, labels, states)
-
-
-def save_columns(path: Path, labels: Sequence[str], columns: Sequence[Images]) -> Path:
-    """One row a seed, one labelled column a set of images (N, C, H, W)."""
-    interleaved = np.stack([np.asarray(column, dtype=np.float32) for column in columns], axis=1)
-    sheet = grid(interleaved.reshape(-1, *interleaved.shape[2:]), len(columns))
+    tiles = np.stack([np.asarray(state, dtype=np.float32) for state in states], axis=1)
+    sheet = grid(tiles.reshape(-1, *tiles.shape[2:]), len(states))
     labelled = Image.new("RGB", (sheet.width, sheet.height + LABEL_HEIGHT), "white")
     labelled.paste(sheet, (0, LABEL_HEIGHT))
     draw = ImageDraw.Draw(labelled)
-    width = (sheet.width - MARGIN) / len(columns)
+    width = (sheet.width - MARGIN) / len(states)
     for index, label in enumerate(labels):
         draw.text((MARGIN + (index + 0.5) * width, 1), label, fill="black", anchor="ma")
     return save_image(path, labelled)
+
+
+def save_rows(path: Path, rows: Mapping[str, Images]) -> Path:
+    """One labelled row a set of images, one column a seed.
+
+    Args:
+        path: PNG to write.
+        rows: by label, images in [−1, 1], shape (N, C, H, W), the same shape for all.
+    """
+    sheet = grid(np.concatenate([np.asarray(images, dtype=np.float32) for images in rows.values()]), _count(rows))
+    left = MARGIN + max(round(ImageDraw.Draw(sheet).textlength(label)) for label in rows) + LABEL_GAP
+    labelled = Image.new("RGB", (sheet.width + left, sheet.height), "white")
+    labelled.paste(sheet, (left, 0))
+    draw = ImageDraw.Draw(labelled)
+    height = (sheet.height - MARGIN) / len(rows)
+    for index, label in enumerate(rows):
+        draw.text((left - LABEL_GAP, MARGIN + (index + 0.5) * height), label, fill="black", anchor="rm")
+    return save_image(path, labelled)
+
+
+def _count(rows: Mapping[str, Images]) -> int:
+    return len(next(iter(rows.values())))

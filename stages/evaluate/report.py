@@ -1,33 +1,33 @@
-"""What an evaluation leaves behind: metrics.json, a CSV for plots, pictures."""
+"""What an evaluation leaves behind: metrics.json for DVC, scores.json with everything, a CSV for plots, pictures."""
 
 from __future__ import annotations
 
 import csv
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from advkd.cache.durable import write_json
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.evaluate.evaluate import Evaluation
-from advkd.stages.pictures import save_columns, save_trajectories
+from advkd.stages.pictures import save_rows, save_trajectories
 
-MAX_COLUMNS = 4
-ROWS_IN_PICTURE = 8
+MAX_ROWS = 4
+SEEDS_IN_PICTURE = 12
 
 
 def write_report(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) -> list[Path]:
     """Write everything; the pictures' paths come back, the best first."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", metrics(evaluation))
+    write_json(folder / "scores.json", details(evaluation))
     _write_table(folder / "samplers.csv", evaluation)
-    columns = [name for name in _picture_order(evaluation) if name in evaluation.pictures][:MAX_COLUMNS]
-    compared = save_columns(
-        folder / "samples.png",
-        columns,
-        [evaluation.pictures[name][:ROWS_IN_PICTURE].numpy() for name in columns],
+    shown = [name for name in _picture_order(evaluation) if name in evaluation.pictures][:MAX_ROWS]
+    compared = save_rows(
+        folder / "samples.png", {name: evaluation.pictures[name][:SEEDS_IN_PICTURE].numpy() for name in shown}
     )
-    seeds = cache.seeds()[:ROWS_IN_PICTURE]
+    seeds = cache.seeds()[: SEEDS_IN_PICTURE // 2]
     states = list(cache.states.values())
     trajectory = save_trajectories(
         folder / "trajectory.png",
@@ -44,47 +44,46 @@ def _picture_order(evaluation: Evaluation) -> list[str]:
     return [names[1], names[0], *[row.name for row in rest]]
 
 
+def _mse(evaluation: Evaluation) -> float | None:
+    return None if math.isnan(evaluation.held_out_mse) else evaluation.held_out_mse
+
+
 def metrics(evaluation: Evaluation) -> dict[str, Any]:
-    """Plain numbers, for `dvc metrics`; what was not measured is null."""
-    samplers = {}
-    for row in evaluation.rows:
-        entry: dict[str, Any] = {
+    """The few numbers that `dvc metrics` compares between commits; what was not measured is null."""
+    return {
+        "held_out_mse": _mse(evaluation),
+        "frechet": {row.name: row.mean for row in evaluation.rows},
+        "latency_ratio": {f"batch_{batch}": evaluation.latency_ratio(batch) for batch in evaluation.student.latency},
+    }
+
+
+def details(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything that was measured, and how; what was not measured is null."""
+    samplers = {
+        row.name: {
             "evaluations": row.evaluations,
-            "frechet": row.mean,
+            "frechet": row.distances or None,
+            "frechet_mean": row.mean,
             "frechet_sd": row.deviation,
             "frechet_to_real": row.to_real,
+            "student_minus_this": asdict(row.difference) if row.difference else None,
         }
-        if row.difference:
-            entry["student_minus_this"] = {
-                "mean": row.difference.mean,
-                "low": row.difference.low,
-                "high": row.difference.high,
-            }
-        samplers[row.name] = entry
-    cost = {"student": evaluation.student, "teacher": evaluation.teacher}
+        for row in evaluation.rows
+    }
     return {
-        "held_out_mse": None if math.isnan(evaluation.held_out_mse) else evaluation.held_out_mse,
         "protocol": {
-            "features": evaluation.features,
             "form": "full" if evaluation.full else "short",
+            "features": evaluation.features,
             "num_sets": evaluation.num_sets,
             "set_size": evaluation.set_size,
-            "reference": evaluation.num_reference,
+            "num_reference": evaluation.num_reference,
+            "real": evaluation.real_source,
         },
+        "held_out_mse": _mse(evaluation),
         "samplers": samplers,
         "cost": {
-            name: {
-                "parameters": value.num_parameters,
-                "macs": value.macs,
-                "latency_seconds": {f"batch_{batch}": seconds for batch, seconds in value.latency.items()},
-            }
-            if value
-            else None
-            for name, value in cost.items()
-        },
-        "student_deployed_parameters": evaluation.deployed_parameters,
-        "latency_in_teacher_evaluations": {
-            f"batch_{batch}": evaluation.latency_ratio(batch) for batch in evaluation.student.latency
+            "student": {**asdict(evaluation.student), "deployed_parameters": evaluation.deployed_parameters},
+            "teacher": asdict(evaluation.teacher) if evaluation.teacher else None,
         },
     }
 
@@ -107,7 +106,7 @@ def _plot(path: Path, evaluation: Evaluation) -> Path:
     groups: dict[str, list[tuple[int, float, float]]] = {}
     for row in evaluation.rows:
         if row.mean is not None:
-            group = row.name.rsplit(" ", 1)[0] if row.name != "student" else "student"
+            group = row.name if row.name.startswith(("student", "teacher")) else row.name.rsplit(" ", 1)[0]
             groups.setdefault(group, []).append((row.evaluations, row.mean, row.deviation or 0.0))
     for group, points in groups.items():
         x, y, spread = zip(*sorted(points), strict=True)

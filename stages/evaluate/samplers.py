@@ -73,7 +73,7 @@ def all_samplers(
 ) -> list[Sampler]:
     """The table's rows: student, teacher, then each fast solver at each number of steps."""
     own = cache_sampler_config(recipe)
-    rows = [student, teacher_sampler(f"teacher: {own.name} {own.steps}", teacher, own, recipe, dtype)]
+    rows = [student, teacher_sampler(f"teacher ({own.name} {own.steps})", teacher, own, recipe, dtype)]
     for name in FAST_SOLVERS:
         for steps in solver_steps:
             if (name, steps) != (own.name, own.steps):

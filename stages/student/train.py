@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.reader import TrajectoryCache
-from advkd.stages.pictures import save_columns
+from advkd.stages.pictures import save_rows
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.checkpoint import load_checkpoint, read_scalars, save_checkpoint
 from advkd.stages.student.config import TrainConfig
@@ -267,7 +267,7 @@ class _Trainer:
         real = read_float(self.cache, self.geometry.steps[-1], seeds)
         made = generate(self.average.model, noise)
         path = self.run.preview / f"step-{self.step:06d}.png"
-        return save_columns(path, ["x_T", "teacher", "student"], [noise.numpy(), real.numpy(), made.numpy()])
+        return save_rows(path, {"x_T": noise.numpy(), "teacher": real.numpy(), "student": made.numpy()})
 
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
