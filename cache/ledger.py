@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from advkd.cache.durable import write_json
 from advkd.cache.errors import DamagedError
-from advkd.cache.layout import FORMAT, record_path
+from advkd.cache.layout import CRC_BYTES, FORMAT, record_path
 from advkd.cache.recipe import digest
 
 SEGMENT_BYTES = 1 << 20
@@ -30,9 +30,12 @@ def crc32c(data: bytes | memoryview) -> int:
     return int(google_crc32c.value(bytes(data)))
 
 
-def segment_crcs(data: memoryview) -> tuple[int, ...]:
-    """CRC-32C of each MiB of a file."""
-    return tuple(crc32c(data[start : start + SEGMENT_BYTES]) for start in range(0, len(data), SEGMENT_BYTES))
+def segment_crcs(body: memoryview) -> tuple[int, ...]:
+    """CRC-32C of each MiB of a chunk's values, without the CRC that ends the file.
+
+    With it the last one would be worthless: the CRC of any message followed by its own CRC is the same constant.
+    """
+    return tuple(crc32c(body[start : start + SEGMENT_BYTES]) for start in range(0, len(body), SEGMENT_BYTES))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +57,7 @@ class ArrayRecord:
         return cls(
             num_bytes=len(file_bytes),
             sha256=hashlib.sha256(file_bytes).hexdigest(),
-            segments=segment_crcs(memoryview(file_bytes)),
+            segments=segment_crcs(memoryview(file_bytes)[:-CRC_BYTES]),
             minimum=float(finite.min()) if finite.size else 0.0,
             maximum=float(finite.max()) if finite.size else 0.0,
             num_nonfinite=int(values.size - finite.size),

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from advkd.cache.errors import CacheNotFoundError, DamagedError, NotACacheError, NotCachedError
-from advkd.cache.layout import FORMAT, array_metadata, chunk_path, seeds_of, states_path
+from advkd.cache.layout import CRC_BYTES, FORMAT, array_metadata, chunk_path, seeds_of, states_path
 from advkd.cache.ledger import SEGMENT_BYTES, BlockRecord, content_digest, crc32c, read_record
 from advkd.cache.recipe import Layout, Recipe, State
 
@@ -179,6 +179,9 @@ class TrajectoryCache:
         state = self._state(step)
         expected = self.record(block).arrays[states_path(state)]
         path = self.path / chunk_path(states_path(state), block, len(self.item_shape))
+        body_bytes = self.layout.block_size * int(np.prod(self.item_shape)) * self.dtype.itemsize
+        if (expected.num_bytes, len(expected.segments)) != (body_bytes + CRC_BYTES, -(-body_bytes // SEGMENT_BYTES)):
+            raise DamagedError(f"{self.path}: the ledger record of block {block} doesn't fit the layout; {_HOW_TO_MEND}")
         try:
             file = np.memmap(path, dtype=np.uint8, mode="r")
         except (FileNotFoundError, ValueError):
@@ -200,12 +203,12 @@ class TrajectoryCache:
         row_bytes = int(np.prod(self.item_shape)) * self.dtype.itemsize
         first = rows * row_bytes // SEGMENT_BYTES
         last = ((rows + 1) * row_bytes - 1) // SEGMENT_BYTES
-        touched = np.unique(np.concatenate([first + i for i in range(int((last - first).max()) + 1)]))
-        touched = touched[touched < len(checked)]
+        touched = np.unique([np.minimum(first + i, last) for i in range(int((last - first).max()) + 1)])
         expected = self.record(block).arrays[states_path(self._state(step))].segments
         for segment in touched[~checked[touched]]:
             start = int(segment) * SEGMENT_BYTES
-            if crc32c(file[start : start + SEGMENT_BYTES].tobytes()) != expected[segment]:
+            stop = min(start + SEGMENT_BYTES, file.size - CRC_BYTES)
+            if crc32c(file[start:stop].tobytes()) != expected[segment]:
                 raise DamagedError(
                     f"{self.path}: state {step:04d} of block {block} is damaged near byte {start}; {_HOW_TO_MEND}"
                 )

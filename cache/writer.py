@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from advkd.cache.durable import PARTIAL_SUFFIX, fsync_folder, pretty_json, write_atomically, write_json
 from advkd.cache.errors import CacheError, DamagedError, LockedError, MismatchError, NotACacheError
 from advkd.cache.layout import (
+    CRC_BYTES,
     blocks_of,
     chunk_path,
     files_below,
@@ -175,7 +176,7 @@ class CacheWriter:
             if values.shape != shape:
                 raise CacheError(f"state {state.name} of block {block} has shape {values.shape}, expected {shape}")
             body = values.tobytes()
-            data = body + crc32c(body).to_bytes(4, "little")
+            data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
             record = ArrayRecord.of(data, values)
             if record.num_nonfinite:
                 seeds = seeds_of(block, self.layout.block_size)

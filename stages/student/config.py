@@ -15,9 +15,9 @@ class StudentConfig:
     """Which network; its shape, levels and number of submodules follow from the cache."""
 
     kind: str = "unrolled"
-    width: int = 64
+    width: int = 128
     """unrolled: channels of the trunk."""
-    depth: int = 2
+    depth: int = 3
     """unrolled: residual blocks of a submodule."""
     patch: int = 2
     """unrolled: the trunk works on patches of this many pixels squared."""
@@ -96,15 +96,15 @@ class TrainConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     seeds: str | None = None
     """A:B of the cache's seeds; all of them if null."""
-    steps: int = 20_000
+    steps: int = 100_000
     """unrolled: optimiser steps. (progressive counts epochs: `stages`.)"""
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    batch_size: int = 128
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
     """unrolled: fraction of the steps in which the learning rate rises; then it falls as a cosine."""
     gradient_clip: float = 1.0
-    ema: float = 0.998
+    ema: float = 0.9995
     seed: int = 0
     mixed_precision: str = "no"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -117,7 +117,8 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
 def make_scheduler(scheduler_config: Mapping[str, Any], sampler: SamplerConfig) -> Any:
     """A fresh diffusers scheduler, timesteps set: multi-step solvers keep history, so one a batch."""
     cls = getattr(_diffusers(), find_solver(sampler.name).scheduler)
-    scheduler = cls.from_config(dict(scheduler_config), timestep_spacing=sampler.spacing)
+    # Without diffusers' private keys: one of them would replace betas by the class's own defaults (Heun's differ).
+    scheduler = cls.from_config(_public(scheduler_config), timestep_spacing=sampler.spacing)
     try:
         scheduler.set_timesteps(sampler.steps)
     except (ValueError, ZeroDivisionError) as error:

@@ -1,0 +1,195 @@
+"""Recorded states are what diffusers' own loop passes through, at the noise levels that the table says."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advkd.cache.errors import ConfigError
+from advkd.cache.noise import standard_normal
+from advkd.stages.teacher.config import SamplerConfig, TeacherConfig, recorded_steps
+from advkd.stages.teacher.loader import Teacher, load_teacher, make_scheduler
+from advkd.stages.teacher.sampling import initial_noise, sample
+from advkd.stages.teacher.solvers import SOLVERS, is_deterministic, trajectory_states
+
+SAMPLERS = [
+    SamplerConfig(name="ddim", steps=10),
+    SamplerConfig(name="ddim", steps=7, spacing="leading"),
+    SamplerConfig(name="ddim", steps=8, eta=1.0),
+    SamplerConfig(name="ddpm", steps=10),
+    SamplerConfig(name="dpmsolver++", steps=10),
+    SamplerConfig(name="dpmsolver++", steps=1),
+    SamplerConfig(name="euler", steps=10),
+    SamplerConfig(name="euler", steps=10, spacing="linspace"),
+    SamplerConfig(name="euler", steps=10, spacing="leading"),
+    SamplerConfig(name="heun", steps=10),
+    SamplerConfig(name="heun", steps=1),
+]
+DETERMINISTIC = [sampler for sampler in SAMPLERS if is_deterministic(sampler)]
+
+
+def label(sampler: SamplerConfig) -> str:
+    return f"{sampler.name}-{sampler.steps}-{sampler.spacing}-{sampler.eta:g}"
+
+
+@pytest.fixture(scope="module")
+def teacher(pipeline_folder: Path) -> Teacher:
+    return load_teacher(TeacherConfig(source=str(pipeline_folder)), torch.device("cpu"))
+
+
+def run(teacher: Teacher, sampler: SamplerConfig, seeds: range, root_seed: int = 3) -> dict[int, Tensor]:
+    noise = initial_noise(root_seed, seeds, teacher.item_shape, "float16")
+    every = range(sampler.steps + 1)
+    return sample(teacher, sampler, noise, seeds=seeds, root_seed=root_seed, record=every)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+@torch.no_grad()
+def test_states_equal_diffusers_own_loop(
+    teacher: Teacher, sampler: SamplerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop of diffusers' documentation, from the cached noise, with nothing of ours in it."""
+    seeds = range(4)
+    ours = run(teacher, sampler, seeds)
+    scheduler = getattr(diffusers, SOLVERS[sampler.name].scheduler).from_config(
+        teacher.scheduler_config, timestep_spacing=sampler.spacing
+    )
+    scheduler.set_timesteps(sampler.steps)
+    drawn = [torch.from_numpy(standard_normal(3, seeds, teacher.item_shape, 1 + i)) for i in range(sampler.steps)]
+    options: dict[str, Any] = {"eta": sampler.eta} if sampler.name == "ddim" else {}
+    x = ours[0] * scheduler.init_noise_sigma
+    calls = [x]
+    for call, timestep in enumerate(scheduler.timesteps):
+        prediction = teacher.unet(scheduler.scale_model_input(x, timestep), timestep).sample
+        if sampler.eta:
+            options["variance_noise"] = drawn[call]
+        module = f"{type(scheduler).__module__}.randn_tensor"
+        if sampler.name == "ddpm":
+            monkeypatch.setattr(module, lambda *_, noise=drawn[call], **__: noise)
+        x = scheduler.step(prediction, timestep, x, **options).prev_sample
+        calls.append(x)
+    per_step = [calls[0], *calls[2::2], calls[-1]] if sampler.name == "heun" else calls
+    states = trajectory_states(sampler, make_scheduler(teacher.scheduler_config, sampler))
+    assert len(per_step) == len(states) == sampler.steps + 1
+    for state, expected in zip(states, per_step, strict=True):
+        torch.testing.assert_close(ours[state.step] * state.scale, expected, rtol=1e-5, atol=1e-5)
+
+
+class PointMass(nn.Module):
+    """The exact denoiser of a distribution that is a single image μ: ε = (x − α μ) / σ."""
+
+    def __init__(self, mu: Tensor, alphas_cumprod: Tensor) -> None:
+        super().__init__()
+        self.mu = nn.Parameter(mu, requires_grad=False)
+        self.alphas_cumprod = alphas_cumprod
+
+    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
+        alpha_bar = self.alphas_cumprod[int(timestep)]
+        return SimpleNamespace(sample=(x - alpha_bar.sqrt() * self.mu) / (1 - alpha_bar).sqrt())
+
+
+def point_mass_teacher() -> tuple[Teacher, Tensor]:
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, clip_sample=False)
+    mu = torch.linspace(-0.9, 0.9, 16).reshape(1, 4, 4)
+    unet = PointMass(mu, scheduler.alphas_cumprod)
+    teacher = Teacher(
+        unet=unet, scheduler_config=dict(scheduler.config), item_shape=(1, 4, 4), source="oracle", commit=None
+    )
+    return teacher, mu
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC, ids=label)
+def test_every_state_lies_at_the_recorded_level(sampler: SamplerConfig) -> None:
+    """For a single image every ODE solver is exact: x = alpha · μ + sigma · ε, with one ε along the whole path."""
+    teacher, mu = point_mass_teacher()
+    kept = run(teacher, sampler, range(3))
+    states = trajectory_states(sampler, make_scheduler(teacher.scheduler_config, sampler))
+    first = states[0]
+    epsilon = (kept[0] * first.scale - first.alpha * mu) / first.sigma
+    for state in states:
+        x = kept[state.step] * state.scale
+        expected = state.alpha * mu + state.sigma * epsilon
+        torch.testing.assert_close(x, expected, rtol=2e-3, atol=2e-3 * max(1.0, state.sigma))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+def test_noise_only_falls_and_stored_states_have_unit_variance(teacher: Teacher, sampler: SamplerConfig) -> None:
+    states = trajectory_states(sampler, make_scheduler(teacher.scheduler_config, sampler))
+    ratios = [state.sigma / state.alpha for state in states]
+    assert ratios == sorted(ratios, reverse=True)
+    assert len(set(ratios)) == len(ratios)
+    for state in states[1:]:
+        assert state.stored_alpha**2 + state.stored_sigma**2 == pytest.approx(1.0)
+    assert states[-1].timestep == -1.0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+def test_a_trajectory_does_not_depend_on_its_company(teacher: Teacher, sampler: SamplerConfig) -> None:
+    """Each seed has its own noise stream, for ancestral samplers too."""
+    together = run(teacher, sampler, range(4))
+    apart = [run(teacher, sampler, range(seed, seed + 1)) for seed in range(4)]
+    for step, states in together.items():
+        alone = torch.cat([kept[step] for kept in apart])
+        torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_ancestral_seeds_differ_and_root_seeds_too(teacher: Teacher) -> None:
+    sampler = SamplerConfig(name="ddpm", steps=5)
+    one, other = run(teacher, sampler, range(2))[5], run(teacher, sampler, range(2), root_seed=4)[5]
+    assert not torch.allclose(one[0], one[1])
+    assert not torch.allclose(one, other)
+    torch.testing.assert_close(one, run(teacher, sampler, range(2))[5], rtol=0, atol=0)
+
+
+def test_evaluations_are_counted_as_they_happen(teacher: Teacher) -> None:
+    for sampler in SAMPLERS:
+        calls = 0
+
+        def count() -> None:
+            nonlocal calls
+            calls += 1
+
+        noise = initial_noise(0, range(1), teacher.item_shape, "float32")
+        sample(teacher, sampler, noise, seeds=range(1), root_seed=0, record=[], evaluated=count)
+        assert calls == SOLVERS[sampler.name].num_evaluations(sampler.steps)
+
+
+def test_an_unknown_sampler_is_refused_by_name(teacher: Teacher) -> None:
+    with pytest.raises(ConfigError, match=r"'pndm' is unknown; advkd has tables for: ddim, ddpm"):
+        make_scheduler(teacher.scheduler_config, SamplerConfig(name="pndm", steps=5))
+
+
+@pytest.mark.parametrize(
+    ("record", "steps", "expected"),
+    [
+        (10, 1000, tuple(range(0, 1001, 100))),
+        (1, 50, (0, 50)),
+        (3, 7, (0, 2, 5, 7)),
+        (7, 7, tuple(range(8))),
+        ([10, 5], 20, (0, 5, 10, 20)),
+        ([0, 1, 101, 1000], 1000, (0, 1, 101, 1000)),
+    ],
+)
+def test_recorded_steps(record: int | list[int], steps: int, expected: tuple[int, ...]) -> None:
+    assert recorded_steps(record, steps) == expected
+
+
+@pytest.mark.parametrize(("record", "steps"), [(10, 7), (0, 5), (-1, 5), ([8], 7), ([-1], 7), ([3, 3], 7)])
+def test_states_that_do_not_fit_are_refused(record: int | list[int], steps: int) -> None:
+    with pytest.raises(ConfigError, match=f"doesn't fit steps {steps}"):
+        recorded_steps(record, steps)
+
+
+def test_storage_precision_is_fp16s(teacher: Teacher) -> None:
+    """fp16 at unit variance costs about 2e-4 rms, whatever the solver's own scale."""
+    for sampler in (SamplerConfig(name="ddim", steps=5), SamplerConfig(name="euler", steps=5)):
+        for state in run(teacher, sampler, range(8)).values():
+            values: npt.NDArray[np.float32] = state.numpy()
+            error = values - values.astype(np.float16).astype(np.float32)
+            assert float(np.sqrt(np.square(error).mean())) < 3e-4 * max(1.0, float(values.std()))
