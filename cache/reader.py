@@ -181,7 +181,9 @@ class TrajectoryCache:
         path = self.path / chunk_path(states_path(state), block, len(self.item_shape))
         body_bytes = self.layout.block_size * int(np.prod(self.item_shape)) * self.dtype.itemsize
         if (expected.num_bytes, len(expected.segments)) != (body_bytes + CRC_BYTES, -(-body_bytes // SEGMENT_BYTES)):
-            raise DamagedError(f"{self.path}: the ledger record of block {block} doesn't fit the layout; {_HOW_TO_MEND}")
+            raise DamagedError(
+                f"{self.path}: the ledger record of block {block} doesn't fit the layout; {_HOW_TO_MEND}"
+            )
         try:
             file = np.memmap(path, dtype=np.uint8, mode="r")
         except (FileNotFoundError, ValueError):

@@ -11,8 +11,8 @@ from advkd.pipeline.config import Experiment
 
 _SECTIONS = {
     "teacher": ("teacher", "source"),
-    "steps": ("sampler", "steps"),
     "sampler": ("sampler", "name"),
+    "steps": ("sampler", "steps"),
     "record": ("cache", "record"),
     "seeds": ("cache", "seeds"),
     "block_size": ("cache", "block_size"),
@@ -32,7 +32,9 @@ def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experimen
     """
     suffix = ""
     for flag, (section_name, key) in _SECTIONS.items():
-        value = parse_record(flags["record"]) if flag == "record" and flags.get("record") else flags.get(flag)
+        value = flags.get(flag)
+        if flag == "record" and value is not None:
+            value = parse_record(value)
         section = getattr(experiment, section_name)
         if value is None or value == getattr(section, key):
             continue

@@ -94,7 +94,7 @@ def find_teacher(source: str | None, revision: str | None, recipe: Recipe) -> tu
         )
     except (TeacherError, ConfigError) as error:
         return None, str(error)
-    if teacher.identity()["tensors_sha256"] != recipe.teacher["tensors_sha256"]:
+    if teacher.tensors_sha256 != recipe.teacher["tensors_sha256"]:
         return None, f"{source} is not the teacher that made this cache"
     return teacher, ""
 

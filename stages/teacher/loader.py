@@ -50,6 +50,9 @@ class Teacher:
     commit: str | None
     """Commit of the Hub's repository, where it came from there."""
     config: dict[str, Any] = field(default_factory=dict)
+    """The UNet's configuration."""
+    tensors_sha256: str = ""
+    """Of the weights as they were saved, whatever precision they are used in."""
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """One network evaluation in the network's own precision; float32 in and out, shape (B, C, H, W)."""
@@ -59,7 +62,7 @@ class Teacher:
     def identity(self) -> dict[str, Any]:
         """What the recipe records of the teacher."""
         return {
-            "tensors_sha256": tensors_sha256(self.unet.state_dict()),
+            "tensors_sha256": self.tensors_sha256,
             "unet": _json_safe(_public(self.config)),
             "scheduler": _json_safe(_public(self.scheduler_config)),
         }
@@ -103,6 +106,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
         unet = diffusers.UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise TeacherError(f"teacher {config.source}: its UNet can't be loaded ({_first_line(error)})") from error
+    checkpoint_hash = tensors_sha256(unet.state_dict())
     unet.requires_grad_(False).eval().to(device=device, dtype=getattr(torch, precision))
     return Teacher(
         unet=unet,
@@ -111,6 +115,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
         source=config.source,
         commit=commit,
         config=unet_config,
+        tensors_sha256=checkpoint_hash,
     )
 
 

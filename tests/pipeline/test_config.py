@@ -1,0 +1,119 @@
+"""Configurations: shipped ones load, mistakes are named with the nearest right answer."""
+
+from pathlib import Path
+
+import pytest
+
+from advkd.cache.errors import ConfigError, UsageError
+from advkd.pipeline.config import Experiment, from_plain, load_experiment, shipped_experiments, to_plain
+from advkd.pipeline.experiment import needs_pretraining, parse_record, with_flags
+
+MINIMAL = {"name": "x", "teacher": {"source": "somewhere"}}
+
+
+def test_all_four_ship_and_load() -> None:
+    assert shipped_experiments() == ["celebahq256", "cifar10", "digits", "smoke"]
+    for name in shipped_experiments():
+        experiment = load_experiment(name)
+        assert from_plain(Experiment, to_plain(experiment), "again") == experiment
+    assert load_experiment(None).name == "digits"
+
+
+def test_paths_work_outside_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cifar = load_experiment("configs/cifar10.yaml")
+    assert (cifar.name, cifar.teacher.source, cifar.cache.seeds) == ("cifar", "google/ddpm-cifar10-32", "0:50000")
+    assert cifar.sampler.steps == 1000
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/cifar10.yaml").write_text("name: mine\nteacher: {source: a/b}\n")
+    assert load_experiment("configs/cifar10.yaml").name == "mine"
+
+
+def test_the_references_setting_is_as_published() -> None:
+    celeba = load_experiment("celebahq256")
+    assert celeba.sampler.name == "ddpm"
+    assert celeba.cache.record == [0, 1, *range(101, 1000, 100), 1000]
+    assert celeba.train.stages.epochs == list(range(10, 120, 10))
+    assert celeba.train.stages.batch_sizes == [64] * 8 + [32, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"smapler": {}}, "unknown key 'smapler'; did you mean 'sampler'"),
+        ({"cache": {"block-size": 4}}, "cache: unknown key 'block-size'; did you mean 'block_size'"),
+        ({"cache": {"block_size": "many"}}, "cache: block_size: expected int, found 'many'"),
+        ({"cache": {"record": "all"}}, "record: expected int or list"),
+        ({"cache": {"block_size": True}}, "expected int, found True"),
+        ({"cache": {"block_size": 0}}, "block_size: 0 is not positive"),
+        ({"cache": {"dtype": "int8"}}, "'int8' is none of float16, float32"),
+        ({"sampler": {"spacing": "even"}}, "'even' is none of trailing"),
+        ({"sampler": {"eta": 1.0, "name": "euler"}}, "of ddim only"),
+        ({"train": {"student": {"kind": "big"}}}, "'big' is none of unrolled, progressive"),
+        ({"train": {"ema": 1.0}}, r"in \[0, 1\)"),
+        ({"train": {"objective": {"adversarial_start": 2}}}, "no fraction"),
+        ({"evaluate": {"num_sets": 1}}, "at least 2"),
+        ({"pretrain": {"data": "cats"}}, "stage 0 knows digits"),
+        ({"teacher": "a/b"}, "teacher: expected keys and values"),
+        ({"name": "../x"}, "can't name files"),
+        ({"xyzzy": 1}, "known are name, pretrain, teacher"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_plain(Experiment, MINIMAL | change, "file.yaml")
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    for text, message in (("a: [", "not YAML"), ("- 1", "expected keys"), ("name: x", "'teacher' is missing")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_experiment(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_experiment(path)
+    with pytest.raises(ConfigError, match=r"no configuration .*nowhere.yaml: give a YAML file, or one of celebahq256"):
+        load_experiment(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "suffix"),
+    [
+        ({}, ""),
+        ({"steps": 1000}, "-1000"),
+        ({"steps": 50}, ""),
+        ({"seeds": "0:64", "batch_size": 3, "device": "cpu"}, ""),
+        ({"sampler": "euler", "steps": 20}, "-euler-20"),
+        ({"teacher": "some/folder"}, "-folder"),
+        ({"record": "10,20"}, "-record10_20"),
+        ({"record": "7", "block_size": 32}, "-record7-block32"),
+    ],
+)
+def test_a_flag_that_changes_the_recipe_gets_a_store_of_its_own(flags: dict[str, object], suffix: str) -> None:
+    digits = load_experiment("digits")
+    changed, found = with_flags(digits, {"record": None, **flags})
+    assert found == suffix
+    if "steps" in flags:
+        assert changed.sampler.steps == flags["steps"]
+
+
+def test_the_readmes_cifar_command_builds_the_configured_store() -> None:
+    changed, suffix = with_flags(load_experiment("configs/cifar10.yaml"), {"steps": 1000})
+    assert (str(changed.store), suffix) == ("cache/cifar.zarr", "")
+
+
+def test_only_the_default_teacher_is_ever_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = load_experiment("digits")
+    assert needs_pretraining(digits)
+    assert not needs_pretraining(with_flags(digits, {"teacher": "my/teacher"})[0])
+    assert not needs_pretraining(load_experiment("cifar10"))
+    (tmp_path / "teachers/digits/pipeline").mkdir(parents=True)
+    assert not needs_pretraining(digits)
+
+
+@pytest.mark.parametrize("text", ["x", "1,y", "", "1.5"])
+def test_record_flags_that_are_no_numbers(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a number of states"):
+        parse_record(text)

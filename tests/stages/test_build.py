@@ -1,0 +1,213 @@
+"""Building: resumes, extends, repeats bit for bit, and stops before it writes nonsense."""
+
+import dataclasses
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from advkd.cache.errors import MismatchError, TeacherError, UsageError
+from advkd.cache.noise import standard_normal
+from advkd.cache.reader import TrajectoryCache
+from advkd.cache.writer import CacheWriter
+from advkd.stages.teacher import build as building
+from advkd.stages.teacher.build import Plan, build, make_plan, missing_blocks
+from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
+from advkd.stages.teacher.loader import load_teacher
+from tests.conftest import tree
+
+CACHE = CacheConfig(seeds="0:24", record=2, block_size=8, batch_size=5, device="cpu")
+SAMPLER = SamplerConfig(steps=4)
+
+
+def plan_for(folder: Path, store: Path, **changes: object) -> Plan:
+    config = dataclasses.replace(CACHE, **changes)  # type: ignore[arg-type]
+    return make_plan(TeacherConfig(source=str(folder)), SAMPLER, config, store)
+
+
+def test_a_cache_holds_the_noise_that_the_teacher_started_from(pipeline_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "a.zarr"
+    built = build(plan_for(pipeline_folder, store))
+    cache = TrajectoryCache.open(store)
+    assert (built.num_blocks, cache.blocks, sorted(cache.states)) == (3, (0, 1, 2), [0, 2, 4])
+    noise = standard_normal(0, range(24), cache.item_shape).astype(np.float16)
+    np.testing.assert_array_equal(cache.rows(0, range(24)), noise)
+    assert cache.recipe.deterministic
+    assert built.preview is not None and built.preview.stat().st_size > 100
+    assert json.loads((store / "provenance/store.json").read_text())["teacher"]["source"] == str(pipeline_folder)
+
+
+def test_resuming_and_extending_give_the_bytes_of_one_build(pipeline_folder: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.zarr", tmp_path / "parts.zarr"
+    build(plan_for(pipeline_folder, whole))
+    for seeds in ("16:20", "0:8", "0:24"):
+        build(plan_for(pipeline_folder, parts, seeds=seeds))
+    assert tree(parts) == tree(whole)
+    again = build(plan_for(pipeline_folder, parts))
+    assert (again.num_blocks, again.num_present) == (0, 3)
+
+
+def test_batch_size_moves_states_by_rounding_only(pipeline_folder: Path, tmp_path: Path) -> None:
+    stores = [tmp_path / "five.zarr", tmp_path / "eight.zarr"]
+    for store, batch_size in zip(stores, (5, 8), strict=True):
+        build(plan_for(pipeline_folder, store, batch_size=batch_size))
+    one, other = (TrajectoryCache.open(store) for store in stores)
+    assert one.recipe.fingerprint == other.recipe.fingerprint
+    np.testing.assert_array_equal(one.rows(0, range(24)), other.rows(0, range(24)))
+    np.testing.assert_allclose(one.rows(4, range(24)), other.rows(4, range(24)), atol=2e-3)
+
+
+def test_another_teacher_is_recognised_by_its_weights(pipeline_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    store = tmp_path / "a.zarr"
+    build(plan_for(pipeline_folder, store))
+    other = tmp_path / "other"
+    shutil.copytree(pipeline_folder, other)
+    weights = load_file(other / "unet/diffusion_pytorch_model.safetensors")
+    weights["conv_out.bias"] = weights["conv_out.bias"] + 1e-3
+    save_file(weights, other / "unet/diffusion_pytorch_model.safetensors")
+    before = tree(store)
+    with pytest.raises(MismatchError, match=r"teacher\.tensors_sha256"):
+        build(plan_for(other, store))
+    assert tree(store) == before
+    built = build(plan_for(other, store), on_mismatch="set-aside")
+    assert built.set_aside is not None
+    assert tree(built.set_aside) == before
+
+
+def test_the_same_teacher_elsewhere_is_the_same_recipe(pipeline_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "moved"
+    shutil.copytree(pipeline_folder, copy)
+    one, other = plan_for(pipeline_folder, tmp_path / "a"), plan_for(copy, tmp_path / "b", batch_size=3)
+    assert one.recipe.fingerprint == other.recipe.fingerprint
+    assert one.recipe.fingerprint != plan_for(copy, tmp_path / "b", root_seed=1).recipe.fingerprint
+    assert one.recipe.fingerprint == plan_for(copy, tmp_path / "b", record=4).recipe.fingerprint
+    assert one.layout.layout_hash != plan_for(copy, tmp_path / "b", record=4).layout.layout_hash
+
+
+def test_nan_stops_the_build_and_leaves_the_committed_blocks(pipeline_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "a.zarr"
+    build(plan_for(pipeline_folder, store, seeds="0:8"))
+    before = tree(store)
+    plan = plan_for(pipeline_folder, store, seeds="0:16")
+    torch.nn.init.constant_(next(plan.teacher.unet.parameters()), float("nan"))
+    with pytest.raises(TeacherError, match=r"seeds 8:13 is not finite"):
+        build(plan)
+    assert TrajectoryCache.open(store).blocks == (0,)
+    assert {name: data for name, data in tree(store).items() if "states/0" not in name or "/c/" in name}.items() <= (
+        before.items()
+    )
+
+
+def test_constant_output_stops_at_the_first_block(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = building.sample
+
+    def constant(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
+        kept = original(*arguments, **options)  # type: ignore[arg-type]
+        return {step: torch.full_like(states, 0.25) for step, states in kept.items()}
+
+    monkeypatch.setattr(building, "sample", constant)
+    with pytest.raises(TeacherError, match=r"x_0 is constant over 8 seeds"):
+        build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
+    assert TrajectoryCache.open(tmp_path / "a.zarr").blocks == ()
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(building.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UsageError, match=r"needs 0\.00 GB more, 0\.00 GB are free"):
+        build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_a_disk_that_fills_up_keeps_what_is_committed(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "a.zarr"
+    original = CacheWriter.commit
+
+    def full(self: CacheWriter, block: int, states: dict[int, object]) -> object:
+        if block == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", "states/0002/c/1/0/0/0")
+        return original(self, block, states)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "commit", full)
+        with pytest.raises(OSError, match="No space left"):
+            build(plan_for(pipeline_folder, store))
+    assert missing_blocks(plan_for(pipeline_folder, store)) == [1, 2]
+
+
+def test_half_precision_states_are_recorded_as_such(pipeline_folder: Path, tmp_path: Path) -> None:
+    one = plan_for(pipeline_folder, tmp_path / "a", precision="bfloat16")
+    assert one.recipe.precision["compute"] == "bfloat16"
+    build(one)
+    exact = plan_for(pipeline_folder, tmp_path / "b")
+    build(exact)
+    caches = [TrajectoryCache.open(tmp_path / name) for name in "ab"]
+    difference = caches[0].rows(4, range(24)).astype(np.float32) - caches[1].rows(4, range(24)).astype(np.float32)
+    assert 0.0 < float(np.sqrt(np.square(difference).mean())) < 0.2
+    assert one.recipe.teacher == exact.recipe.teacher
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"sample_size": [8, 16]}, "8×16; expected square"),
+        ({"sample_size": None}, "expected square"),
+        ({"_class_name": "UNet2DConditionModel"}, "is a UNet2DConditionModel"),
+        ({"out_channels": 2}, "1 channels in, 2 out"),
+        ({"num_class_embeds": 10}, "conditioned on a class"),
+        ({"block_out_channels": [8, 12]}, "can't be loaded"),
+    ],
+)
+def test_unusable_networks_are_refused(
+    pipeline_folder: Path, tmp_path: Path, edit: dict[str, object], message: str
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(pipeline_folder, folder)
+    path = folder / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(TeacherError, match=message):
+        load_teacher(TeacherConfig(source=str(folder)), torch.device("cpu"))
+
+
+def test_unusable_folders_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    device = torch.device("cpu")
+
+    def refused(message: str) -> None:
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(TeacherConfig(source=str(tmp_path / "teacher")), device)
+
+    refused("no such folder")
+    shutil.copytree(pipeline_folder, tmp_path / "teacher")
+    scheduler = tmp_path / "teacher/scheduler/scheduler_config.json"
+    text = scheduler.read_text()
+    scheduler.write_text(text.replace("DDPMScheduler", "ScoreSdeVeScheduler"))
+    refused(r"'ScoreSdeVeScheduler' is unknown; expected one of .*DDPMScheduler")
+    scheduler.write_text("{")
+    refused("not readable JSON")
+    scheduler.write_text(text)
+    weights = tmp_path / "teacher/unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    refused("only safetensors are loaded")
+    shutil.rmtree(tmp_path / "teacher/unet")
+    refused("no UNet in it")
+
+
+def test_a_flat_repository_loads_as_older_ones_are_laid_out(pipeline_folder: Path, tmp_path: Path) -> None:
+    """google/ddpm-cifar10-32 keeps config.json, weights and scheduler_config.json at its root."""
+    for path in (*(pipeline_folder / "unet").iterdir(), *(pipeline_folder / "scheduler").iterdir()):
+        shutil.copy(path, tmp_path / path.name)
+    flat = load_teacher(TeacherConfig(source=str(tmp_path)), torch.device("cpu"))
+    nested = load_teacher(TeacherConfig(source=str(pipeline_folder)), torch.device("cpu"))
+    assert flat.identity() == nested.identity()

@@ -1,0 +1,138 @@
+"""Scores: against closed forms, against pytorch-fid, and honest about what was not measured."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from advkd.cache.errors import UsageError
+from advkd.stages.evaluate.config import EvaluateConfig
+from advkd.stages.evaluate.cost import count_macs, interleaved_latency
+from advkd.stages.evaluate.features import SmallClassifier, extract, load_features, save_classifier
+from advkd.stages.evaluate.frechet import Gaussian, frechet_distance, paired_difference
+from advkd.stages.evaluate.images import load_digits, load_real
+
+
+def test_distance_of_known_gaussians() -> None:
+    one = Gaussian(mean=np.array([0.0, 0.0]), covariance=np.diag([1.0, 4.0]))
+    other = Gaussian(mean=np.array([3.0, 4.0]), covariance=np.diag([9.0, 1.0]))
+    # ‖μ‖² = 25; (1 − 3)² + (2 − 1)² = 5 for commuting covariances.
+    assert frechet_distance(one, other) == pytest.approx(30.0)
+    assert frechet_distance(one, one) == pytest.approx(0.0, abs=1e-12)
+    assert frechet_distance(one, other) == pytest.approx(frechet_distance(other, one))
+
+
+def test_distance_of_samples_converges_to_the_closed_form() -> None:
+    generator = np.random.default_rng(0)
+    first = generator.normal(size=(200_000, 3)) * [1.0, 2.0, 3.0]
+    second = generator.normal(size=(200_000, 3)) + 1.0
+    expected = 3.0 + 0.0 + 1.0 + 4.0
+    assert frechet_distance(Gaussian.fit(first), Gaussian.fit(second)) == pytest.approx(expected, rel=0.01)
+
+
+def test_distance_agrees_with_pytorch_fid() -> None:
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    generator = np.random.default_rng(1)
+    features = [generator.normal(size=(500, 16)) @ generator.normal(size=(16, 16)) for _ in range(2)]
+    one, other = (Gaussian.fit(values) for values in features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytorch-fid calls SciPy's sqrtm in a way that is deprecated
+        try:
+            theirs = calculate_frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+        except (TypeError, ValueError):  # … and newer SciPy refuses: its formula, by hand
+            from scipy import linalg
+
+            root = linalg.sqrtm(one.covariance @ other.covariance).real
+            theirs = np.sum((one.mean - other.mean) ** 2) + np.trace(one.covariance + other.covariance - 2 * root)
+    assert frechet_distance(one, other) == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_paired_intervals() -> None:
+    apart = paired_difference([1.0, 2.0, 3.0], [11.0, 12.1, 12.9])
+    assert apart.mean == pytest.approx(-10.0)
+    assert apart.excludes_zero
+    assert not paired_difference([1.0, 9.0, 4.0], [2.0, 5.0, 6.0]).excludes_zero
+    # Student's t with 2 degrees of freedom: 4.302653 standard errors.
+    assert apart.high - apart.mean == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)
+
+
+def test_costs_are_counted() -> None:
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1)
+    assert count_macs(lambda batch: layer(torch.zeros(batch, 3, 8, 8))) == 3 * 5 * 9 * 64
+    latency = interleaved_latency({"a": lambda batch: torch.zeros(batch)}, 4, repeats=3)
+    assert latency["a"] > 0.0
+
+
+def test_digits_are_the_real_ones() -> None:
+    images, labels = load_digits(16)
+    assert images.shape == (1797, 1, 16, 16)
+    assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
+    assert sorted(set(labels.tolist())) == list(range(10))
+
+
+def test_real_images_from_a_folder(tmp_path: Path) -> None:
+    for index in range(3):
+        Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / f"{index}.png")
+    images = load_real(str(tmp_path), (3, 8, 8))
+    assert images.shape == (3, 3, 8, 8)
+    assert float(images[0, 0].min()) == 1.0 and float(images[0, 1].max()) == -1.0
+    (tmp_path / "3.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match="can't be read"):
+        load_real(str(tmp_path), (3, 8, 8))
+    with pytest.raises(UsageError, match="expected `digits` or a folder"):
+        load_real(str(tmp_path / "none"), (3, 8, 8))
+
+
+def test_a_classifier_comes_back_from_its_folder(tmp_path: Path) -> None:
+    classifier = SmallClassifier(1, 16, 10).eval()
+    save_classifier(tmp_path, classifier, {"held_out_accuracy": 0.5})
+    network = load_features(EvaluateConfig(features=str(tmp_path)), (1, 16, 16))
+    images = torch.randn(5, 1, 16, 16)
+    features = extract(network, images, batch_size=2)
+    assert features.shape == (5, 64)
+    np.testing.assert_allclose(features, classifier.features(images).detach().numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="no classifier that advkd can load"):
+        load_features(EvaluateConfig(features=str(tmp_path / "none")), (1, 16, 16))
+
+
+def test_inception_is_for_colour_images_of_32_pixels_and_more() -> None:
+    for shape in ((1, 32, 32), (3, 16, 16)):
+        with pytest.raises(UsageError, match="needs colour images of at least 32 pixels"):
+            load_features(EvaluateConfig(), shape)
+
+
+def test_inception_weights_from_a_local_file(tmp_path: Path) -> None:
+    from pytorch_fid import inception
+
+    with pytest.raises(UsageError, match="no such file"):
+        load_features(EvaluateConfig(inception_weights=str(tmp_path / "none.pth")), (3, 32, 32))
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UsageError, match="not pytorch-fid's"):
+        load_features(EvaluateConfig(inception_weights=str(tmp_path / "other.pth")), (3, 32, 32))
+    network = inception._inception_v3(num_classes=1008, aux_logits=False, weights=None)
+    network.Mixed_5b = inception.FIDInceptionA(192, pool_features=32)
+    network.Mixed_5c = inception.FIDInceptionA(256, pool_features=64)
+    network.Mixed_5d = inception.FIDInceptionA(288, pool_features=64)
+    for name, width in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+        setattr(network, name, inception.FIDInceptionC(768, channels_7x7=width))
+    network.Mixed_7b, network.Mixed_7c = inception.FIDInceptionE_1(1280), inception.FIDInceptionE_2(2048)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    features = load_features(EvaluateConfig(inception_weights=str(tmp_path / "weights.pth")), (3, 32, 32))
+    assert extract(features, torch.zeros(2, 3, 32, 32)).shape == (2, 2048)
+
+
+def test_absent_inception_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from urllib.error import URLError
+
+    from pytorch_fid import inception
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("unreachable")
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", unreachable)
+    with pytest.raises(UsageError, match=r"pt_inception-2015-12-05-6726825d.pth .* --inception-weights FILE"):
+        load_features(EvaluateConfig(), (3, 32, 32))

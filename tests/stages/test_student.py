@@ -1,0 +1,160 @@
+"""Students: the paper's sizes, the unrolled sampler's laws, folders that run no code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from advkd.cache.errors import TrainingError
+from advkd.pipeline.config import load_experiment
+from advkd.stages.student.config import StudentConfig
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.progressive import (
+    ConditionalDiscriminator,
+    ProgressiveStudent,
+    reduce_noise,
+    upsampling_submodules,
+)
+from advkd.stages.student.student import build_student, generate, load_student, noise_of, save_student
+from advkd.stages.student.unrolled import Critic, UnrolledStudent
+
+
+def geometry(channels: int = 1, size: int = 16, submodules: int = 4) -> Geometry:
+    angles = torch.linspace(torch.pi / 2, 0, submodules + 1).tolist()
+    levels = tuple((float(torch.tensor(a).cos()), float(torch.tensor(a).sin())) for a in angles)
+    levels = ((0.01, 0.99995), *levels[1:-1], (1.0, 0.0))
+    return Geometry(
+        item_shape=(channels, size, size),
+        levels=levels,
+        timesteps=tuple(float(1000 - 100 * k) for k in range(submodules + 1)),
+        steps=tuple(range(0, 10 * submodules + 1, 10)),
+        root_seed=0,
+        noise_dtype="float16",
+    )
+
+
+def test_progressive_has_the_references_size() -> None:
+    """Adv-KD at 256 px: 2,429,937 parameters with all heads, 1,721,235 deployed."""
+    config = load_experiment("celebahq256").train.student
+    student = build_student(config, geometry(channels=3, size=256, submodules=11))
+    assert isinstance(student, ProgressiveStudent)
+    assert sum(parameter.numel() for parameter in student.parameters()) == 2_429_937
+    assert student.deployed_parameters() == 1_721_235
+    assert student.sizes == [8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 256]
+
+
+@pytest.mark.parametrize(
+    ("submodules", "size", "doubling"),
+    [(11, 256, (0, 2, 4, 6, 8, 10)), (5, 16, (0, 4)), (10, 32, (0, 4, 9)), (3, 8, (2,)), (2, 16, (0, 1))],
+)
+def test_upsamplings_are_spread_evenly_and_end_in_the_last(
+    submodules: int, size: int, doubling: tuple[int, ...]
+) -> None:
+    assert upsampling_submodules(submodules, size) == doubling
+    student = ProgressiveStudent(geometry(size=size, submodules=submodules))
+    images = student.heads(torch.randn(3, 1, size, size))
+    assert [image.shape[-1] for image in images] == student.sizes
+    assert images[-1].shape == (3, 1, size, size)
+    assert max(float(image.detach().abs().max()) for image in images) <= 1.0
+
+
+@pytest.mark.parametrize(("submodules", "size"), [(5, 24), (5, 4), (2, 64), (5, 20)])
+def test_shapes_that_cannot_grow_are_refused(submodules: int, size: int) -> None:
+    with pytest.raises(TrainingError, match="progressive needs"):
+        upsampling_submodules(submodules, size)
+
+
+def test_reduced_noise_stays_unit_normal() -> None:
+    torch.manual_seed(0)
+    for size in (8, 32, 256):
+        reduced = reduce_noise(torch.randn(200, 3, size, size))
+        assert reduced.shape == (200, 3, 4, 4)
+        assert float(reduced.std()) == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("size", [4, 8, 64])
+def test_discriminators_fit_every_stage(size: int) -> None:
+    discriminator = ConditionalDiscriminator(3, size)
+    logits = discriminator(torch.randn(5, 3, size, size), torch.randn(5, 3, 64, 64))
+    assert logits.shape == (5,)
+    first = next(module for module in discriminator.modules() if isinstance(module, nn.Conv2d))
+    assert first.out_channels == 32
+    assert any(isinstance(module, nn.BatchNorm1d) for module in discriminator.modules())
+
+
+class Truth(nn.Module):
+    """A submodule that knows x_0."""
+
+    def __init__(self, x0: torch.Tensor) -> None:
+        super().__init__()
+        self.x0 = x0
+
+    def forward(self, features: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return state, self.x0
+
+
+def test_unrolled_jumps_are_the_ddim_path_of_its_x0() -> None:
+    """With the right x̂_0 in every submodule, the states are alpha · x_0 + sigma · ε for the one ε in x_T."""
+    shape = geometry()
+    student = UnrolledStudent(shape, width=8, depth=1)
+    torch.manual_seed(1)
+    x0, epsilon = torch.randn(2, 1, 16, 16), torch.randn(2, 1, 16, 16)
+    student.submodules = nn.ModuleList(Truth(x0) for _ in range(4))
+    alpha, sigma = shape.levels[0]
+    states = student.heads(alpha * x0 + sigma * epsilon)
+    for (alpha, sigma), state in zip(shape.levels[1:], states, strict=True):
+        torch.testing.assert_close(state, alpha * x0 + sigma * epsilon, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states[-1], x0, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_unrolled_shapes_and_gradients(attention: bool) -> None:
+    student = UnrolledStudent(geometry(channels=3, size=8, submodules=2), 16, 1, 2, attention)
+    noise = torch.randn(3, 3, 8, 8)
+    predictions, states = student.unroll(noise)
+    assert [p.shape for p in predictions] == [s.shape for s in states] == [noise.shape] * 2
+    torch.testing.assert_close(student(noise), predictions[-1], rtol=0, atol=0)
+    student(noise).square().mean().backward()
+    assert all(p.grad is not None for name, p in student.named_parameters() if "submodules.1" in name)
+    with pytest.raises(TrainingError, match="patches of 3"):
+        UnrolledStudent(geometry(), patch=3)
+
+
+def test_critic_sees_images_and_noise() -> None:
+    critic = Critic(1, 4)
+    images, noise = torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
+    assert critic(images, noise).shape == (4,)
+    assert not torch.allclose(critic(images, noise), critic(images, noise.roll(1, 0)))
+
+
+@pytest.mark.parametrize("kind", ["unrolled", "progressive"])
+def test_a_saved_student_comes_back_whole(tmp_path: Path, kind: str) -> None:
+    config = StudentConfig(kind=kind, width=8, depth=1)
+    student = build_student(config, geometry()).eval()
+    save_student(tmp_path, student, config, geometry())
+    loaded, found = load_student(tmp_path)
+    assert found == geometry()
+    noise = noise_of(found, [5, 2**40])
+    assert noise.shape == (2, 1, 16, 16)
+    torch.testing.assert_close(generate(loaded, noise), generate(student, noise, 1), rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_is_no_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no student in"):
+        load_student(tmp_path)
+    config = StudentConfig(width=8, depth=1)
+    save_student(tmp_path, build_student(config, geometry()), config, geometry())
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    with pytest.raises(TrainingError, match="holds no student"):
+        load_student(tmp_path)
+    weights.write_bytes(whole)
+    value = json.loads((tmp_path / "config.json").read_text())
+    value["student"]["width"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(value))
+    with pytest.raises(TrainingError, match="holds no student"):
+        load_student(tmp_path)

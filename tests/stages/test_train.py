@@ -1,0 +1,246 @@
+"""Training: from the cache alone, resumable to the digit, and never over another run."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from advkd.cache.errors import NotCachedError, TrainingError, UsageError
+from advkd.cache.noise import is_held_out
+from advkd.cache.reader import TrajectoryCache
+from advkd.stages.student.config import ObjectiveConfig, StagesConfig, StudentConfig, TrainConfig
+from advkd.stages.student.data import TrajectoryBatches, epoch_order, make_loader
+from advkd.stages.student.run import Run, split_seeds
+from advkd.stages.student.train import train
+from tests.conftest import make_recipe, write_store
+
+UNROLLED = TrainConfig(
+    student=StudentConfig(width=8, depth=1),
+    objective=ObjectiveConfig(critic_width=4, adversarial_start=0.4, penalty_every=2),
+    steps=12,
+    batch_size=16,
+    log_every=2,
+    preview_every=6,
+    checkpoint_every=4,
+)
+PROGRESSIVE = dataclasses.replace(
+    UNROLLED,
+    student=StudentConfig(kind="progressive", base_channels=4),
+    stages=StagesConfig(epochs=[1], batch_sizes=[40, 48]),
+)
+
+
+def metrics(run: Path) -> dict[str, str]:
+    return {str(path.relative_to(run)): path.read_text() for path in sorted((run / "log").rglob("*.tsv"))}
+
+
+def outcome(run: Path) -> tuple[dict[str, str], bytes]:
+    return metrics(run), (run / "student/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("config", [UNROLLED, PROGRESSIVE], ids=["unrolled", "progressive"])
+def test_a_run_leaves_all_that_it_promises(store: Path, tmp_path: Path, config: TrainConfig) -> None:
+    trained = train(store, config, tmp_path / "run")
+    assert trained.complete
+    assert np.isfinite(trained.held_out_mse)
+    assert trained.preview is not None and trained.preview.is_file()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["identity"]["cache"]["fingerprint"] == TrajectoryCache.open(store).recipe.fingerprint
+    assert {"train/loss.tsv", "held_out/mse.tsv", "train/generator.tsv", "train/critic.tsv"} <= {
+        name.removeprefix("log/plots/metrics/") for name in metrics(tmp_path / "run")
+    }
+    again = train(store, config, tmp_path / "run")
+    assert (again.step, again.held_out_mse) == (trained.step, trained.held_out_mse)
+
+
+@pytest.mark.parametrize("config", [UNROLLED, PROGRESSIVE], ids=["unrolled", "progressive"])
+@pytest.mark.parametrize("stops", [[3], [4, 9], [6]])
+def test_going_on_gives_the_uninterrupted_run_to_the_digit(
+    store: Path, tmp_path: Path, config: TrainConfig, stops: list[int]
+) -> None:
+    train(store, config, tmp_path / "whole")
+    for stop in stops:
+        trained = train(store, config, tmp_path / "parts", max_steps=stop)
+        assert (trained.step, trained.complete) == (stop, False)
+    train(store, config, tmp_path / "parts", resume=True)
+    whole, parts = outcome(tmp_path / "whole"), outcome(tmp_path / "parts")
+    assert whole[1] == parts[1]
+    for name, text in whole[0].items():
+        rows = dict(line.split("\t") for line in text.splitlines())
+        resumed = dict(line.split("\t") for line in parts[0][name].splitlines())
+        # A stop between two logs adds a row and splits one average; all others are equal.
+        split = {str(stop) for stop in stops} | {str(stop + stop % 2) for stop in stops}
+        assert {k: v for k, v in rows.items() if k not in split} == {k: v for k, v in resumed.items() if k not in split}
+
+
+def test_a_crash_repeats_from_the_last_checkpoint(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at step 7 of 12 with a checkpoint at 4: the metrics of steps 5 to 7 are logged once."""
+    from advkd.stages.student.unrolled_program import UnrolledProgram
+
+    train(store, UNROLLED, tmp_path / "whole")
+    original = UnrolledProgram.step
+
+    def crash(self: UnrolledProgram, batch: object, phase: int, step: int) -> object:
+        if step == 7:
+            raise SystemError("killed")
+        return original(self, batch, phase, step)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnrolledProgram, "step", crash)
+        with pytest.raises(SystemError):
+            train(store, UNROLLED, tmp_path / "run")
+    train(store, UNROLLED, tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_stop_request_saves_first(store: Path, tmp_path: Path) -> None:
+    calls = iter([False, False, True])
+    trained = train(store, UNROLLED, tmp_path / "run", should_stop=lambda: next(calls))
+    assert (trained.step, trained.complete) == (3, False)
+    assert train(store, UNROLLED, tmp_path / "run").complete
+
+
+def test_the_same_seed_gives_the_same_run(store: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(store, UNROLLED, tmp_path / name)
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+    train(store, dataclasses.replace(UNROLLED, seed=1), tmp_path / "three")
+    assert outcome(tmp_path / "one") != outcome(tmp_path / "three")
+
+
+def test_another_run_in_the_folder_is_left_alone(store: Path, tmp_path: Path) -> None:
+    train(store, UNROLLED, tmp_path / "run", max_steps=2)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = dataclasses.replace(UNROLLED, learning_rate=1.0)
+    with pytest.raises(UsageError, match=r"another run \(config.learning_rate: 0.001 → 1.0\)"):
+        train(store, other, tmp_path / "run")
+    write_store(tmp_path / "other.zarr", "0:256", noise={"rule": "philox4x64-as241-v1", "root_seed": 9})
+    with pytest.raises(UsageError, match=r"another run \(cache"):
+        train(tmp_path / "other.zarr", UNROLLED, tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    train(store, other, tmp_path / "run", max_steps=1, on_mismatch="set-aside")
+    assert json.loads((tmp_path / "run.old-1/run.json").read_text())["identity"]["config"]["learning_rate"] == 0.001
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years")
+    with pytest.raises(TrainingError, match="is no run"):
+        train(store, UNROLLED, tmp_path / "mine", on_mismatch="set-aside")
+    with pytest.raises(UsageError, match="there is no run"):
+        train(store, UNROLLED, tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_unfinished_run_ends_on_the_seeds_it_began_with(store: Path, tmp_path: Path) -> None:
+    train(store, UNROLLED, tmp_path / "whole")
+    train(store, UNROLLED, tmp_path / "run", max_steps=5)
+    write_store(store, "256:512")
+    train(store, UNROLLED, tmp_path / "run")
+    assert outcome(tmp_path / "run")[1] == outcome(tmp_path / "whole")[1]
+
+
+def test_divergence_stops_with_the_last_good_checkpoint_named(store: Path, tmp_path: Path) -> None:
+    wild = dataclasses.replace(UNROLLED, learning_rate=1e30, gradient_clip=0.0, warmup=0.0)
+    with pytest.raises(TrainingError, match=r"diverged: .*not finite by step \d+.*lower train.learning_rate"):
+        train(store, wild, tmp_path / "run")
+
+
+def test_a_stochastic_cache_with_a_paired_loss_is_refused_with_the_reason(tmp_path: Path) -> None:
+    sampler = {**make_recipe().sampler, "name": "ddpm", "deterministic": False}
+    write_store(tmp_path / "ddpm.zarr", "0:256", sampler=sampler)
+    with pytest.raises(UsageError, match=r"ddpm, which draws noise at every step: x_T does not determine x_0"):
+        train(tmp_path / "ddpm.zarr", UNROLLED, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "ddpm.zarr", PROGRESSIVE, tmp_path / "run").complete
+
+
+def test_empty_and_partial_caches_are_refused(store: Path, tmp_path: Path) -> None:
+    write_store(tmp_path / "empty.zarr", "0:16")
+    (tmp_path / "empty.zarr/blocks/000000.json").unlink()
+    with pytest.raises(NotCachedError, match=r"is empty \(0 of 1 blocks\): finish it"):
+        train(tmp_path / "empty.zarr", UNROLLED, tmp_path / "run")
+    (store / "blocks/000005.json").unlink()
+    with pytest.raises(NotCachedError, match=r"15 of the 16 blocks .* block 5 \(seeds 80:96\) is not; finish it"):
+        train(store, UNROLLED, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(store, dataclasses.replace(UNROLLED, seeds="96:256"), tmp_path / "run").complete
+    with pytest.raises(UsageError, match="batch_size 100 exceeds the"):
+        train(store, dataclasses.replace(UNROLLED, seeds="96:128", batch_size=100), tmp_path / "small")
+
+
+def test_held_out_seeds_are_never_trained_on(store: Path) -> None:
+    split = split_seeds(TrajectoryCache.open(store), None)
+    assert not is_held_out(split.training).any()
+    assert is_held_out(split.held_out).all()
+    assert sorted([*split.training, *split.held_out]) == list(range(256))
+
+
+def test_order_is_a_permutation_and_a_function_of_seed_phase_and_epoch() -> None:
+    seeds = np.arange(100, 200)
+    orders = [epoch_order(seeds, root, phase, epoch) for root in (0, 1) for phase in (0, 1) for epoch in (0, 1, 2)]
+    assert all(sorted(order) == list(seeds) for order in orders)
+    assert len({order.tobytes() for order in orders}) == len(orders)
+    np.testing.assert_array_equal(epoch_order(seeds, 1, 0, 2), epoch_order(seeds, 1, 0, 2))
+
+
+def test_batches_cut_anywhere_are_the_same_batches(store: Path) -> None:
+    def batches(steps: range, rank: int = 0, world: int = 1) -> list[list[int]]:
+        return list(
+            TrajectoryBatches(
+                np.arange(50), batch_size=8, root_seed=0, phase=0, steps=steps, rank=rank, world_size=world
+            )
+        )
+
+    whole = batches(range(20))
+    assert batches(range(0, 7)) + batches(range(7, 20)) == whole
+    assert all(len({seed for batch in whole[epoch * 6 :][:6] for seed in batch}) == 48 for epoch in range(3))
+    ranks = [batches(range(20), rank, 2) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole]
+    cache = TrajectoryCache.open(store)
+    sampler = TrajectoryBatches(np.arange(50), batch_size=8, root_seed=0, phase=0, steps=range(2))
+    for batch, seeds in zip(make_loader(cache, (0, 4), sampler), whole, strict=False):
+        assert batch[4].dtype == torch.float32
+        np.testing.assert_array_equal(batch[4].numpy(), cache.rows(4, seeds).astype(np.float32))
+
+
+def test_only_the_states_in_use_are_read(store: Path, tmp_path: Path) -> None:
+    """Regression on x_0 alone needs neither the states between nor their files."""
+    import shutil
+
+    shutil.rmtree(store / "states/0002")
+    config = dataclasses.replace(UNROLLED, objective=dataclasses.replace(UNROLLED.objective, state=0.0))
+    assert train(store, config, tmp_path / "run").complete
+    with pytest.raises(NotCachedError, match="state 0002 is not here"):
+        train(store, UNROLLED, tmp_path / "other")
+
+
+def test_training_needs_neither_diffusers_nor_the_teachers_stage(store: Path, tmp_path: Path) -> None:
+    program = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("diffusers", "transformers") or name.startswith("advkd.stages.teacher"):
+            raise ImportError("training must not import " + name)
+sys.meta_path.insert(0, Refuse())
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+from pathlib import Path
+from tests.stages.test_train import UNROLLED, train
+print(train(Path({str(store)!r}), UNROLLED, Path({str(tmp_path / "run")!r})).complete)
+print(any("diffusers" in name for name in sys.modules), any("teachers/" in path for path in opened))
+"""
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert result.stdout.split() == ["True", "False", "False"], result.stderr
+
+
+def test_a_checkpoint_of_another_structure_is_refused(store: Path, tmp_path: Path) -> None:
+    train(store, UNROLLED, tmp_path / "run", max_steps=4)
+    run = Run(tmp_path / "run")
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:500])
+    with pytest.raises(TrainingError, match="can't be read as a checkpoint"):
+        train(store, UNROLLED, tmp_path / "run")
