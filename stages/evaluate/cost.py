@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 LATENCY_BATCHES = (1, 64)
+MIN_REPEATS, MAX_REPEATS = 3, 25
+SECONDS_OF_TIMING = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,15 +41,15 @@ def count_macs(evaluate: Callable[[int], object]) -> float:
 
 
 @torch.no_grad()
-def interleaved_latency(
-    evaluations: Mapping[str, Callable[[int], torch.Tensor]], batch: int, repeats: int = 15
-) -> dict[str, float]:
+def interleaved_latency(evaluations: Mapping[str, Callable[[int], torch.Tensor]], batch: int) -> dict[str, float]:
     """Median seconds of each evaluation at a batch size, taken in turns so that drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in evaluations}
-    for round_ in range(repeats + 2):
-        for name, evaluate in evaluations.items():
-            begin = time.perf_counter()
-            float(evaluate(batch).flatten()[0])  # reading a value waits for the device
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - begin)
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+
+    def seconds(name: str) -> float:
+        begin = time.perf_counter()
+        float(evaluations[name](batch).flatten()[0])  # reading a value waits for the device
+        return time.perf_counter() - begin
+
+    warm = [max(seconds(name) for name in evaluations) for _ in range(2)][-1]
+    repeats = min(MAX_REPEATS, max(MIN_REPEATS, round(SECONDS_OF_TIMING / warm)))
+    rounds = [{name: seconds(name) for name in evaluations} for _ in range(repeats)]
+    return {name: statistics.median(times[name] for times in rounds) for name in evaluations}

@@ -63,7 +63,7 @@ def test_paired_intervals() -> None:
 def test_costs_are_counted() -> None:
     layer = torch.nn.Conv2d(3, 5, 3, padding=1)
     assert count_macs(lambda batch: layer(torch.zeros(batch, 3, 8, 8))) == 3 * 5 * 9 * 64
-    latency = interleaved_latency({"a": lambda batch: torch.zeros(batch)}, 4, repeats=3)
+    latency = interleaved_latency({"a": lambda batch: torch.zeros(batch)}, 4)
     assert latency["a"] > 0.0
 
 
