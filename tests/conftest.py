@@ -119,3 +119,18 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "provenance" not in path.relative_to(folder).parts
     }
+
+
+def save_random_inception(path: Path) -> None:
+    """pytorch-fid's network with random weights, as a file that stands for its own."""
+    from pytorch_fid import inception
+
+    network = inception._inception_v3(num_classes=1008, aux_logits=False, weights=None)
+    network.Mixed_5b = inception.FIDInceptionA(192, pool_features=32)
+    network.Mixed_5c = inception.FIDInceptionA(256, pool_features=64)
+    network.Mixed_5d = inception.FIDInceptionA(288, pool_features=64)
+    for name, width in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+        setattr(network, name, inception.FIDInceptionC(768, channels_7x7=width))
+    network.Mixed_7b, network.Mixed_7c = inception.FIDInceptionE_1(1280), inception.FIDInceptionE_2(2048)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(network.state_dict(), path)

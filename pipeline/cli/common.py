@@ -13,6 +13,7 @@ from typing import Any, NoReturn, ParamSpec
 import click
 
 from advkd.cache.errors import AdvkdError, UsageError
+from advkd.pipeline.memory import keep_freed_memory
 
 P = ParamSpec("P")
 INTERRUPTED = 130
@@ -37,6 +38,7 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         signal.signal(signal.SIGTERM, _terminate)
+        keep_freed_memory()
         try:
             function(*args, **kwargs)
         except AdvkdError as error:

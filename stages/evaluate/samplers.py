@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,6 @@ def find_teacher(source: str | None, revision: str | None, recipe: Recipe) -> tu
 
 def recorded_source(store: Path) -> dict[str, Any]:
     """Where the cache's teacher came from, as its provenance says; empty if that is not here."""
-    import json
-
     try:
         value: dict[str, Any] = json.loads((store / "provenance" / "store.json").read_bytes())["teacher"]
         source = value.get("source")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError
+from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pretrain.config import PretrainConfig
 from advkd.stages.reporter import Reporter
 from advkd.stages.schedules import one_cycle
@@ -56,7 +56,7 @@ def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) ->
             "timestep_spacing": "trailing",
         }
     )
-    average = copy.deepcopy(unet).eval().requires_grad_(False)
+    average = ExponentialMovingAverage(unet, config.ema)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -73,14 +73,12 @@ def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) ->
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        weight = 1.0 - min(config.ema, (1.0 + step) / (10.0 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), weight)
+        average.update(unet, step)
         if step % 50 == 0 and not bool(torch.isfinite(loss)):
             raise TrainingError(f"the teacher's loss is not finite at step {step}: lower pretrain.learning_rate")
         reporter.advance(1, f"loss {float(loss.detach()):.4f}" if step % 50 == 0 else "")
     reporter.finish()
-    return average, scheduler
+    return average.model, scheduler
 
 
 def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.reader import TrajectoryCache
+from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pictures import save_rows
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.checkpoint import load_checkpoint, read_scalars, save_checkpoint
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.data import TrajectoryBatches, make_loader, read_float
-from advkd.stages.student.ema import ExponentialMovingAverage
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.programs import Program
 from advkd.stages.student.progressive import ProgressiveStudent

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, tree
+from tests.pipeline.readme import readme_commands
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {
@@ -110,19 +112,24 @@ def test_a_changed_teacher_reruns_everything_and_sets_the_stale_store_aside(clon
     assert repro(clone) == []
 
 
-def test_a_team_shares_the_cache_through_a_remote(clone: Path, tmp_path: Path) -> None:
+def test_a_team_shares_the_cache_as_the_readme_says(clone: Path, tmp_path: Path) -> None:
     """One pushes; another clones, pulls only the cache, and trains without the teacher's files."""
-    run(clone, "dvc", "remote", "add", "--force", "--default", "team", tmp_path / "remote")
+    publish, use = readme_commands("Sharing a cache")
+    (tmp_path / "remote").mkdir()
     run(clone, "git", "add", "-A")
     run(clone, "git", "commit", "-qm", "built")
-    run(clone, "dvc", "push", "-q", "cache")
+    for command in publish:
+        run(clone, *shlex.split(command.replace("/mnt/shared/advkd", str(tmp_path / "remote"))))
+    run(clone, "git", "commit", "-qam", "shared")
     run(tmp_path, "git", "clone", "-q", clone, "colleague")
     colleague = tmp_path / "colleague"
-    run(colleague, "dvc", "pull", "-q", "cache/smoke.zarr")
+    assert use[0] == "dvc pull cache/digits.zarr"
+    run(colleague, *shlex.split(use[0].replace("digits", "smoke")))
     assert tree(colleague / "cache/smoke.zarr") == tree(clone / "cache/smoke.zarr")
     assert not (colleague / "teachers").exists()
     output = run(colleague, "advkd-train", "--cache", "cache/smoke.zarr", "--config", "smoke", "--max-steps", "5")
     assert output.startswith("runs/smoke: step 5 of 40")
     shutil.rmtree(colleague / "runs")
-    run(colleague, "dvc", "repro", "-s", "train")
+    for command in use[1:]:
+        run(colleague, *shlex.split(command))
     assert json.loads((colleague / "runs/smoke/run.json").read_text())["status"] == "complete"

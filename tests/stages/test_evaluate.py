@@ -14,6 +14,7 @@ from advkd.stages.evaluate.cost import count_macs, interleaved_latency
 from advkd.stages.evaluate.features import SmallClassifier, extract, load_features, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance, paired_difference
 from advkd.stages.evaluate.images import load_digits, load_real
+from tests.conftest import save_random_inception
 
 
 def test_distance_of_known_gaussians() -> None:
@@ -106,21 +107,12 @@ def test_inception_is_for_colour_images_of_32_pixels_and_more() -> None:
 
 
 def test_inception_weights_from_a_local_file(tmp_path: Path) -> None:
-    from pytorch_fid import inception
-
     with pytest.raises(UsageError, match="no such file"):
         load_features(EvaluateConfig(inception_weights=str(tmp_path / "none.pth")), (3, 32, 32))
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UsageError, match="not pytorch-fid's"):
         load_features(EvaluateConfig(inception_weights=str(tmp_path / "other.pth")), (3, 32, 32))
-    network = inception._inception_v3(num_classes=1008, aux_logits=False, weights=None)
-    network.Mixed_5b = inception.FIDInceptionA(192, pool_features=32)
-    network.Mixed_5c = inception.FIDInceptionA(256, pool_features=64)
-    network.Mixed_5d = inception.FIDInceptionA(288, pool_features=64)
-    for name, width in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-        setattr(network, name, inception.FIDInceptionC(768, channels_7x7=width))
-    network.Mixed_7b, network.Mixed_7c = inception.FIDInceptionE_1(1280), inception.FIDInceptionE_2(2048)
-    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    save_random_inception(tmp_path / "weights.pth")
     features = load_features(EvaluateConfig(inception_weights=str(tmp_path / "weights.pth")), (3, 32, 32))
     assert extract(features, torch.zeros(2, 3, 32, 32)).shape == (2, 2048)
 

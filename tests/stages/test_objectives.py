@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.schedules import one_cycle
 from advkd.stages.student import objectives
-from advkd.stages.student.ema import ExponentialMovingAverage
 
 
 def test_pseudo_huber_is_quadratic_near_and_linear_far() -> None:

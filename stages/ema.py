@@ -1,4 +1,4 @@
-"""An exponential moving average of a student's weights; only the average is ever evaluated."""
+"""An exponential moving average of weights; only the average is ever evaluated."""
 
 from __future__ import annotations
 

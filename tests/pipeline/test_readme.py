@@ -1,0 +1,98 @@
+"""Every command in the README runs as it is written there (the team's in test_dvc.py), and its promises hold."""
+
+import functools
+import itertools
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pytorch_fid.inception import FID_WEIGHTS_URL
+
+from advkd.cache import TrajectoryCache
+from advkd.pipeline.cli.cache import main as cache_command
+from advkd.pipeline.cli.evaluate import main as evaluate_command
+from advkd.pipeline.cli.sample import main as sample_command
+from advkd.pipeline.cli.train import main as train_command
+from advkd.pipeline.config import load_experiment, to_plain
+from advkd.stages.evaluate import config as evaluate_config
+from advkd.stages.student import config as student_config
+from tests.conftest import ROOT, Invoke, save_random_inception, write_store
+from tests.pipeline.readme import TEXT, readme_commands
+
+COMMANDS = {
+    "advkd-cache": cache_command,
+    "advkd-train": train_command,
+    "advkd-sample": sample_command,
+    "advkd-evaluate": evaluate_command,
+}
+
+
+def test_no_command_is_forgotten() -> None:
+    """All shell blocks stand below the headings that these tests run."""
+    headings = ("Two commands", "With your own teacher", "Sharing a cache")
+    assert TEXT.count("```sh") == sum(len(readme_commands(heading)) for heading in headings)
+
+
+def test_make_targets_do_what_the_readme_says() -> None:
+    (commands,) = readme_commands("Two commands")
+    assert commands == ["make demo", "make test"]
+    for command, last in zip(commands, ("dvc repro", "pytest"), strict=True):
+        plan = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert plan.stdout.strip().splitlines()[-1] == last
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_commands_for_ones_own_teacher(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Literally, with the Hub's checkpoint replaced by a small one, fewer seeds and shorter defaults."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        **blocks,
+    )  # fmt: skip
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "google/ddpm-cifar10-32")
+    config = to_plain(load_experiment(ROOT / "configs/cifar10.yaml"))
+    config["cache"] |= {"seeds": "0:32", "block_size": 32, "batch_size": 32}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/cifar10.yaml").write_text(yaml.safe_dump(config))
+    student = student_config.StudentConfig(width=8, depth=1)
+    monkeypatch.setattr(
+        student_config,
+        "TrainConfig",
+        functools.partial(student_config.TrainConfig, steps=2, batch_size=8, student=student),
+    )
+    monkeypatch.setattr(
+        evaluate_config,
+        "EvaluateConfig",
+        functools.partial(evaluate_config.EvaluateConfig, num_sets=2, set_size=2, solver_steps=[1]),
+    )
+    save_random_inception(tmp_path / "hub/checkpoints" / Path(FID_WEIGHTS_URL).name)
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path / "hub"))
+    for command in itertools.chain(*readme_commands("With your own teacher")):
+        name, *arguments = shlex.split(command)
+        result = invoke(COMMANDS[name], *arguments)
+        assert result.exit_code == 0, f"{command}: {result.output}"
+    assert (tmp_path / "samples.png").is_file()
+    assert (tmp_path / "runs/cifar/evaluation/metrics.json").is_file()
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a store whose states stand where the example looks."""
+    monkeypatch.chdir(tmp_path)
+    write_store(tmp_path / "cache/digits.zarr", "0:64")
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(example.replace("rows(50,", "rows(4,"), names)
+    assert isinstance(names["cache"], TrajectoryCache)
+    assert names["x_T"].shape == names["x_0"].shape == (64, 1, 8, 8)  # type: ignore[attr-defined]
+
+
+def test_links_and_pictures_are_there() -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", TEXT)
+    assert targets and all((ROOT / target).is_file() for target in targets)
