@@ -41,31 +41,39 @@ class ObjectiveConfig:
     """Weights of the unrolled student's losses."""
 
     x0: float = 1.0
-    """Pseudo-Huber of every submodule's x̂_0 against the teacher's x_0."""
+    """Pseudo-Huber of the final x̂_0 against the teacher's x_0."""
+    heads: float = 0.5
+    """The same of every earlier submodule's x̂_0."""
     huber_width: float = 0.03
     state: float = 0.3
     """Mean square of every submodule's state against the cached one."""
-    adversarial: float = 0.03
+    adversarial: float = 0.1
     """Relativistic GAN on the final x̂_0; 0 trains by regression alone."""
-    adversarial_start: float = 0.25
-    """Fraction of the steps after which the discriminator joins."""
-    penalty: float = 1.0
+    adversarial_start: float = 0.4
+    """Fraction of the steps after which the critic joins."""
+    adversarial_ramp: float = 0.05
+    """Fraction of the steps over which its weight rises to the full."""
+    fresh: int = 32
+    """Images a step, from noise that is in no cache, that the critic judges; 0 takes the batch's own."""
+    conditional: bool = False
+    """Whether the critic sees the noise too."""
+    penalty: float = 0.05
     """γ of the zero-centred gradient penalties R1 and R2."""
     penalty_every: int = 4
     """Steps between penalties, which are weighted up accordingly (Karras et al. 2020, §3.1)."""
-    critic_width: int = 32
+    critic_width: int = 48
     critic_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.adversarial_start <= 1.0:
             raise ConfigError(f"objective.adversarial_start: {self.adversarial_start} is no fraction of the steps")
-        if self.penalty_every < 1:
-            raise ConfigError(f"objective.penalty_every: {self.penalty_every} is not positive")
+        if self.penalty_every < 1 or self.critic_width < 1 or self.fresh < 0:
+            raise ConfigError("objective: penalty_every and critic_width must be positive, fresh not negative")
 
     @property
     def paired(self) -> bool:
         """Whether a loss assumes that x_T determines x_0."""
-        return self.x0 > 0.0 or self.state > 0.0
+        return max(self.x0, self.heads, self.state) > 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

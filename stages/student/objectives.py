@@ -8,15 +8,14 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, width: float) -> Tensor:
-    """√(‖p − t‖²/d + c²) − c with d values an item: quadratic near zero, linear far away (Song & Dhariwal 2024, §3.3).
+    """√((p − t)² + c²) − c averaged over values: a smooth absolute error, quadratic below c (Charbonnier et al. 1997).
 
     Args:
-        prediction: shape (N, …).
+        prediction: any shape.
         target: the same shape.
-        width: c, where the one turns into the other, as a root mean square error.
+        width: c, in units of the values.
     """
-    squared = (prediction - target).flatten(1).square().mean(1)
-    return (torch.sqrt(squared + width**2) - width).mean()
+    return (torch.sqrt((prediction - target).square() + width**2) - width).mean()
 
 
 def relativistic_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -88,6 +88,10 @@ def train(
     split = split_seeds(cache, config.seeds or run.seeds_in_progress(cache, on_mismatch))
     _check_paired(cache, config)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise UsageError(
+            f"training in {accelerator.num_processes} processes is not there yet: gradients would not be shared; use one"
+        )
     torch.manual_seed(config.seed)
     geometry = Geometry.of(cache)
     student = build_student(config.student, geometry).to(accelerator.device)
@@ -198,8 +202,6 @@ class _Trainer:
             root_seed=self.config.seed,
             phase=phase,
             steps=range(self.step - start, last_step - start),
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
         )
         readings: list[dict[str, Tensor]] = []
         self.program.student.train()
@@ -270,8 +272,6 @@ class _Trainer:
         return save_rows(path, {"x_T": noise.numpy(), "teacher": real.numpy(), "student": made.numpy()})
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
         save_checkpoint(
             self.run.checkpoint,
             self._modules(),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from advkd.cache.noise import mix64
 from advkd.stages.schedules import one_cycle
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.geometry import Geometry
@@ -34,7 +36,8 @@ class UnrolledProgram:
         self._unrolled = student
         states = geometry.steps if config.objective.state else (geometry.steps[0], geometry.steps[-1])
         self.phases = [Phase(num_steps=config.steps, batch_size=config.batch_size, states=tuple(states))]
-        self.critic = Critic(geometry.item_shape[0], config.objective.critic_width)
+        objective = config.objective
+        self.critic = Critic(geometry.item_shape[0], objective.critic_width, objective.conditional)
 
     def begin(self, phase: int) -> None:
         """Make the optimisers."""
@@ -56,53 +59,68 @@ class UnrolledProgram:
         )
 
     def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> Metrics:
-        """Train the student on one batch, then the critic on what the student made of it."""
-        weights = self.config.objective
-        noise, real = batch[self.steps[0]], batch[self.steps[-1]]
-        factor = one_cycle(step, self.config.steps, self.config.warmup)
+        """Train the student on one batch, then the critic on what the student made."""
+        objective, factor = self.config.objective, one_cycle(step, self.config.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
+        noise, real = batch[self.steps[0]], batch[self.steps[-1]]
+        weight = self._adversarial_weight(step)
+        fresh = self._fresh_noise(step, noise) if weight else noise[:0]
         with self.accelerator.autocast():
-            predictions, states = self._unrolled.unroll(noise)
-        heads = [pseudo_huber(x0.float(), real, weights.huber_width) for x0 in predictions]
-        loss = weights.x0 * torch.stack(heads).sum()
-        metrics: Metrics = {
-            "x0": heads[-1].detach(),
-            "mse": (predictions[-1].float() - real).detach().square().mean(),
-        }
-        if weights.state:
+            predictions, states = self._unrolled.unroll(torch.cat([noise, fresh]))
+        count = len(noise)
+        heads = [pseudo_huber(x0[:count].float(), real, objective.huber_width) for x0 in predictions]
+        loss = objective.x0 * heads[-1]
+        if len(heads) > 1:
+            loss = loss + objective.heads * torch.stack(heads[:-1]).sum()
+        made = predictions[-1].float()
+        metrics: Metrics = {"x0": heads[-1].detach(), "mse": (made[:count] - real).detach().square().mean()}
+        if objective.state and len(states) > 1:
             pairs = zip(states[:-1], self.steps[1:-1], strict=True)
-            errors = [(state.float() - batch[at]).square().mean() for state, at in pairs]
-            if errors:
-                metrics["state"] = torch.stack(errors).sum().detach()
-                loss = loss + weights.state * torch.stack(errors).sum()
-        fake = predictions[-1].float()
-        adversarial = weights.adversarial > 0.0 and step >= weights.adversarial_start * self.config.steps
-        if adversarial:
+            error = torch.stack([(state[:count].float() - batch[at]).square().mean() for state, at in pairs]).sum()
+            metrics["state"] = error.detach()
+            loss = loss + objective.state * error
+        # The critic judges images from fresh noise where there are any: it then can't learn which pairs are cached.
+        fake, origin = (made[count:], fresh) if len(fresh) else (made, noise)
+        if weight:
             self.critic.requires_grad_(False)
             with torch.no_grad():
-                real_logits = self.critic(real, noise)
-            gain = relativistic_generator(real_logits, self.critic(fake, noise))
+                real_logits = self.critic(real[: len(fake)], noise[: len(fake)])
+            gain = relativistic_generator(real_logits, self.critic(fake, origin))
             self.critic.requires_grad_(True)
             metrics["generator"] = gain.detach()
-            loss = loss + weights.adversarial * gain
+            loss = loss + weight * gain
         metrics["loss"] = loss.detach()
-        parameters = list(self.student.parameters())
-        descend(self.accelerator, loss, self.optimizer, parameters, self.config.gradient_clip)
-        if adversarial:
-            metrics |= self._train_critic(real, fake.detach(), noise, step)
+        descend(self.accelerator, loss, self.optimizer, list(self.student.parameters()), self.config.gradient_clip)
+        if weight:
+            metrics |= self._train_critic((real[: len(fake)], noise[: len(fake)]), (fake.detach(), origin), step)
         return metrics
 
-    def _train_critic(self, real: Tensor, fake: Tensor, noise: Tensor, step: int) -> Metrics:
-        weights = self.config.objective
-        penalise = step % weights.penalty_every == 0 and weights.penalty > 0.0
-        real, fake = real.detach().requires_grad_(penalise), fake.requires_grad_(penalise)
-        real_logits, fake_logits = self.critic(real, noise), self.critic(fake, noise)
+    def _adversarial_weight(self, step: int) -> float:
+        objective, position = self.config.objective, (step + 1) / self.config.steps
+        if position <= objective.adversarial_start:
+            return 0.0
+        ramp = (position - objective.adversarial_start) / max(objective.adversarial_ramp, 1e-9)
+        return objective.adversarial * min(1.0, ramp)
+
+    def _fresh_noise(self, step: int, noise: Tensor) -> Tensor:
+        """Noise of this step, a function of (seed, step) alone; at most as many images as the batch has."""
+        count = min(self.config.objective.fresh, len(noise))
+        generator = torch.Generator().manual_seed(int(mix64(mix64(self.config.seed) ^ np.uint64(step)) >> np.uint64(1)))
+        return torch.randn(count, *noise.shape[1:], generator=generator).to(noise.device)
+
+    def _train_critic(self, real: tuple[Tensor, Tensor], fake: tuple[Tensor, Tensor], step: int) -> Metrics:
+        """One step of the critic on (images, noise) of either kind."""
+        objective = self.config.objective
+        penalise = step % objective.penalty_every == 0 and objective.penalty > 0.0
+        real_images = real[0].detach().requires_grad_(penalise)
+        fake_images = fake[0].detach().requires_grad_(penalise)
+        real_logits, fake_logits = self.critic(real_images, real[1]), self.critic(fake_images, fake[1])
         loss = relativistic_discriminator(real_logits, fake_logits)
         metrics = {"critic": loss.detach(), "ahead": (real_logits > fake_logits).float().mean().detach()}
         if penalise:
-            penalty = squared_gradient(real_logits, real) + squared_gradient(fake_logits, fake)
-            loss = loss + 0.5 * weights.penalty * weights.penalty_every * penalty
+            penalty = squared_gradient(real_logits, real_images) + squared_gradient(fake_logits, fake_images)
+            loss = loss + 0.5 * objective.penalty * objective.penalty_every * penalty
         descend(self.accelerator, loss, self.critic_optimizer, list(self.critic.parameters()), 0.0)
         return metrics
 

@@ -15,8 +15,10 @@ def test_pseudo_huber_is_quadratic_near_and_linear_far() -> None:
     zero = torch.zeros(2, 1, 4, 4)
     near = objectives.pseudo_huber(zero + 1e-3, zero, 0.1)
     assert float(near) == pytest.approx(1e-6 / 0.2, rel=1e-2)
-    far = objectives.pseudo_huber(zero + 50.0, zero, 0.1)
+    far = objectives.pseudo_huber(zero - 50.0, zero, 0.1)
     assert float(far) == pytest.approx(49.9, rel=1e-4)
+    mixed = objectives.pseudo_huber(torch.tensor([0.0, 3.0]), torch.zeros(2), 4.0)
+    assert float(mixed) == pytest.approx(0.5)
 
 
 def test_relativistic_losses_are_each_others_mirror() -> None:

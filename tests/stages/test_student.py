@@ -122,11 +122,14 @@ def test_unrolled_shapes_and_gradients(attention: bool) -> None:
         UnrolledStudent(geometry(), patch=3)
 
 
-def test_critic_sees_images_and_noise() -> None:
-    critic = Critic(1, 4)
+def test_critic_sees_images_and_noise_only_if_asked_to() -> None:
     images, noise = torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
-    assert critic(images, noise).shape == (4,)
-    assert not torch.allclose(critic(images, noise), critic(images, noise.roll(1, 0)))
+    for conditional in (False, True):
+        critic = Critic(1, 4, conditional)
+        logits = critic(images, noise)
+        assert logits.shape == (4,)
+        assert torch.allclose(logits, critic(images, noise.roll(1, 0))) is not conditional
+        assert not torch.allclose(logits, critic(images.roll(1, 0), noise))
 
 
 @pytest.mark.parametrize("kind", ["unrolled", "progressive"])

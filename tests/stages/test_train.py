@@ -238,6 +238,14 @@ print(any("diffusers" in name for name in sys.modules), any("teachers/" in path 
     assert result.stdout.split() == ["True", "False", "False"], result.stderr
 
 
+def test_several_processes_are_refused_rather_than_trained_apart(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    with pytest.raises(UsageError, match="2 processes is not there yet"):
+        train(store, UNROLLED, tmp_path / "run")
+
+
 def test_a_checkpoint_of_another_structure_is_refused(store: Path, tmp_path: Path) -> None:
     train(store, UNROLLED, tmp_path / "run", max_steps=4)
     run = Run(tmp_path / "run")
