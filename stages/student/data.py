@@ -46,12 +46,10 @@ class TrajectoryBatches(Sampler[list[int]]):
 
     Args:
         seeds: to train on.
-        batch_size: seeds a step, over all processes.
+        batch_size: seeds a step.
         root_seed: of the order.
         phase: of training; each has its own order.
         steps: which steps of the phase to yield, so that resuming begins in the middle.
-        rank: this process.
-        world_size: all processes; each takes every `world_size`-th seed of a batch.
     """
 
     def __init__(
@@ -62,16 +60,12 @@ class TrajectoryBatches(Sampler[list[int]]):
         root_seed: int,
         phase: int,
         steps: range,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         self.seeds = seeds
         self.batch_size = batch_size
         self.root_seed = root_seed
         self.phase = phase
         self.steps = steps
-        self.rank = rank
-        self.world_size = world_size
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -86,7 +80,7 @@ class TrajectoryBatches(Sampler[list[int]]):
             if epoch != current:
                 current, order = epoch, epoch_order(self.seeds, self.root_seed, self.phase, epoch)
             batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            yield batch[self.rank :: self.world_size].tolist()
+            yield batch.tolist()
 
 
 def make_loader(cache: TrajectoryCache, steps: Sequence[int], batches: TrajectoryBatches) -> DataLoader[Any]:

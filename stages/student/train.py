@@ -90,7 +90,7 @@ def train(
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.num_processes > 1:
         raise UsageError(
-            f"training in {accelerator.num_processes} processes is not there yet: gradients would not be shared; use one"
+            f"training in {accelerator.num_processes} processes is not there yet: gradients would not be shared"
         )
     torch.manual_seed(config.seed)
     geometry = Geometry.of(cache)
