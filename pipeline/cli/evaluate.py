@@ -102,6 +102,7 @@ def _print(evaluation: Evaluation) -> None:
         f"student: {student.num_parameters:,} parameters ({evaluation.deployed_parameters:,} deployed), "
         f"{student.macs / 1e6:.1f} M multiply-accumulates, "
         + ", ".join(f"{seconds * 1e3:.1f} ms at batch {batch}" for batch, seconds in student.latency.items())
+        + f" ({evaluation.device})"
     )
     if teacher:
         ratios = ", ".join(f"{evaluation.latency_ratio(batch):.2f} at batch {batch}" for batch in student.latency)

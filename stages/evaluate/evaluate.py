@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from torch import Tensor
 from advkd.cache.errors import NotCachedError, UsageError
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
+from advkd.stages.device import best_device
 from advkd.stages.evaluate.config import FULL_REFERENCE, FULL_SET_SIZE, EvaluateConfig
 from advkd.stages.evaluate.cost import (
     LATENCY_BATCHES,
@@ -86,6 +88,9 @@ class Evaluation:
     real_source: str | None
     pictures: dict[str, Tensor]
     """The first seeds' images by sampler, for a picture."""
+    identity: dict[str, Any]
+    """Of the run: its configuration, and the cache it was trained from."""
+    device: str
 
     def latency_ratio(self, batch: int) -> float | None:
         """Seconds of one pass of the student in evaluations of the teacher."""
@@ -122,7 +127,9 @@ def evaluate(
     cache = TrajectoryCache.open(cache_path)
     run = Run(run_path)
     student, geometry = load_student(run.student)
-    _check_same_cache(run, cache)
+    identity = _check_same_cache(run, cache)
+    device = best_device()
+    student = student.to(device)
     seeds = cache.seeds()
     if full:
         config = dataclasses.replace(config, set_size=FULL_SET_SIZE)
@@ -131,9 +138,9 @@ def evaluate(
                 f"--full needs a reference of {FULL_REFERENCE} seeds; {cache_path} has {len(seeds)}: extend it with "
                 f"`advkd-cache build --seeds 0:{FULL_REFERENCE}`"
             )
-    network = load_features(config, cache.item_shape)
+    network = load_features(config, cache.item_shape, device)
     real = load_real(config.real, cache.item_shape) if config.real else None
-    teacher, why_not = find_teacher(teacher_source, teacher_revision, cache.recipe)
+    teacher, why_not = find_teacher(teacher_source, teacher_revision, cache.recipe, device)
     if why_not:
         reporter.say(f"rows of the teacher are not measured: {why_not}")
     last = geometry.steps[-1]
@@ -159,11 +166,14 @@ def evaluate(
         without_teacher=why_not,
         real_source=config.real,
         pictures=pictures,
+        identity=identity,
+        device=str(device),
     )
 
 
-def _check_same_cache(run: Run, cache: TrajectoryCache) -> None:
-    trained_on = run.read()["identity"]["cache"]["fingerprint"]
+def _check_same_cache(run: Run, cache: TrajectoryCache) -> dict[str, Any]:
+    identity: dict[str, Any] = run.read()["identity"]
+    trained_on = identity["cache"]["fingerprint"]
     if trained_on != cache.recipe.fingerprint:
         raise UsageError(
             f"{run.path} was trained from a cache with fingerprint {trained_on[:12]}, "
@@ -171,6 +181,7 @@ def _check_same_cache(run: Run, cache: TrajectoryCache) -> None:
         )
     if not cache.blocks:
         raise NotCachedError(f"{cache.path} is empty: finish it with `advkd-cache build`")
+    return identity
 
 
 def _fit_cached(
@@ -234,13 +245,18 @@ def _paired_mse(
 
 
 def _costs(student: torch.nn.Module, teacher: Teacher | None, item_shape: tuple[int, ...]) -> tuple[Cost, Cost | None]:
+    device = next(student.parameters()).device
+
+    def images_of(batch: int) -> Tensor:
+        return torch.zeros(batch, *item_shape, device=device)
+
     def pass_of_student(batch: int) -> Tensor:
-        images: Tensor = student(torch.zeros(batch, *item_shape))
+        images: Tensor = student(images_of(batch))
         return images
 
     evaluations: dict[str, Callable[[int], Tensor]] = {"student": pass_of_student}
     if teacher is not None:
-        evaluations["teacher"] = lambda batch: teacher.predict(torch.zeros(batch, *item_shape), torch.tensor(500))
+        evaluations["teacher"] = lambda batch: teacher.predict(images_of(batch), torch.tensor(500, device=device))
     latency = {batch: interleaved_latency(evaluations, batch) for batch in LATENCY_BATCHES}
     modules = {"student": student, "teacher": teacher.unet if teacher else student}
     costs = {

@@ -29,6 +29,7 @@ class FeatureNetwork(Protocol):
     """Maps images to features."""
 
     name: str
+    device: torch.device
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images in [−1, 1], shape (N, C, H, W) → features, shape (N, D)."""
@@ -112,8 +113,9 @@ def load_classifier(folder: Path) -> SmallClassifier:
 class _SmallFeatures:
     name = SMALL_CNN
 
-    def __init__(self, classifier: SmallClassifier) -> None:
-        self.classifier = classifier
+    def __init__(self, classifier: SmallClassifier, device: torch.device) -> None:
+        self.classifier = classifier.to(device)
+        self.device = device
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.classifier.features(images)
@@ -122,29 +124,33 @@ class _SmallFeatures:
 class _InceptionFeatures:
     name = INCEPTION
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.network = network.to(device)
+        self.device = device
 
     def __call__(self, images: Tensor) -> Tensor:
         pooled: Tensor = self.network((images.clamp(-1.0, 1.0) + 1.0) / 2.0)[0]
         return pooled.flatten(1)
 
 
-def load_features(config: EvaluateConfig, item_shape: tuple[int, ...]) -> FeatureNetwork:
+def load_features(
+    config: EvaluateConfig, item_shape: tuple[int, ...], device: torch.device | None = None
+) -> FeatureNetwork:
     """The feature network that the configuration names.
 
     Raises:
         UsageError: it doesn't fit the images, or its weights are not there.
     """
+    device = device or torch.device("cpu")
     if config.features != INCEPTION:
-        return _SmallFeatures(load_classifier(Path(config.features)))
+        return _SmallFeatures(load_classifier(Path(config.features)), device)
     if item_shape[0] != 3 or item_shape[1] < MIN_INCEPTION_SIZE:
         shape = "×".join(map(str, item_shape))
         raise UsageError(
             f"features inception: needs colour images of at least 32 pixels, these are {shape}; "
             "give --features FOLDER of a small classifier"
         )
-    return _InceptionFeatures(_load_inception(config.inception_weights))
+    return _InceptionFeatures(_load_inception(config.inception_weights), device)
 
 
 def _load_inception(weights: str | None) -> nn.Module:
@@ -173,5 +179,5 @@ def _load_inception(weights: str | None) -> nn.Module:
 @torch.no_grad()
 def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 256) -> npt.NDArray[np.float32]:
     """Features of images (N, C, H, W), in batches; float32, shape (N, D)."""
-    parts = [network(part).float().cpu().numpy() for part in torch.split(images, batch_size)]
+    parts = [network(part.to(network.device)).float().cpu().numpy() for part in torch.split(images, batch_size)]
     return np.concatenate(parts).astype(np.float32)

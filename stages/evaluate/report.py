@@ -12,6 +12,7 @@ from advkd.cache.durable import write_json
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.evaluate.evaluate import Evaluation
 from advkd.stages.pictures import save_rows, save_trajectories
+from advkd.stages.provenance import versions
 
 MAX_ROWS = 4
 SEEDS_IN_PICTURE = 12
@@ -71,6 +72,8 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
         for row in evaluation.rows
     }
     return {
+        "student": evaluation.identity,
+        "versions": versions("pytorch-fid", "scipy"),
         "protocol": {
             "form": "full" if evaluation.full else "short",
             "features": evaluation.features,

@@ -83,14 +83,16 @@ def all_samplers(
     return rows
 
 
-def find_teacher(source: str | None, revision: str | None, recipe: Recipe) -> tuple[Teacher | None, str]:
+def find_teacher(
+    source: str | None, revision: str | None, recipe: Recipe, device: torch.device
+) -> tuple[Teacher | None, str]:
     """The cache's teacher if it can be had, and why not otherwise."""
     if source is None:
         return None, "no teacher was named"
     try:
         teacher = load_teacher(
             TeacherConfig(source=source, revision=revision),
-            torch.device("cpu"),
+            device,
             str(recipe.precision["compute"]),
         )
     except (TeacherError, ConfigError) as error:

@@ -25,6 +25,7 @@ from advkd.stages.pictures import save_grid
 from advkd.stages.pretrain.classifier import train_classifier
 from advkd.stages.pretrain.config import PretrainConfig
 from advkd.stages.pretrain.teacher import train_teacher
+from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.loader import load_teacher, save_pipeline
@@ -65,7 +66,8 @@ def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = N
         classifier_accuracy=accuracy,
         num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
     )
-    write_json(partial / "report.json", asdict(report))
+    made_by = {"config": asdict(config), "versions": versions("diffusers", "scikit-learn")}
+    write_json(partial / "report.json", {**asdict(report), **made_by})
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

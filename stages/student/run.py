@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from advkd.cache.ledger import content_digest
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import differences
+from advkd.stages.provenance import versions
 from advkd.stages.student.config import TrainConfig
 
 FORMAT = 1
@@ -114,8 +114,9 @@ class Run:
 
     def write(self, wanted: dict[str, Any], status: Literal["training", "complete"]) -> None:
         """Record what this run is and how far."""
-        versions = {name: version(name) for name in ("accelerate", "advkd", "numpy", "torch")}
-        write_json(self._file, {"format": FORMAT, "identity": wanted, "status": status, "versions": versions})
+        write_json(
+            self._file, {"format": FORMAT, "identity": wanted, "status": status, "versions": versions("accelerate")}
+        )
 
     def seeds_in_progress(self, cache: TrajectoryCache, on_mismatch: str) -> str | None:
         """The seeds that an unfinished run began with, so that it ends on them even if the cache has grown since."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from advkd.cache.layout import blocks_of, parse_seed_range, seeds_of
 from advkd.cache.noise import NOISE_RULE
 from advkd.cache.recipe import Layout, Recipe
 from advkd.cache.writer import CacheWriter, OnMismatch
+from advkd.stages.device import best_device
 from advkd.stages.pictures import save_trajectories
+from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig, recorded_steps
 from advkd.stages.teacher.loader import Teacher, load_teacher, make_scheduler, sampler_identity
@@ -73,21 +74,6 @@ class Built:
     num_present: int
     set_aside: Path | None
     preview: Path | None
-
-
-def best_device(wanted: str | None) -> torch.device:
-    """The device that was asked for, or the best that is there.
-
-    Raises:
-        UsageError: no such device here.
-    """
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(wanted or found)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UsageError(f"device {wanted!r} is not here; {found} is") from None
-    return device
 
 
 def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfig, store: Path) -> Plan:
@@ -248,7 +234,7 @@ def _provenance(plan: Plan, command: str) -> dict[str, Any]:
         "teacher": {"source": plan.teacher.source, "commit": plan.teacher.commit},
         "sampler": asdict(plan.sampler),
         "command": command,
-        "versions": {name: version(name) for name in ("advkd", "diffusers", "numpy", "torch", "zarr")},
+        "versions": versions("diffusers", "zarr"),
     }
 
 

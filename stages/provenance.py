@@ -1,0 +1,10 @@
+"""What made an artefact."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of advkd, NumPy, torch and some more packages."""
+    return {name: version(name) for name in sorted({"advkd", "numpy", "torch", *packages})}
