@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from advkd.cache.errors import ConfigError
 
 STUDENTS = ("unrolled", "progressive")
+HEAD_TARGETS = ("jump", "x0")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -43,7 +44,9 @@ class ObjectiveConfig:
     x0: float = 1.0
     """Pseudo-Huber of the final x̂_0 against the teacher's x_0."""
     heads: float = 0.5
-    """The same of every earlier submodule's x̂_0."""
+    """The same of every earlier submodule's x̂_0, against its `head_target`."""
+    head_target: str = "jump"
+    """`jump`: the x̂_0 that leads from one cached state to the next; `x0`: the teacher's x_0."""
     huber_width: float = 0.03
     state: float = 0.3
     """Mean square of every submodule's state against the cached one."""
@@ -67,6 +70,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.adversarial_start <= 1.0:
             raise ConfigError(f"objective.adversarial_start: {self.adversarial_start} is no fraction of the steps")
+        if self.head_target not in HEAD_TARGETS:
+            raise ConfigError(f"objective.head_target: {self.head_target!r} is none of {', '.join(HEAD_TARGETS)}")
         if self.penalty_every < 1 or self.critic_width < 1 or self.fresh < 0:
             raise ConfigError("objective: penalty_every and critic_width must be positive, fresh not negative")
 

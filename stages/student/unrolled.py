@@ -19,6 +19,21 @@ from torch.nn import functional as F  # noqa: N812
 from advkd.cache.errors import TrainingError
 from advkd.stages.student.geometry import Geometry
 
+Level = tuple[float, float]
+"""(alpha, sigma) of a state, in stored units."""
+
+
+def jump(state: Tensor, x0: Tensor, before: Level, after: Level) -> Tensor:
+    """The DDIM step from a state at one level to another, given x̂_0."""
+    ratio = after[1] / before[1]
+    return after[0] * x0 + ratio * (state - before[0] * x0)
+
+
+def jump_target(state: Tensor, reached: Tensor, before: Level, after: Level) -> Tensor:
+    """The x̂_0 whose `jump` leads from one state to another: what a submodule must predict to land on the cache's."""
+    ratio = after[1] / before[1]
+    return (reached - ratio * state) / (after[0] - ratio * before[0])
+
 
 class ResidualBlock(nn.Module):
     """GroupNorm → SiLU → 3×3 convolution, twice, around a skip; starts as the identity."""
@@ -108,8 +123,7 @@ class UnrolledStudent(nn.Module):
         predictions, states = [], []
         for k, submodule in enumerate(self.submodules, start=1):
             features, x0 = submodule(features, state)
-            (alpha_before, sigma_before), (alpha, sigma) = self.levels[k - 1], self.levels[k]
-            state = alpha * x0 + (sigma / sigma_before) * (state - alpha_before * x0)
+            state = jump(state, x0, self.levels[k - 1], self.levels[k])
             predictions.append(x0)
             states.append(state)
         states[-1] = predictions[-1]

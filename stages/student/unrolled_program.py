@@ -20,7 +20,7 @@ from advkd.stages.student.objectives import (
     squared_gradient,
 )
 from advkd.stages.student.programs import Metrics, Phase, descend
-from advkd.stages.student.unrolled import Critic, UnrolledStudent
+from advkd.stages.student.unrolled import Critic, UnrolledStudent, jump_target
 
 
 class UnrolledProgram:
@@ -29,14 +29,16 @@ class UnrolledProgram:
     def __init__(
         self, config: TrainConfig, student: UnrolledStudent, geometry: Geometry, accelerator: Accelerator
     ) -> None:
+        objective = config.objective
         self.config = config
         self.accelerator = accelerator
         self.steps = geometry.steps
         self.student: nn.Module = student
         self._unrolled = student
-        states = geometry.steps if config.objective.state else (geometry.steps[0], geometry.steps[-1])
+        self.levels = geometry.levels
+        ends_suffice = not objective.state and (not objective.heads or objective.head_target == "x0")
+        states = (geometry.steps[0], geometry.steps[-1]) if ends_suffice else geometry.steps
         self.phases = [Phase(num_steps=config.steps, batch_size=config.batch_size, states=tuple(states))]
-        objective = config.objective
         self.critic = Critic(geometry.item_shape[0], objective.critic_width, objective.conditional)
 
     def begin(self, phase: int) -> None:
@@ -69,15 +71,17 @@ class UnrolledProgram:
         with self.accelerator.autocast():
             predictions, states = self._unrolled.unroll(torch.cat([noise, fresh]))
         count = len(noise)
-        heads = [pseudo_huber(x0[:count].float(), real, objective.huber_width) for x0 in predictions]
-        loss = objective.x0 * heads[-1]
-        if len(heads) > 1:
-            loss = loss + objective.heads * torch.stack(heads[:-1]).sum()
+        final = pseudo_huber(predictions[-1][:count].float(), real, objective.huber_width)
+        loss = objective.x0 * final
+        if objective.heads and len(predictions) > 1:
+            pairs = zip(predictions[:-1], self._head_targets(batch), strict=True)
+            errors = [pseudo_huber(x0[:count].float(), target, objective.huber_width) for x0, target in pairs]
+            loss = loss + objective.heads * torch.stack(errors).sum()
         made = predictions[-1].float()
-        metrics: Metrics = {"x0": heads[-1].detach(), "mse": (made[:count] - real).detach().square().mean()}
+        metrics: Metrics = {"x0": final.detach(), "mse": (made[:count] - real).detach().square().mean()}
         if objective.state and len(states) > 1:
-            pairs = zip(states[:-1], self.steps[1:-1], strict=True)
-            error = torch.stack([(state[:count].float() - batch[at]).square().mean() for state, at in pairs]).sum()
+            reached = zip(states[:-1], self.steps[1:-1], strict=True)
+            error = torch.stack([(state[:count].float() - batch[at]).square().mean() for state, at in reached]).sum()
             metrics["state"] = error.detach()
             loss = loss + objective.state * error
         # The critic judges images from fresh noise where there are any: it then can't learn which pairs are cached.
@@ -95,6 +99,15 @@ class UnrolledProgram:
         if weight:
             metrics |= self._train_critic((real[: len(fake)], noise[: len(fake)]), (fake.detach(), origin), step)
         return metrics
+
+    def _head_targets(self, batch: Mapping[int, Tensor]) -> list[Tensor]:
+        """What the submodules before the last should predict."""
+        if self.config.objective.head_target == "x0":
+            return [batch[self.steps[-1]]] * (len(self.steps) - 2)
+        states = [batch[step] for step in self.steps[:-1]]
+        return [
+            jump_target(states[k], states[k + 1], self.levels[k], self.levels[k + 1]) for k in range(len(states) - 1)
+        ]
 
     def _adversarial_weight(self, step: int) -> float:
         objective, position = self.config.objective, (step + 1) / self.config.steps

@@ -18,7 +18,7 @@ from advkd.stages.student.progressive import (
     upsampling_submodules,
 )
 from advkd.stages.student.student import build_student, generate, load_student, noise_of, save_student
-from advkd.stages.student.unrolled import Critic, UnrolledStudent
+from advkd.stages.student.unrolled import Critic, UnrolledStudent, jump, jump_target
 
 
 def geometry(channels: int = 1, size: int = 16, submodules: int = 4) -> Geometry:
@@ -107,6 +107,14 @@ def test_unrolled_jumps_are_the_ddim_path_of_its_x0() -> None:
     for (alpha, sigma), state in zip(shape.levels[1:], states, strict=True):
         torch.testing.assert_close(state, alpha * x0 + sigma * epsilon, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(states[-1], x0, rtol=0, atol=0)
+
+
+def test_a_jump_to_its_target_lands() -> None:
+    torch.manual_seed(2)
+    state, reached = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    for before, after in (((0.01, 0.99), (0.6, 0.8)), ((0.6, 0.8), (1.0, 0.0))):
+        x0 = jump_target(state, reached, before, after)
+        torch.testing.assert_close(jump(state, x0, before, after), reached)
 
 
 @pytest.mark.parametrize("attention", [True, False])

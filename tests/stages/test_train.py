@@ -206,7 +206,9 @@ def test_only_the_states_in_use_are_read(store: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.rmtree(store / "states/0002")
-    config = dataclasses.replace(UNROLLED, objective=dataclasses.replace(UNROLLED.objective, state=0.0))
+    config = dataclasses.replace(
+        UNROLLED, objective=dataclasses.replace(UNROLLED.objective, state=0.0, head_target="x0")
+    )
     assert train(store, config, tmp_path / "run").complete
     with pytest.raises(NotCachedError, match="state 0002 is not here"):
         train(store, UNROLLED, tmp_path / "other")
