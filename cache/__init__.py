@@ -1,7 +1,7 @@
 """The trajectory cache: the format, who writes it and who reads it.
 
 Knows neither diffusers nor any model. `TrajectoryCache` reads, `CacheWriter` writes, and both obey the
-ledger (`advkd.cache.ledger`). Importing this package imports NumPy only.
+ledger (`advkd.cache.ledger`). Importing this package imports neither torch nor zarr.
 """
 
 from advkd.cache.noise import standard_normal

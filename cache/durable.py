@@ -53,3 +53,9 @@ def pretty_json(value: Any) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically and durably."""
     write_atomically(path, [pretty_json(value)])
+
+
+def write_once(path: Path, value: Any) -> None:
+    """Write a JSON file unless it is there already."""
+    if not path.is_file():
+        write_json(path, value)

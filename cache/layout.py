@@ -63,9 +63,6 @@ def group_metadata() -> dict[str, Any]:
 
 def array_metadata(recipe: Recipe, layout: Layout, state: State, num_seeds: int) -> dict[str, Any]:
     """`zarr.json` of one state. The fill value is NaN, so that what is missing can't pass for data."""
-    axes = (
-        ["channel", "y", "x"] if len(recipe.item_shape) == 3 else [f"axis_{i}" for i in range(len(recipe.item_shape))]
-    )
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -81,7 +78,7 @@ def array_metadata(recipe: Recipe, layout: Layout, state: State, num_seeds: int)
             {"name": "bytes", "configuration": {"endian": "little"}},
             {"name": "crc32c"},
         ],
-        "dimension_names": ["seed", *axes],
+        "dimension_names": ["seed", "channel", "y", "x"],
         "attributes": {
             "timestep": state.timestep,
             "alpha": state.alpha,

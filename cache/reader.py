@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> tuple[Recipe, Layout]:
     try:
         recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])
         intact = value["fingerprint"] == recipe.fingerprint and value["layout_hash"] == layout.layout_hash
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         intact = False
     if not intact:
         raise DamagedError(f"{path}/zarr.json was altered: its recipe or layout doesn't match its own hash")
@@ -95,7 +95,7 @@ class TrajectoryCache:
                 declared = int(metadata["shape"][0])
             except FileNotFoundError:
                 continue  # a partial pull: that state is not here
-            except (ValueError, KeyError, TypeError, IndexError):
+            except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
                 declared, metadata = 0, None
             if metadata != array_metadata(recipe, layout, state, declared):
                 raise DamagedError(f"{path}/{states_path(state)}/zarr.json doesn't fit the recipe in {path}/zarr.json")

@@ -15,6 +15,7 @@ from advkd.cache.durable import canonical_json
 from advkd.cache.errors import NotACacheError
 
 DTYPES = ("float16", "float32")
+MAX_SIDE = 8192
 
 
 def digest(value: Any) -> str:
@@ -58,8 +59,23 @@ class Recipe:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        return cls(**{**value, "item_shape": tuple(int(n) for n in value["item_shape"])})
+        """Read what `to_json` wrote.
+
+        Raises:
+            NotACacheError: a part is missing, or the shape can't be.
+        """
+        recipe = cls(**{**value, "item_shape": tuple(int(n) for n in value["item_shape"])})
+        parts = (
+            (recipe.teacher, ("tensors_sha256", "unet", "scheduler")),
+            (recipe.sampler, ("name", "steps", "eta", "deterministic", "config")),
+            (recipe.precision, ("compute",)),
+            (recipe.noise, ("rule", "root_seed")),
+        )
+        if not all(isinstance(part, dict) and set(keys) <= part.keys() for part, keys in parts):
+            raise NotACacheError("the recipe is not whole")
+        if len(recipe.item_shape) != 3 or not all(1 <= n <= MAX_SIDE for n in recipe.item_shape):
+            raise NotACacheError(f"impossible item shape {recipe.item_shape}")
+        return recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

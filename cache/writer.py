@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from advkd.cache.durable import PARTIAL_SUFFIX, fsync_folder, pretty_json, write_atomically, write_json
+from advkd.cache.durable import PARTIAL_SUFFIX, fsync_folder, write_atomically, write_json
 from advkd.cache.errors import CacheError, DamagedError, LockedError, MismatchError, NotACacheError
 from advkd.cache.layout import (
     CRC_BYTES,
@@ -57,16 +58,27 @@ class CacheWriter:
             NotACacheError: something that is no cache is there.
         """
         writer = cls(Path(path), recipe, layout)
-        problem = writer.mismatch()
-        if problem and on_mismatch == "stop":
-            raise MismatchError(
-                f"{path} was built otherwise ({problem}): choose another --out, or --on-mismatch set-aside renames it"
-            )
-        if problem:
-            writer.set_aside = _set_aside(writer.path)
+        if not writer.continues(on_mismatch) and writer.exists():
+            # Under the old store's own lock: a builder that still writes it must not find another in its place.
+            with _held(writer.path):
+                writer.set_aside = _set_aside(writer.path)
         if not writer.exists():
             writer._create()
         return writer
+
+    def continues(self, on_mismatch: OnMismatch) -> bool:
+        """Whether a store of this very recipe and layout is there.
+
+        Raises:
+            MismatchError: another one is, and `on_mismatch` is "stop".
+        """
+        problem = self.mismatch()
+        if problem and on_mismatch == "stop":
+            raise MismatchError(
+                f"{self.path} was built otherwise ({problem}): choose another --out, "
+                "or --on-mismatch set-aside renames it"
+            )
+        return problem is None and self.exists()
 
     def exists(self) -> bool:
         """Whether a store is there; an empty folder counts as nothing."""
@@ -89,11 +101,12 @@ class CacheWriter:
 
     def _create(self) -> None:
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-        for name, value in metadata_files(self.recipe, self.layout, 0).items():
-            write_json(partial / name, value)
         try:
+            for name, value in metadata_files(self.recipe, self.layout, 0).items():
+                write_json(partial / name, value)
             partial.rename(self.path)
         except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise NotACacheError(f"{self.path} appeared while it was being created; run the command again") from None
@@ -106,23 +119,9 @@ class CacheWriter:
         Raises:
             LockedError: another process holds it. The lock is the operating system's and dies with its owner.
         """
-        folder = self.path / "provenance"
-        folder.mkdir(exist_ok=True)
-        note = folder / "writer.json"
-        lock = FileLock(folder / "writer.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise LockedError(
-                f"another build is writing {self.path} ({_owner(note)}): wait for it, or stop it"
-            ) from None
-        try:
-            note.write_bytes(pretty_json({"pid": os.getpid(), "host": socket.gethostname()}))
+        with _held(self.path):
             self._sweep()
             yield
-        finally:
-            note.unlink(missing_ok=True)
-            lock.release()
 
     def _sweep(self) -> None:
         """Remove what a killed writer left half-written."""
@@ -140,11 +139,15 @@ class CacheWriter:
             record = read_record(self.path, block)
         except DamagedError:
             return False
-        if record is None or record.fingerprint != self.recipe.fingerprint:
+        if record is None or (record.fingerprint, record.layout_hash) != (
+            self.recipe.fingerprint,
+            self.layout.layout_hash,
+        ):
             return False
         for state in self.layout.states:
             file = self.path / chunk_path(states_path(state), block, len(self.recipe.item_shape))
-            if not file.is_file() or file.stat().st_size != record.arrays[states_path(state)].num_bytes:
+            array = record.arrays.get(states_path(state))
+            if array is None or not file.is_file() or file.stat().st_size != array.num_bytes:
                 return False
         return True
 
@@ -197,6 +200,24 @@ class CacheWriter:
         )
         committed.write(self.path)
         return committed
+
+
+@contextmanager
+def _held(store: Path) -> Iterator[None]:
+    folder = store / "provenance"
+    folder.mkdir(exist_ok=True)
+    note = folder / "writer.json"
+    lock = FileLock(folder / "writer.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise LockedError(f"another build is writing {store} ({_owner(note)}): wait for it, or stop it") from None
+    try:
+        write_json(note, {"pid": os.getpid(), "host": socket.gethostname()})
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
 
 
 def _owner(note: Path) -> str:

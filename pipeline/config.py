@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfi
 
 DEFAULT_EXPERIMENT = "digits"
 T = TypeVar("T")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +45,7 @@ class Experiment:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or not all(character.isalnum() or character in "-_." for character in self.name):
+        if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name: {self.name!r} can't name files; use letters, digits, '-', '_' and '.'")
 
     @property
@@ -70,7 +73,7 @@ def load_experiment(source: str | Path | None) -> Experiment:
     text, name = _read(str(source or DEFAULT_EXPERIMENT))
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{name} is not YAML ({' '.join(str(error).split())[:160]})") from None
     return from_plain(Experiment, value, name)
 
@@ -151,7 +154,7 @@ def _fits(hint: Any, value: Any) -> bool:
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, hint)
 
 
@@ -160,6 +163,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if hint is type(None):
         return "null"
+    if hint is float:
+        return "a finite number"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from advkd.cache.errors import UsageError
 from advkd.pipeline.config import Experiment
+from advkd.stages.teacher.solvers import find_solver
 
 _SECTIONS = {
     "teacher": ("teacher", "source"),
@@ -33,12 +34,14 @@ def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experimen
     suffix = ""
     for flag, (section_name, key) in _SECTIONS.items():
         value = flags.get(flag)
+        if flag == "sampler" and value is not None:
+            find_solver(value)
         if flag == "record" and value is not None:
             value = parse_record(value)
         section = getattr(experiment, section_name)
         if value is None or value == getattr(section, key):
             continue
-        section = dataclasses.replace(section, **{key: value})
+        section = dataclasses.replace(section, **{key: value}, **({"revision": None} if flag == "teacher" else {}))
         experiment = dataclasses.replace(experiment, **{section_name: section})
         if flag in _NAMING:
             suffix += _label(flag, value)

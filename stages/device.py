@@ -20,3 +20,9 @@ def best_device(wanted: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError):
         raise UsageError(f"device {wanted!r} is not here; {found} is") from None
     return device
+
+
+def forbid_tf32() -> None:
+    """Let float32 mean float32 on GPUs too: convolutions would otherwise round their inputs to 10 bits."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,23 +58,23 @@ def build(out: Path | None, on_mismatch: Any, dry_run: bool, config: str | None,
     experiment = load_experiment(config)
     changed, suffix = with_flags(experiment, flags)
     store = out or changed.store.with_name(f"{changed.name}{suffix}.zarr")
-    _make_teacher(changed, dry_run)
+    from advkd.stages.teacher.build import check_request
+
+    check_request(changed.sampler, changed.cache, store)
     if dry_run:
         _dry_run(changed, store)
     else:
+        _make_teacher(changed)
         _build(changed, store, on_mismatch)
 
 
-def _make_teacher(experiment: Experiment, dry_run: bool) -> None:
+def _make_teacher(experiment: Experiment) -> None:
     """Train the default teacher first if it isn't there."""
     from advkd.pipeline.experiment import needs_pretraining
     from advkd.pipeline.progress import TerminalReporter
 
     if not needs_pretraining(experiment) or experiment.pretrain is None:
         return
-    if dry_run:
-        click.echo(f"the teacher {experiment.teacher.source} isn't there yet: a build would train it first")
-        raise SystemExit(0)
     from advkd.stages.pretrain.run import pretrain
 
     click.echo(f"the teacher {experiment.teacher.source} isn't there yet: training it first", err=True)
@@ -88,6 +89,23 @@ def _plan(experiment: Experiment, store: Path) -> Plan:
 
 
 def _dry_run(experiment: Experiment, store: Path) -> None:
+    from advkd.pipeline.experiment import needs_pretraining
+
+    if not needs_pretraining(experiment) or experiment.pretrain is None:
+        _estimate(experiment, store, experiment.teacher.source)
+        return
+    from tempfile import TemporaryDirectory
+
+    from advkd.stages.pretrain.teacher import save_untrained
+
+    with TemporaryDirectory() as folder:  # a network of the same size costs the same
+        save_untrained(Path(folder), experiment.pretrain)
+        teacher = dataclasses.replace(experiment.teacher, source=folder)
+        note = f"{experiment.teacher.source} (not there yet: a build would train it first)"
+        _estimate(dataclasses.replace(experiment, teacher=teacher), store, note)
+
+
+def _estimate(experiment: Experiment, store: Path, teacher: str) -> None:
     from advkd.stages.teacher.build import measure_evaluation, missing_blocks
 
     plan = _plan(experiment, store)
@@ -100,7 +118,7 @@ def _dry_run(experiment: Experiment, store: Path) -> None:
     recorded = ", ".join(str(state.step) for state in plan.layout.states)
     click.echo(
         f"store         {store}{'' if store.exists() else ' (new)'}\n"
-        f"teacher       {plan.teacher.source}, {'×'.join(map(str, plan.recipe.item_shape))}\n"
+        f"teacher       {teacher}, {'×'.join(map(str, plan.recipe.item_shape))}\n"
         f"seeds         {plan.seeds.start}:{plan.seeds.stop}, {num_seeds:,} of them still to build\n"
         f"sampler       {plan.sampler.name}, {plan.sampler.steps} steps; states after {recorded} steps recorded\n"
         f"evaluations   {num_seeds * plan.evaluations_per_seed:,} of one image\n"

@@ -43,6 +43,12 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
             function(*args, **kwargs)
         except AdvkdError as error:
             _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+        except (MemoryError, RecursionError) as error:
+            _fail(f"{type(error).__name__}: the request is too large for this machine; a smaller batch may fit", 1)
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower() and "not enough memory" not in str(error).lower():
+                raise
+            _fail(f"{str(error).splitlines()[0][:160]}: a smaller batch may fit", 1)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             _fail(f"{error.strerror or error}{where}; what was committed before is kept", 1)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog=example("advkd-evaluate --run runs/digits --cache cache/digits.zarr"),
+    epilog=example("advkd-evaluate --config digits --run runs/digits --cache cache/digits.zarr"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), required=True)

@@ -15,7 +15,7 @@ from advkd.pipeline.cli.common import example, guarded
 )
 @click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), required=True)
 @click.option("--num", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
-@click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--first-seed", type=click.IntRange(min=0, max=1 << 60), default=0, show_default=True)
 @click.option(
     "--out",
     metavar="PATH",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from advkd.cache.errors import ConfigError
 
 INCEPTION = "inception"
+FULL_SOLVER_STEPS = [5, 10, 20]
+FULL_NUM_SETS = 5
 FULL_SET_SIZE = 2048
 FULL_REFERENCE = 8192
 

@@ -24,7 +24,13 @@ from advkd.cache.errors import NotCachedError, UsageError
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.device import best_device
-from advkd.stages.evaluate.config import FULL_REFERENCE, FULL_SET_SIZE, EvaluateConfig
+from advkd.stages.evaluate.config import (
+    FULL_NUM_SETS,
+    FULL_REFERENCE,
+    FULL_SET_SIZE,
+    FULL_SOLVER_STEPS,
+    EvaluateConfig,
+)
 from advkd.stages.evaluate.cost import (
     LATENCY_BATCHES,
     Cost,
@@ -34,7 +40,7 @@ from advkd.stages.evaluate.cost import (
 )
 from advkd.stages.evaluate.features import FeatureNetwork, extract, load_features
 from advkd.stages.evaluate.frechet import Gaussian, Interval, frechet_distance, paired_difference
-from advkd.stages.evaluate.images import load_real
+from advkd.stages.evaluate.images import real_batches
 from advkd.stages.evaluate.samplers import Sampler, all_samplers, find_teacher, student_sampler
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.data import read_float
@@ -132,14 +138,19 @@ def evaluate(
     student = student.to(device)
     seeds = cache.seeds()
     if full:
-        config = dataclasses.replace(config, set_size=FULL_SET_SIZE)
+        config = dataclasses.replace(
+            config,
+            num_sets=max(FULL_NUM_SETS, config.num_sets),
+            set_size=max(FULL_SET_SIZE, config.set_size),
+            solver_steps=FULL_SOLVER_STEPS,
+        )
         if len(seeds) < FULL_REFERENCE:
             raise UsageError(
                 f"--full needs a reference of {FULL_REFERENCE} seeds; {cache_path} has {len(seeds)}: extend it with "
                 f"`advkd-cache build --seeds 0:{FULL_REFERENCE}`"
             )
     network = load_features(config, cache.item_shape, device)
-    real = load_real(config.real, cache.item_shape) if config.real else None
+    real = _fit_real(network, config, cache.item_shape) if config.real else None
     teacher, why_not = find_teacher(teacher_source, teacher_revision, cache.recipe, device)
     if why_not:
         reporter.say(f"rows of the teacher are not measured: {why_not}")
@@ -148,8 +159,7 @@ def evaluate(
     samplers = all_samplers(
         student_sampler(student, geometry), teacher, cache.recipe, cache.layout.dtype, config.solver_steps
     )
-    real_gaussian = Gaussian.fit(extract(network, real)) if real is not None else None
-    rows, pictures = _measure(samplers, network, reference, real_gaussian, config, reporter)
+    rows, pictures = _measure(samplers, network, reference, real, config, reporter)
     held_out = seeds[is_held_out(seeds)]
     costs = _costs(student, teacher, cache.item_shape)
     return Evaluation(
@@ -189,6 +199,11 @@ def _fit_cached(
 ) -> Gaussian:
     parts = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
     return Gaussian.fit(np.concatenate([extract(network, _pixels(read_float(cache, step, part))) for part in parts]))
+
+
+def _fit_real(network: FeatureNetwork, config: EvaluateConfig, item_shape: tuple[int, ...]) -> Gaussian:
+    batches = real_batches(str(config.real), item_shape, config.batch_size)
+    return Gaussian.fit(np.concatenate([extract(network, batch) for batch in batches]))
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -101,9 +101,10 @@ def load_classifier(folder: Path) -> SmallClassifier:
         config = json.loads((folder / "config.json").read_bytes())
         if config["architecture"] != SMALL_CNN:
             raise ValueError(f"architecture {config['architecture']!r}, expected {SMALL_CNN!r}")
-        classifier = SmallClassifier(**config["options"])
-        classifier.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        with torch.device("meta"):  # no storage until the weights are there
+            classifier = SmallClassifier(**config["options"])
+        classifier.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, SafetensorError) as error:
         raise UsageError(
             f"features {folder}: no classifier that advkd can load ({error}); give `inception` or the folder of one"
         ) from None
@@ -143,7 +144,14 @@ def load_features(
     """
     device = device or torch.device("cpu")
     if config.features != INCEPTION:
-        return _SmallFeatures(load_classifier(Path(config.features)), device)
+        classifier = load_classifier(Path(config.features))
+        expected = (classifier.options["channels"], classifier.options["size"])
+        if expected != tuple(item_shape[:2]):
+            raise UsageError(
+                f"features {config.features}: made for {expected[0]}×{expected[1]}×{expected[1]} images, these are "
+                f"{'×'.join(map(str, item_shape))}"
+            )
+        return _SmallFeatures(classifier, device)
     if item_shape[0] != 3 or item_shape[1] < MIN_INCEPTION_SIZE:
         shape = "×".join(map(str, item_shape))
         raise UsageError(

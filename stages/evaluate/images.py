@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,25 +32,32 @@ def load_digits(size: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
     return enlarged, data.target.astype(np.int64)
 
 
-def load_real(source: str, item_shape: tuple[int, ...]) -> Tensor:
-    """Real images by name (`digits`) or folder, float32 in [−1, 1], shape (N, *item_shape).
+def real_batches(source: str, item_shape: tuple[int, ...], batch_size: int = 256) -> Iterator[Tensor]:
+    """Real images by name (`digits`) or folder, in batches; float32 in [−1, 1], shape (N, *item_shape).
 
     Raises:
         UsageError: nothing usable is there.
     """
-    channels, height, width = item_shape
+    channels, height, _ = item_shape
     if source == DIGITS:
-        return load_digits(height)[0]
+        if channels != 1:
+            raise UsageError(f"real images digits: they are grey, the cache's have {channels} channels")
+        yield from torch.split(load_digits(height)[0], batch_size)
+        return
     folder = Path(source)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
     if len(paths) < 2:
         raise UsageError(f"real images {source}: expected `digits` or a folder with image files")
-    items = []
-    for path in paths:
-        try:
-            image = Image.open(path).convert("L" if channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise UsageError(f"real images: {path} can't be read ({error})") from None
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-        items.append((pixels / 127.5 - 1.0).reshape(height, width, channels).transpose(2, 0, 1))
-    return torch.from_numpy(np.stack(items))
+    for start in range(0, len(paths), batch_size):
+        yield torch.stack([_read(path, item_shape) for path in paths[start : start + batch_size]])
+
+
+def _read(path: Path, item_shape: tuple[int, ...]) -> Tensor:
+    channels, height, width = item_shape
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UsageError(f"real images: {path} can't be read ({error})") from None
+    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(pixels.reshape(height, width, channels).transpose(2, 0, 1).copy())

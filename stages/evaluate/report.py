@@ -120,6 +120,9 @@ def _plot(path: Path, evaluation: Evaluation) -> Path:
         xlabel="network evaluations an image",
         ylabel="Fréchet distance to the teacher",
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

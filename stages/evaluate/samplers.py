@@ -97,7 +97,7 @@ def find_teacher(
         )
     except (TeacherError, ConfigError) as error:
         return None, str(error)
-    if teacher.tensors_sha256 != recipe.teacher["tensors_sha256"]:
+    if teacher.identity() != recipe.teacher:
         return None, f"{source} is not the teacher that made this cache"
     return teacher, ""
 

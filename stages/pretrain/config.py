@@ -17,6 +17,12 @@ class ClassifierConfig:
     held_out: int = 360
     """Real images kept aside, stratified by label, to measure its accuracy on."""
 
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch_size) < 1 or self.learning_rate <= 0.0 or not 50 <= self.held_out <= 900:
+            raise ConfigError(
+                "classifier: epochs, batch_size and learning_rate must be positive, held_out in [50, 900]"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
@@ -36,13 +42,21 @@ class PretrainConfig:
     warmup: float = 0.1
     ema: float = 0.998
     seed: int = 0
-    report_samples: int = 1024
+    report_samples: int = 2048
     """Teacher's samples for its Fréchet distance to the real images."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     def __post_init__(self) -> None:
         if self.data != "digits":
             raise ConfigError(f"pretrain.data: {self.data!r} is unknown; stage 0 knows digits")
-        for key in ("size", "layers_per_block", "steps", "batch_size", "report_samples"):
+        for key in ("size", "layers_per_block", "steps", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"pretrain.{key}: {getattr(self, key)} is not positive")
+        if not self.channels or any(width < 8 or width % 8 for width in self.channels):
+            raise ConfigError(f"pretrain.channels: {self.channels}; expected multiples of 8")
+        if self.size % 2 ** (len(self.channels) - 1) or self.size % 4:
+            raise ConfigError(f"pretrain.size: {self.size} can't be halved {len(self.channels) - 1} times")
+        if self.report_samples < 64:
+            raise ConfigError(f"pretrain.report_samples: {self.report_samples}; at least 64 say something")
+        if self.learning_rate <= 0.0 or not 0.0 <= self.ema < 1.0 or not 0.0 <= self.warmup < 1.0 or self.seed < 0:
+            raise ConfigError("pretrain: learning_rate must be positive, ema and warmup in [0, 1), seed not negative")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from advkd.cache.durable import PARTIAL_SUFFIX, write_json
+from advkd.cache.errors import UsageError
 from advkd.stages.evaluate.features import SmallClassifier, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
 from advkd.stages.evaluate.images import load_digits
@@ -48,8 +49,14 @@ class PretrainReport:
 
 
 def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = None) -> PretrainReport:
-    """Train teacher and classifier; the folder appears when all of it is done, in place of an earlier one."""
+    """Train teacher and classifier; the folder appears when all of it is done, in place of an earlier teacher.
+
+    Raises:
+        UsageError: the folder holds something else.
+        TrainingError: the teacher diverged.
+    """
     reporter = reporter or SilentReporter()
+    check_folder(folder)
     images, labels = load_digits(config.size)
     partial = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,6 +84,20 @@ def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = N
         f"look: {folder / 'samples.png'}"
     )
     return report
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to replace anything but an earlier teacher of ours.
+
+    Raises:
+        UsageError: something else is there.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not ((folder / "report.json").is_file() and (folder / "pipeline").is_dir()):
+        raise UsageError(
+            f"{folder} holds something else than an earlier teacher: choose another --out, or move it away"
+        )
 
 
 def sample_pipeline(pipeline: Path, count: int, reporter: Reporter, batch_size: int = 256) -> Tensor:

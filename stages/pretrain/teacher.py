@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pretrain.config import PretrainConfig
 from advkd.stages.reporter import Reporter
 from advkd.stages.schedules import one_cycle
-from advkd.stages.teacher.loader import new_training_scheduler, new_unet
+from advkd.stages.teacher.loader import new_training_scheduler, new_unet, save_pipeline
 
 NUM_TIMESTEPS = 1000
 
@@ -35,6 +36,24 @@ def make_network(config: PretrainConfig) -> nn.Module:
     )
 
 
+def make_scheduler(config: PretrainConfig) -> Any:
+    """The diffusion that it is trained on."""
+    return new_training_scheduler(
+        {
+            "num_train_timesteps": NUM_TIMESTEPS,
+            "beta_schedule": config.beta_schedule,
+            "prediction_type": config.prediction_type,
+            "clip_sample": False,
+            "timestep_spacing": "trailing",
+        }
+    )
+
+
+def save_untrained(folder: Path, config: PretrainConfig) -> None:
+    """Save a pipeline with fresh weights, to measure what it costs."""
+    save_pipeline(folder, make_network(config), make_scheduler(config))
+
+
 def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) -> tuple[nn.Module, Any]:
     """Train on images in [−1, 1], shape (N, C, H, W); the same seed gives the same teacher on a CPU.
 
@@ -47,15 +66,7 @@ def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) ->
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     unet = make_network(config)
-    scheduler = new_training_scheduler(
-        {
-            "num_train_timesteps": NUM_TIMESTEPS,
-            "beta_schedule": config.beta_schedule,
-            "prediction_type": config.prediction_type,
-            "clip_sample": False,
-            "timestep_spacing": "trailing",
-        }
-    )
+    scheduler = make_scheduler(config)
     average = ExponentialMovingAverage(unet, config.ema)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True

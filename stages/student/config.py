@@ -8,7 +8,8 @@ from advkd.cache.errors import ConfigError
 
 STUDENTS = ("unrolled", "progressive")
 HEAD_TARGETS = ("jump", "x0")
-MIXED_PRECISIONS = ("no", "bf16", "fp16")
+MIXED_PRECISIONS = ("no", "bf16")
+MAX_SEED = 2**31
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,7 @@ class ObjectiveConfig:
     heads: float = 0.5
     """The same of every earlier submodule's x̂_0, against its `head_target`."""
     head_target: str = "jump"
-    """`jump`: the x̂_0 that leads from one cached state to the next; `x0`: the teacher's x_0."""
+    """`jump`: the x̂_0 that leads from one cached state to the next (x_0 where they are too close); `x0`: x_0."""
     huber_width: float = 0.03
     state: float = 0.3
     """Mean square of every submodule's state against the cached one."""
@@ -72,6 +73,11 @@ class ObjectiveConfig:
             raise ConfigError(f"objective.adversarial_start: {self.adversarial_start} is no fraction of the steps")
         if self.head_target not in HEAD_TARGETS:
             raise ConfigError(f"objective.head_target: {self.head_target!r} is none of {', '.join(HEAD_TARGETS)}")
+        weights = (self.x0, self.heads, self.state, self.adversarial, self.adversarial_ramp, self.penalty)
+        if min(weights) < 0.0 or self.huber_width <= 0.0 or self.critic_learning_rate <= 0.0:
+            raise ConfigError(
+                "objective: weights must not be negative, huber_width and critic_learning_rate be positive"
+            )
         if self.penalty_every < 1 or self.critic_width < 1 or self.fresh < 0:
             raise ConfigError("objective: penalty_every and critic_width must be positive, fresh not negative")
 
@@ -98,8 +104,10 @@ class StagesConfig:
     def __post_init__(self) -> None:
         if not self.epochs or min(self.epochs) < 1 or not self.batch_sizes or min(self.batch_sizes) < 2:
             raise ConfigError("stages: epochs must be positive, batch sizes at least 2 (BatchNorm)")
-        if len(self.betas) != 2:
-            raise ConfigError(f"stages.betas: expected two numbers, found {self.betas}")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"stages.betas: expected two numbers in [0, 1), found {self.betas}")
+        if self.learning_rate <= 0.0 or self.gradient_penalty < 0.0 or self.weight_clip < 0.0:
+            raise ConfigError("stages: learning_rate must be positive, gradient_penalty and weight_clip not negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,5 +142,9 @@ class TrainConfig:
             raise ConfigError(
                 f"train.mixed_precision: {self.mixed_precision!r} is none of {', '.join(MIXED_PRECISIONS)}"
             )
+        if not 0 <= self.seed < MAX_SEED:
+            raise ConfigError(f"train.seed: {self.seed} is not in [0, 2^31)")
+        if self.learning_rate <= 0.0 or self.weight_decay < 0.0 or self.gradient_clip < 0.0:
+            raise ConfigError("train: learning_rate must be positive, weight_decay and gradient_clip not negative")
         if not 0.0 <= self.ema < 1.0 or not 0.0 <= self.warmup < 1.0:
             raise ConfigError("train.ema and train.warmup are in [0, 1)")

@@ -11,12 +11,15 @@ runs/NAME/
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 
 from advkd.cache.durable import fsync_folder, write_json
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
@@ -30,6 +33,8 @@ from advkd.stages.student.config import TrainConfig
 
 FORMAT = 1
 Seeds = npt.NDArray[np.int64]
+OnMismatch = Literal["stop", "set-aside"]
+Status = Literal["new", "resume", "complete"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,11 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
         )
     size = cache.layout.block_size
     asked = parse_seed_range(wanted) if wanted else range(cache.num_seeds)
+    if asked.stop > cache.num_seeds:
+        raise NotCachedError(
+            f"{cache.path} declares seeds 0:{cache.num_seeds}, train.seeds asks for {asked.start}:{asked.stop}: "
+            f"`advkd-cache build --seeds {asked.start}:{asked.stop}` extends it"
+        )
     blocks = blocks_of(asked, size)
     missing = sorted(set(blocks) - set(cache.blocks))
     if missing:
@@ -63,6 +73,8 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
         )
     seeds = np.arange(asked.start, asked.stop, dtype=np.int64)
     held_out = is_held_out(seeds)
+    if held_out.all():
+        raise UsageError(f"seeds {asked.start}:{asked.stop} are all held out: choose more with train.seeds")
     return SeedSplit(blocks=tuple(blocks), training=seeds[~held_out], held_out=seeds[held_out])
 
 
@@ -98,17 +110,20 @@ class Run:
         """What run.json says.
 
         Raises:
-            TrainingError: there is none.
+            TrainingError: there is none, or it is no run's.
         """
         try:
             value: dict[str, Any] = json.loads(self._file.read_bytes())
-            if value["format"] != FORMAT or not isinstance(value["identity"], dict):
-                raise ValueError("another format")
-        except FileNotFoundError:
+            cache, first_last = value["identity"]["cache"], value["identity"]["cache"]["blocks"]
+            fitting = value["format"] == FORMAT and isinstance(value["identity"]["config"], dict)
+            fitting = fitting and value["status"] in ("training", "complete") and isinstance(cache["fingerprint"], str)
+            if not fitting or [type(block) for block in first_last] != [int, int]:
+                raise ValueError("not what advkd writes")
+        except (FileNotFoundError, NotADirectoryError):
             raise TrainingError(
                 f"{self.path} is no run (no run.json): `advkd-train --cache STORE --run RUN` makes one"
             ) from None
-        except (ValueError, KeyError, TypeError, NotADirectoryError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise TrainingError(f"{self.path} is no run (run.json: {error})") from None
         return value
 
@@ -128,32 +143,54 @@ class Run:
         first, last = value["identity"]["cache"]["blocks"]
         return f"{first * cache.layout.block_size}:{last * cache.layout.block_size}"
 
-    def claim(self, wanted: dict[str, Any], *, resume: bool, on_mismatch: Literal["stop", "set-aside"]) -> str:
-        """Make the folder this run's: "new", "resume" or "complete".
+    @contextmanager
+    def claimed(self, wanted: dict[str, Any], *, resume: bool, on_mismatch: OnMismatch) -> Iterator[Status]:
+        """Hold the folder as this run's, under a lock that dies with its owner: "new", "resume" or "complete".
 
         Raises:
             UsageError: another run is there, or there is nothing to resume.
+            TrainingError: something else is there, or another process trains this run.
         """
         if not self.exists():
             if resume:
                 raise UsageError(f"--resume: there is no run in {self.path}; without it, a new one begins")
-            self.write(wanted, "training")
-            return "new"
-        found = self.read()
-        lines = differences(found["identity"], wanted)
-        if lines and on_mismatch == "set-aside":
-            self._set_aside()
-            self.write(wanted, "training")
-            return "new"
-        if lines:
-            more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-            raise UsageError(
-                f"{self.path} holds another run ({'; '.join(lines[:3])}{more}): choose another --run, "
-                "or --on-mismatch set-aside renames it"
-            )
-        if found["status"] == "complete":
-            return "complete"
-        return "resume" if self.checkpoint.is_file() else "new"
+        else:
+            self._make_room(wanted, on_mismatch)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._held():
+            if not self._file.is_file():
+                self.write(wanted, "training")
+                yield "new"
+            elif self.read()["status"] == "complete":
+                yield "complete"
+            else:
+                yield "resume" if self.checkpoint.is_file() else "new"
+
+    def _make_room(self, wanted: dict[str, Any], on_mismatch: OnMismatch) -> None:
+        lines = differences(self.read()["identity"], wanted)
+        if not lines:
+            return
+        if on_mismatch == "set-aside":
+            with self._held():
+                self._set_aside()
+            return
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UsageError(
+            f"{self.path} holds another run ({'; '.join(lines[:3])}{more}): choose another --run, "
+            "or --on-mismatch set-aside renames it"
+        )
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        lock = FileLock(self.path / "run.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise TrainingError(f"another process is training {self.path}: wait for it, or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _set_aside(self) -> None:
         number = 1

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from advkd.cache.durable import write_atomically, write_json
-from advkd.cache.errors import ConfigError, TrainingError
+from advkd.cache.errors import AdvkdError, TrainingError
 from advkd.cache.noise import standard_normal
 from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
@@ -69,9 +69,21 @@ def load_student(folder: Path) -> tuple[UnrolledStudent | ProgressiveStudent, Ge
     try:
         value: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
         geometry = Geometry.from_json(value["geometry"])
-        student = build_student(StudentConfig(**value["student"]), geometry)
-        student.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
+        # Without storage until the weights are there: a configuration from someone else can't claim memory.
+        with torch.device("meta"):
+            student = build_student(StudentConfig(**value["student"]), geometry)
+        student.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        RecursionError,
+        OverflowError,
+        SafetensorError,
+        AdvkdError,
+    ) as error:
         raise TrainingError(f"{folder} holds no student that this advkd can load ({error})") from None
     return student.eval().requires_grad_(False), geometry
 

@@ -7,11 +7,13 @@ random state: run the same command again, and on a CPU the metrics that follow a
 from __future__ import annotations
 
 import csv
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.reader import TrajectoryCache
+from advkd.cache.recipe import digest
 from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pictures import save_rows
 from advkd.stages.reporter import Reporter, SilentReporter
@@ -31,7 +34,7 @@ from advkd.stages.student.programs import Program
 from advkd.stages.student.progressive import ProgressiveStudent
 from advkd.stages.student.progressive_program import ProgressiveProgram
 from advkd.stages.student.run import Run, SeedSplit, identity, split_seeds
-from advkd.stages.student.student import build_student, generate, save_student
+from advkd.stages.student.student import build_student, generate, load_student, save_student
 from advkd.stages.student.unrolled_program import UnrolledProgram
 
 PREVIEW_SEEDS = 8
@@ -97,14 +100,16 @@ def train(
     student = build_student(config.student, geometry).to(accelerator.device)
     program = _make_program(config, student, geometry, accelerator, len(split.training))
     wanted = identity(config, cache, split)
-    status = run.claim(wanted, resume=resume, on_mismatch=on_mismatch)
-    trainer = _Trainer(cache, config, run, split, geometry, program, accelerator, reporter)
-    if status == "complete":
-        reporter.say(f"{run_path} is complete already; nothing to do")
-        return trainer.finished(read_scalars(run.checkpoint)["step"])
-    if status == "resume":
-        trainer.resume()
-    return trainer.run_to(min(trainer.num_steps, max_steps or trainer.num_steps), should_stop, wanted)
+    trainer = _Trainer(cache, config, run, split, geometry, program, accelerator, reporter, digest(wanted))
+    with run.claimed(wanted, resume=resume, on_mismatch=on_mismatch) as status:
+        if status == "complete":
+            reporter.say(f"{run_path} is complete already; nothing to do")
+            return trainer.finished(load_student(run.student)[0], trainer.num_steps)
+        if status == "resume":
+            trainer.resume()
+        else:
+            shutil.rmtree(run.log, ignore_errors=True)
+        return trainer.run_to(min(trainer.num_steps, max_steps or trainer.num_steps), should_stop, wanted)
 
 
 def _check_paired(cache: TrajectoryCache, config: TrainConfig) -> None:
@@ -137,7 +142,9 @@ class _Trainer:
         program: Program,
         accelerator: Accelerator,
         reporter: Reporter,
+        identity_digest: str,
     ) -> None:
+        self.identity_digest = identity_digest
         self.cache = cache
         self.config = config
         self.run = run
@@ -157,6 +164,8 @@ class _Trainer:
     def resume(self) -> None:
         """Go on from the last checkpoint; metrics logged after it are forgotten."""
         scalars = read_scalars(self.run.checkpoint)
+        if scalars.get("identity") != self.identity_digest or not 0 <= scalars["step"] <= self.num_steps:
+            raise TrainingError(f"{self.run.checkpoint} is the checkpoint of another run: remove it to begin anew")
         self.step = int(scalars["step"])
         self.phase = self._phase_of(self.step)
         # A checkpoint at a phase's very end holds that phase's discriminator; the next phase makes its own.
@@ -192,7 +201,7 @@ class _Trainer:
             self.run.write(wanted, "complete")
         elif not stopped:
             self._save()
-        return self.finished(self.step)
+        return self.finished(self.average.model, self.step)
 
     def _run_phase(self, phase: int, last_step: int, live: Any, should_stop: Callable[[], bool]) -> bool:
         start, plan = self.starts[phase], self.program.phases[phase]
@@ -231,10 +240,7 @@ class _Trainer:
         }
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise TrainingError(
-                f"training diverged: {', '.join(bad)} not finite by step {self.step}; the last good checkpoint is "
-                f"{self.run.checkpoint if self.run.checkpoint.is_file() else 'none yet'}: lower train.learning_rate"
-            )
+            self._diverged(", ".join(bad))
         live.step = self.step
         for name, value in values.items():
             live.log_metric(f"train/{name}", value)
@@ -246,19 +252,19 @@ class _Trainer:
             self._note = f"stage {phase + 1}/{len(self.program.phases)} {self._note}"
 
     def _validate(self, live: Any) -> None:
-        mse = self.held_out_mse()
+        mse = self.held_out_mse(self.average.model)
         if math.isfinite(mse):
             live.step = self.step
             live.log_metric("held_out/mse", mse)
             live.make_summary()
         self._preview()
 
-    def held_out_mse(self) -> float:
-        """Mean squared error of the averaged student's x_0 against the teacher's on some held-out seeds."""
+    def held_out_mse(self, student: nn.Module) -> float:
+        """Mean squared error of a student's x_0 against the teacher's on some held-out seeds."""
         seeds = self.split.held_out[:VALIDATION_SEEDS]
         if not len(seeds):
             return math.nan
-        made = generate(self.average.model, read_float(self.cache, self.geometry.steps[0], seeds))
+        made = generate(student, read_float(self.cache, self.geometry.steps[0], seeds))
         real = read_float(self.cache, self.geometry.steps[-1], seeds)
         return float((made - real).square().mean())
 
@@ -272,34 +278,46 @@ class _Trainer:
         return save_rows(path, {"x_T": noise.numpy(), "teacher": real.numpy(), "student": made.numpy()})
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.run.checkpoint,
-            self._modules(),
-            self.program.optimizers(),
-            {"step": self.step, "phase": self.phase},
-        )
+        """Keep this step; what is not finite never replaces a good checkpoint."""
+        for name, module in self._modules().items():
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in module.state_dict().values()):
+                self._diverged(f"weights of the {name}")
+        scalars = {"step": self.step, "identity": self.identity_digest}
+        save_checkpoint(self.run.checkpoint, self._modules(), self.program.optimizers(), scalars)
         save_student(self.run.student, self.average.model, self.config.student, self.geometry)
 
-    def finished(self, step: int) -> Trained:
+    def _diverged(self, what: str) -> NoReturn:
+        good = self.run.checkpoint if self.run.checkpoint.is_file() else "none yet"
+        raise TrainingError(
+            f"training diverged: {what} not finite by step {self.step}; the last good checkpoint is {good}: "
+            "lower train.learning_rate"
+        )
+
+    def finished(self, student: nn.Module, step: int) -> Trained:
         """The result as it stands."""
         previews = sorted(self.run.preview.glob("step-*.png"))
-        if step != self.step:
-            load_checkpoint(self.run.checkpoint, {"average": self.average.model}, {})
         return Trained(
             run=self.run.path,
             step=step,
             num_steps=self.num_steps,
-            held_out_mse=self.held_out_mse(),
+            held_out_mse=self.held_out_mse(student.to(self.accelerator.device)),
             preview=previews[-1] if previews else None,
         )
 
 
 def forget_metrics_after(log: Path, step: int) -> None:
-    """Drop the rows of DVCLive's tables past a step, which a resumed run will log again."""
+    """Drop the rows of DVCLive's tables past a step, which a resumed run will log again, and whatever was torn."""
     for path in sorted((log / "plots" / "metrics").rglob("*.tsv")):
         with path.open(newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t"))
-        kept = [row for index, row in enumerate(rows) if index == 0 or int(row[0]) <= step]
+            header, *rows = [*csv.reader(file, delimiter="\t")] or [[]]
+        kept = [row for row in rows if len(row) == len(header) and row[0].isdigit() and int(row[0]) <= step]
         if len(kept) != len(rows):
             with path.open("w", newline="") as file:
-                csv.writer(file, delimiter="\t", lineterminator="\n").writerows(kept)
+                csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *kept])
+    summary = log / "metrics.json"
+    try:
+        json.loads(summary.read_bytes())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        summary.unlink()

@@ -29,10 +29,18 @@ def jump(state: Tensor, x0: Tensor, before: Level, after: Level) -> Tensor:
     return after[0] * x0 + ratio * (state - before[0] * x0)
 
 
+MIN_REACH = 0.02
+"""Weight of x̂_0 in a jump below which `jump_target` would mostly show the rounding of stored states."""
+
+
+def reach(before: Level, after: Level) -> float:
+    """Weight of x̂_0 in the jump between two levels."""
+    return after[0] - after[1] / before[1] * before[0]
+
+
 def jump_target(state: Tensor, reached: Tensor, before: Level, after: Level) -> Tensor:
     """The x̂_0 whose `jump` leads from one state to another: what a submodule must predict to land on the cache's."""
-    ratio = after[1] / before[1]
-    return (reached - ratio * state) / (after[0] - ratio * before[0])
+    return (reached - after[1] / before[1] * state) / reach(before, after)
 
 
 class ResidualBlock(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,7 +21,7 @@ from advkd.stages.student.objectives import (
     squared_gradient,
 )
 from advkd.stages.student.programs import Metrics, Phase, descend
-from advkd.stages.student.unrolled import Critic, UnrolledStudent, jump_target
+from advkd.stages.student.unrolled import MIN_REACH, Critic, UnrolledStudent, jump_target, reach
 
 
 class UnrolledProgram:
@@ -104,10 +105,11 @@ class UnrolledProgram:
         """What the submodules before the last should predict."""
         if self.config.objective.head_target == "x0":
             return [batch[self.steps[-1]]] * (len(self.steps) - 2)
-        states = [batch[step] for step in self.steps[:-1]]
-        return [
-            jump_target(states[k], states[k + 1], self.levels[k], self.levels[k + 1]) for k in range(len(states) - 1)
-        ]
+        states, targets = [batch[step] for step in self.steps[:-1]], []
+        for k, (before, after) in enumerate(itertools.pairwise(self.levels[:-1])):
+            close = reach(before, after) < MIN_REACH
+            targets.append(batch[self.steps[-1]] if close else jump_target(states[k], states[k + 1], before, after))
+        return targets
 
     def _adversarial_weight(self, step: int) -> float:
         objective, position = self.config.objective, (step + 1) / self.config.steps

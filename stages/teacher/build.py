@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from advkd.cache.durable import write_json
+from advkd.cache.durable import write_json, write_once
 from advkd.cache.errors import TeacherError, UsageError
 from advkd.cache.layout import blocks_of, parse_seed_range, seeds_of
 from advkd.cache.noise import NOISE_RULE
+from advkd.cache.reader import read_metadata
 from advkd.cache.recipe import Layout, Recipe
 from advkd.cache.writer import CacheWriter, OnMismatch
 from advkd.stages.device import best_device
@@ -34,6 +34,11 @@ from advkd.stages.teacher.solvers import find_solver, is_deterministic, trajecto
 MIN_SPREAD = 1e-3
 """Standard deviation over seeds below which x_0 counts as constant, where images lie in [−1, 1]."""
 SPARE_DISK = 64 << 20
+MAX_BLOCKS = 1_000_000
+
+
+States = dict[int, npt.NDArray[Any]]
+"""A block: by solver steps done, stored units and dtype, shape (block_size, *item_shape)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,26 @@ class Built:
     preview: Path | None
 
 
+def check_request(sampler: SamplerConfig, config: CacheConfig, store: Path) -> tuple[int, ...]:
+    """Check what can be checked without a teacher; the solver steps after which states are recorded.
+
+    Raises:
+        UsageError: sampler, steps, recorded states, seeds or device don't fit.
+        NotACacheError: something that is no cache is at the store's path.
+    """
+    find_solver(sampler.name)
+    recorded = recorded_steps(config.record, sampler.steps)
+    num_blocks = len(blocks_of(parse_seed_range(config.seeds), config.block_size))
+    if num_blocks > MAX_BLOCKS:
+        raise UsageError(
+            f"seeds {config.seeds} make {num_blocks:,} blocks of {config.block_size}: choose larger blocks"
+        )
+    best_device(config.device)
+    if store.exists() and (not store.is_dir() or any(store.iterdir())):
+        read_metadata(store)
+    return recorded
+
+
 def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfig, store: Path) -> Plan:
     """Load the teacher and check everything that can be checked before the first evaluation.
 
@@ -83,16 +108,14 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
         UsageError: the request doesn't fit (steps, recorded states, seeds, sampler).
         TeacherError: the teacher can't be loaded.
     """
-    find_solver(sampler.name)
-    recorded = recorded_steps(config.record, sampler.steps)
-    parse_seed_range(config.seeds)
+    recorded = check_request(sampler, config, store)
     loaded = load_teacher(teacher, best_device(config.device), config.precision)
     scheduler = make_scheduler(loaded.scheduler_config, sampler)
     states = trajectory_states(sampler, scheduler)
     recipe = Recipe(
         teacher=loaded.identity(),
         sampler=sampler_identity(sampler, scheduler, is_deterministic(sampler)),
-        precision={"compute": config.precision, "tf32": bool(torch.backends.cuda.matmul.allow_tf32)},
+        precision={"compute": config.precision, "tf32": False},
         noise={"rule": NOISE_RULE, "root_seed": config.root_seed},
         item_shape=loaded.item_shape,
     )
@@ -129,7 +152,6 @@ def build(
     on_mismatch: OnMismatch = "stop",
     reporter: Reporter | None = None,
     command: str = "",
-    first_block: Callable[[Path], None] = lambda preview: None,
 ) -> Built:
     """Build the blocks of a plan that are not there yet.
 
@@ -140,6 +162,14 @@ def build(
     """
     reporter = reporter or SilentReporter()
     _check_disk(plan)
+    blocks, size = blocks_of(plan.seeds, plan.layout.block_size), plan.layout.block_size
+    work = size * plan.evaluations_per_seed
+    todo = missing_blocks(plan)
+    reporter.start("cache", len(blocks) * work, "evaluations", done=(len(blocks) - len(todo)) * work)
+    ready: dict[int, States] = {}
+    if not CacheWriter(plan.store, plan.recipe, plan.layout).continues(on_mismatch):
+        # Nothing is made or moved until the teacher has shown that it can fill a block.
+        ready[todo[0]] = _first_block(plan, todo[0], reporter)
     writer = CacheWriter.open(plan.store, plan.recipe, plan.layout, on_mismatch)
     if writer.set_aside:
         reporter.say(f"set aside the cache of another recipe: {writer.set_aside}")
@@ -147,27 +177,14 @@ def build(
     with writer.locked():
         writer.grow(plan.seeds)
         todo = writer.missing(plan.seeds)
-        blocks = blocks_of(plan.seeds, plan.layout.block_size)
-        size = plan.layout.block_size
-        work = size * plan.evaluations_per_seed
-        reporter.start("cache", len(blocks) * work, "evaluations", done=(len(blocks) - len(todo)) * work)
+        write_once(plan.store / "provenance" / "store.json", _provenance(plan))
         for position, block in enumerate(todo):
             began = datetime.now(UTC)
-            states = sample_block(plan, block, reporter)
-            if position == 0:
-                statistics = check_images(states[plan.sampler.steps], plan)
+            states = ready.pop(block, None) or (_first_block if position == 0 else sample_block)(plan, block, reporter)
             writer.commit(block, states)
-            write_json(plan.store / "provenance" / f"block-{block:06d}.json", _block_provenance(plan, began))
+            write_json(plan.store / "provenance" / f"block-{block:06d}.json", _block_provenance(plan, began, command))
             if position == 0:
-                write_json(plan.store / "provenance" / "store.json", _provenance(plan, command))
-                preview = save_trajectories(
-                    plan.store / "provenance" / "preview.png",
-                    [state.timestep for state in plan.layout.states],
-                    [states[state.step][:8] for state in plan.layout.states],
-                )
-                seeds = seeds_of(block, size)
-                reporter.say(f"first block, seeds {seeds.start}:{seeds.stop}: x_0 {statistics}; look: {preview}")
-                first_block(preview)
+                preview = _show(plan, block, states, reporter)
         reporter.finish()
     return Built(
         store=plan.store,
@@ -178,7 +195,25 @@ def build(
     )
 
 
-def sample_block(plan: Plan, block: int, reporter: Reporter) -> dict[int, npt.NDArray[Any]]:
+def _first_block(plan: Plan, block: int, reporter: Reporter) -> States:
+    """Sample a block and look at it before any other."""
+    states = sample_block(plan, block, reporter)
+    check_images(states[plan.sampler.steps], plan)
+    return states
+
+
+def _show(plan: Plan, block: int, states: States, reporter: Reporter) -> Path:
+    preview = save_trajectories(
+        plan.store / "provenance" / "preview.png",
+        [state.timestep for state in plan.layout.states],
+        [states[state.step][:8] for state in plan.layout.states],
+    )
+    seeds, described = seeds_of(block, plan.layout.block_size), check_images(states[plan.sampler.steps], plan)
+    reporter.say(f"first block, seeds {seeds.start}:{seeds.stop}: x_0 {described}; look: {preview}")
+    return preview
+
+
+def sample_block(plan: Plan, block: int, reporter: Reporter) -> States:
     """All recorded states of a block, stored units and dtype; batches are cut at fixed places within the block."""
     seeds = seeds_of(block, plan.layout.block_size)
     shape = (plan.layout.block_size, *plan.recipe.item_shape)
@@ -205,7 +240,7 @@ def check_images(images: npt.NDArray[Any], plan: Plan) -> str:
     """The gate after the first block: x_0 in words.
 
     Raises:
-        TeacherError: all seeds give the same image, or values far outside [−1, 1].
+        TeacherError: all seeds give the same image.
     """
     values = images.astype(np.float32)
     mean, spread = float(values.mean()), float(values.std(axis=0).max())
@@ -229,16 +264,11 @@ def _check_disk(plan: Plan) -> None:
         )
 
 
-def _provenance(plan: Plan, command: str) -> dict[str, Any]:
-    return {
-        "teacher": {"source": plan.teacher.source, "commit": plan.teacher.commit},
-        "sampler": asdict(plan.sampler),
-        "command": command,
-        "versions": versions("diffusers", "zarr"),
-    }
+def _provenance(plan: Plan) -> dict[str, Any]:
+    return {"teacher": {"source": plan.teacher.source, "commit": plan.teacher.commit}, "sampler": asdict(plan.sampler)}
 
 
-def _block_provenance(plan: Plan, began: datetime) -> dict[str, Any]:
+def _block_provenance(plan: Plan, began: datetime, command: str) -> dict[str, Any]:
     now = datetime.now(UTC)
     device = next(plan.teacher.unet.parameters()).device
     return {
@@ -246,4 +276,7 @@ def _block_provenance(plan: Plan, began: datetime) -> dict[str, Any]:
         "seconds": round((now - began).total_seconds(), 3),
         "host": platform.node(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "batch_size": plan.config.batch_size,
+        "command": command,
+        "versions": versions("diffusers", "zarr"),
     }

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import TeacherError
+from advkd.stages.device import forbid_tf32
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.solvers import find_solver
 
+MAX_CHANNELS, MAX_SIZE = 64, 8192
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _KNOWN_SCHEDULERS = (
     "DDIMScheduler",
@@ -37,6 +39,24 @@ _KNOWN_SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 """Schedulers whose configuration describes a discrete variance-preserving diffusion (betas and T)."""
+
+_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+_DIFFUSION_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "set_alpha_to_one",
+    "rescale_betas_zero_snr",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +102,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
     """Load a teacher from a folder or the Hub.
 
     Raises:
-        TeacherError: it is missing, unreachable, or of a kind that advkd cannot sample from.
+        TeacherError: it is missing, incomplete, unreachable, or of a kind that advkd cannot sample from.
     """
     folder, commit = _find_folder(config)
     unet_folder = _component(folder, "unet", "config.json", config.source)
@@ -101,11 +121,17 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
             f"teacher {config.source}: no {WEIGHTS_NAME} in its UNet folder; only safetensors are loaded "
             "(save the pipeline again with safe_serialization=True)"
         )
-    diffusers = _diffusers()
+    forbid_tf32()
     try:
-        unet = diffusers.UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        unet, loading = _diffusers().UNet2DModel.from_pretrained(
+            unet_folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # whatever a foreign configuration makes diffusers and torch raise
         raise TeacherError(f"teacher {config.source}: its UNet can't be loaded ({_first_line(error)})") from error
+    wrong = {key: names for key, names in loading.items() if names}
+    if wrong:
+        found = ", ".join(f"{len(names)} {key.replace('_', ' ')}" for key, names in wrong.items())
+        raise TeacherError(f"teacher {config.source}: its weights don't fit its UNet's configuration ({found})")
     checkpoint_hash = tensors_sha256(unet.state_dict())
     unet.requires_grad_(False).eval().to(device=device, dtype=getattr(torch, precision))
     return Teacher(
@@ -122,12 +148,26 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
 def make_scheduler(scheduler_config: Mapping[str, Any], sampler: SamplerConfig) -> Any:
     """A fresh diffusers scheduler, timesteps set: multi-step solvers keep history, so one a batch."""
     cls = getattr(_diffusers(), find_solver(sampler.name).scheduler)
-    # Without diffusers' private keys: one of them would replace betas by the class's own defaults (Heun's differ).
-    scheduler = cls.from_config(_public(scheduler_config), timestep_spacing=sampler.spacing)
+    # Only what describes the diffusion: another class's own options would change the solver behind the recipe's back.
+    diffusion = {key: scheduler_config[key] for key in _DIFFUSION_KEYS if key in scheduler_config}
+    predicted = diffusion.get("prediction_type", "epsilon")
+    if predicted not in _PREDICTIONS:
+        raise TeacherError(f"the teacher predicts {predicted!r}; expected one of {', '.join(_PREDICTIONS)}")
     try:
+        limit = int(diffusion.get("num_train_timesteps", 1000))
+        if sampler.steps > limit:
+            raise TeacherError(f"steps {sampler.steps} don't fit the teacher: it was trained with {limit} timesteps")
+        scheduler = cls.from_config(diffusion, timestep_spacing=sampler.spacing)
         scheduler.set_timesteps(sampler.steps)
-    except (ValueError, ZeroDivisionError) as error:
-        raise TeacherError(f"steps {sampler.steps} don't fit the teacher ({_first_line(error)})") from error
+        if len(scheduler.alphas_cumprod) != limit:
+            raise TeacherError(f"the teacher has {len(scheduler.alphas_cumprod)} betas for {limit} timesteps")
+    except TeacherError:
+        raise
+    except Exception as error:  # whatever a foreign configuration makes diffusers raise
+        raise TeacherError(
+            f"{cls.__name__} can't be made from the teacher's scheduler with steps {sampler.steps} and spacing "
+            f"{sampler.spacing!r} ({_first_line(error)})"
+        ) from error
     return scheduler
 
 
@@ -210,6 +250,8 @@ def _check_unet(config: Mapping[str, Any], source: str) -> tuple[int, int, int]:
     if not isinstance(height, int) or height != width:
         raise TeacherError(f"teacher {source}: its images are {height}×{width}; expected square ones")
     channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    if not isinstance(channels, int) or not 1 <= channels <= MAX_CHANNELS or not 1 <= height <= MAX_SIZE:
+        raise TeacherError(f"teacher {source}: its images are {channels}×{height}×{width}, which can't be")
     if channels != out_channels:
         raise TeacherError(
             f"teacher {source}: {channels} channels in, {out_channels} out (a learned variance?); expected the same"

@@ -67,10 +67,9 @@ def sample(
     x = torch.from_numpy(noise.astype(np.float32)).to(device)
     kept = {0: x.cpu()} if 0 in record else {}
     x = x * states[0].scale
-    timesteps = scheduler.timesteps.to(device)
     stochastic = solver.ancestral or sampler.eta > 0.0
-    for call, timestep in enumerate(timesteps):
-        prediction = teacher.predict(scheduler.scale_model_input(x, timestep), timestep)
+    for call, timestep in enumerate(scheduler.timesteps):
+        prediction = teacher.predict(scheduler.scale_model_input(x, timestep), timestep.to(device))
         fresh = None
         if stochastic:
             drawn = standard_normal(root_seed, seeds, teacher.item_shape, stream=1 + call)

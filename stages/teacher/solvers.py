@@ -8,6 +8,7 @@ an unknown one is refused by name. This module holds the tables; it imports no d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,8 @@ def trajectory_states(sampler: SamplerConfig, scheduler: Scheduler) -> tuple[Sta
             f"sampler {sampler.name!r}: diffusers made {len(evaluated)} timesteps for steps {sampler.steps} "
             f"with spacing {sampler.spacing!r}; choose another number of steps or spacing"
         )
+    if not all(math.isfinite(value) for level in levels for value in level) or any(a == s == 0 for a, s in levels):
+        raise ConfigError(f"sampler {sampler.name!r}: the teacher's betas give noise levels that are not finite")
     states = []
     for step, (timestep, (alpha, sigma)) in enumerate(zip(timesteps, levels, strict=True)):
         scale = float(scheduler.init_noise_sigma) if step == 0 else (alpha**2 + sigma**2) ** 0.5

@@ -148,10 +148,29 @@ def test_the_default_command_has_a_store_of_its_own(invoke: Invoke, pipeline_fol
     assert not Path("cache").exists()
 
 
-def test_a_missing_default_teacher_is_announced_by_a_dry_run(invoke: Invoke) -> None:
-    result = invoke(cache_command, "build", "--steps", "1000", "--dry-run")
-    assert (result.exit_code, "would train it first" in result.output) == (0, True)
-    assert not Path("teachers").exists()
+def test_a_dry_run_measures_a_default_teacher_that_is_not_there_yet(invoke: Invoke) -> None:
+    result = invoke(cache_command, "build", "--config", "smoke", "--steps", "20", "--dry-run")
+    assert result.exit_code == 0
+    assert "teachers/smoke/pipeline (not there yet: a build would train it first)" in result.output
+    assert "evaluations   7,680 of one image" in result.output
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags", [("--steps", "7", "--record", "10"), ("--sampler", "magic"), ("--seeds", "5:5"), ("--device", "cuda:99")]
+)
+def test_a_bad_request_is_seen_before_the_default_teacher_is_trained(invoke: Invoke, flags: tuple[str, ...]) -> None:
+    result = invoke(cache_command, "build", "--config", "smoke", *flags)
+    assert result.exit_code == 2
+    assert not list(Path().iterdir())
+
+
+def test_stage_0_replaces_nothing_but_an_earlier_teacher(invoke: Invoke) -> None:
+    Path("thesis").mkdir()
+    Path("thesis/years.txt").write_text("of work")
+    result = invoke(teacher_command, "--config", "smoke", "--out", "thesis")
+    assert (result.exit_code, "holds something else" in result.stderr) == (2, True)
+    assert Path("thesis/years.txt").read_text() == "of work"
 
 
 def test_a_teacher_from_elsewhere_is_written_down(invoke: Invoke) -> None:
@@ -165,7 +184,9 @@ BAD_BUILDS = [
     (("--config", "bad.yaml"), 2, "unknown key 'stpes'; did you mean 'steps'"),
     (("--steps", "7", "--record", "10"), 2, "record 10 doesn't fit steps 7"),
     (("--steps", "0"), 2, "0 is not a positive number of steps"),
-    (("--steps", "5000"), 1, "steps 5000 don't fit the teacher"),
+    (("--steps", "5000"), 1, "steps 5000 don't fit the teacher: it was trained with 1000 timesteps"),
+    (("--seeds", "0:1000000000000"), 2, "choose larger blocks"),
+    (("--sampler", "a/b"), 2, "sampler 'a/b' is unknown"),
     (("--record", "1,2,99"), 2, "record 1,2,99 doesn't fit steps 4"),
     (("--record", "some"), 2, "expected a number of states"),
     (("--seeds", "5:5"), 2, "the range is empty"),
@@ -243,6 +264,7 @@ def test_bad_trainings(invoke: Invoke, tmp_path: Path, flags: tuple[str, ...], c
 
 def test_bad_samples_and_evaluations(invoke: Invoke, tmp_path: Path) -> None:
     write_store(tmp_path / "a.zarr", "0:16")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for command, flags, code, message in (
         (sample_command, ("--run", "runs/none"), 1, "is no run"),
         (sample_command, ("--run", "a.zarr"), 1, "is no run"),
@@ -253,8 +275,9 @@ def test_bad_samples_and_evaluations(invoke: Invoke, tmp_path: Path) -> None:
         (cache_command, ("info", "none.zarr"), 1, "no cache at none.zarr"),
     ):
         result = invoke(command, *flags)
-        assert result.exit_code == code, result.output
+        assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.output
         assert message in result.stderr
+        assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Configurations: shipped ones load, mistakes are named with the nearest right answer."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def test_the_references_setting_is_as_published() -> None:
         ({"pretrain": {"data": "cats"}}, "stage 0 knows digits"),
         ({"teacher": "a/b"}, "teacher: expected keys and values"),
         ({"name": "../x"}, "can't name files"),
+        ({"name": ".."}, "can't name files"),
+        ({"train": {"learning_rate": float("nan")}}, "expected a finite number"),
+        ({"train": {"learning_rate": -1}}, "learning_rate must be positive"),
+        ({"train": {"seed": -1}}, "seed: -1 is not in"),
+        ({"train": {"mixed_precision": "fp16"}}, "'fp16' is none of no, bf16"),
+        ({"train": {"stages": {"betas": [2, 0.9]}}}, "two numbers in"),
+        ({"train": {"objective": {"head_target": "x1"}}}, "'x1' is none of jump, x0"),
+        ({"pretrain": {"channels": [10]}}, "multiples of 8"),
+        ({"pretrain": {"classifier": {"held_out": 0}}}, "held_out in"),
         ({"xyzzy": 1}, "known are name, pretrain, teacher"),
     ],
 )
@@ -66,7 +76,12 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    for text, message in (("a: [", "not YAML"), ("- 1", "expected keys"), ("name: x", "'teacher' is missing")):
+    for text, message in (
+        ("a: [", "not YAML"),
+        ("[" * 20_000, "not YAML"),
+        ("- 1", "expected keys"),
+        ("name: x", "'teacher' is missing"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_experiment(path)
@@ -92,7 +107,9 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 )
 def test_a_flag_that_changes_the_recipe_gets_a_store_of_its_own(flags: dict[str, object], suffix: str) -> None:
     digits = load_experiment("digits")
+    digits = dataclasses.replace(digits, teacher=dataclasses.replace(digits.teacher, revision="main"))
     changed, found = with_flags(digits, {"record": None, **flags})
+    assert changed.teacher.revision == (None if "teacher" in flags else "main")
     assert found == suffix
     if "steps" in flags:
         assert changed.sampler.steps == flags["steps"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +79,29 @@ def test_killed_builds_resume_to_the_same_bytes(tmp_path: Path, build: tuple[str
     process = start(tmp_path, *build)
     output, _ = finish(process)
     assert f"built {10 - len(kept)} blocks, {len(kept)} were there" in output
+    assert tree(tmp_path / "c.zarr") == tree(whole / "c.zarr")
+
+
+@pytest.mark.slow
+def test_sixty_kills_at_random_moments(tmp_path: Path, build: tuple[str, ...]) -> None:
+    """The long form: wherever a build is killed, going on ends with the bytes of one that wasn't."""
+    generator = random.Random(0)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "toy.yaml").write_text((tmp_path / "toy.yaml").read_text())
+    finish(start(whole, *build))
+    kills = 0
+    while kills < 60:
+        process = start(tmp_path, *build)
+        try:
+            process.wait(generator.uniform(0.5, 8.0))
+            process.communicate()
+            assert tree(tmp_path / "c.zarr") == tree(whole / "c.zarr")
+            shutil.rmtree(tmp_path / "c.zarr")
+        except subprocess.TimeoutExpired:
+            stop(process, signal.SIGKILL)
+            kills += 1
+    finish(start(tmp_path, *build))
     assert tree(tmp_path / "c.zarr") == tree(whole / "c.zarr")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkd.cache.errors import MismatchError, TeacherError, UsageError
+from advkd.cache.errors import LockedError, MismatchError, TeacherError, UsageError
 from advkd.cache.noise import standard_normal
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.writer import CacheWriter
@@ -116,7 +116,7 @@ def test_constant_output_stops_at_the_first_block(
     monkeypatch.setattr(building, "sample", constant)
     with pytest.raises(TeacherError, match=r"x_0 is constant over 8 seeds"):
         build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
-    assert TrajectoryCache.open(tmp_path / "a.zarr").blocks == ()
+    assert not (tmp_path / "a.zarr").exists()
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(
@@ -168,6 +168,9 @@ def test_half_precision_states_are_recorded_as_such(pipeline_folder: Path, tmp_p
         ({"out_channels": 2}, "1 channels in, 2 out"),
         ({"num_class_embeds": 10}, "conditioned on a class"),
         ({"block_out_channels": [8, 12]}, "can't be loaded"),
+        ({"block_out_channels": []}, "can't be loaded"),
+        ({"norm_num_groups": 0}, "can't be loaded"),
+        ({"in_channels": "x", "out_channels": "x"}, "which can't be"),
     ],
 )
 def test_unusable_networks_are_refused(
@@ -202,6 +205,86 @@ def test_unusable_folders_are_refused(pipeline_folder: Path, tmp_path: Path) -> 
     refused("only safetensors are loaded")
     shutil.rmtree(tmp_path / "teacher/unet")
     refused("no UNet in it")
+
+
+def test_missing_weights_are_never_made_up(pipeline_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "teacher"
+    shutil.copytree(pipeline_folder, folder)
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({name: tensor for name, tensor in weights.items() if "mid_block" not in name}, path)
+    with pytest.raises(TeacherError, match=r"weights don't fit its UNet's configuration \(\d+ missing keys\)"):
+        load_teacher(TeacherConfig(source=str(folder)), torch.device("cpu"))
+    save_file(weights | {"another.weight": torch.zeros(2)}, path)
+    with pytest.raises(TeacherError, match="1 unexpected keys"):
+        load_teacher(TeacherConfig(source=str(folder)), torch.device("cpu"))
+
+
+def test_the_teachers_scheduler_cannot_make_a_solver_stochastic(pipeline_folder: Path, tmp_path: Path) -> None:
+    """A teacher saved with an SDE solver still gives the ODE's trajectories, twice the same."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(pipeline_folder, folder)
+    path = folder / "scheduler/scheduler_config.json"
+    options = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    sampler = SamplerConfig(name="dpmsolver++", steps=4)
+    digests = set()
+    for name in "ab":
+        build(make_plan(TeacherConfig(source=str(folder)), sampler, CACHE, tmp_path / name))
+        digests.add(TrajectoryCache.open(tmp_path / name).digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"beta_schedule": "foo"},
+        {"prediction_type": "foo"},
+        {"num_train_timesteps": "x"},
+        {"beta_start": None},
+        {"trained_betas": [0.1, 0.2]},
+        {"beta_start": float("nan")},
+    ],
+)
+def test_impossible_schedulers_are_refused(pipeline_folder: Path, tmp_path: Path, edit: dict[str, object]) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(pipeline_folder, folder)
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises((TeacherError, UsageError)):
+        build(plan_for(folder, tmp_path / "a.zarr"))
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_a_useless_teacher_does_not_displace_a_good_store(pipeline_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "a.zarr"
+    build(plan_for(pipeline_folder, store))
+    before = tree(store)
+    plan = plan_for(pipeline_folder, store, root_seed=5)
+    torch.nn.init.constant_(next(plan.teacher.unet.parameters()), float("nan"))
+    with pytest.raises(TeacherError, match="not finite"):
+        build(plan, on_mismatch="set-aside")
+    assert tree(store) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_a_store_in_use_is_not_set_aside(pipeline_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "a.zarr"
+    plan = plan_for(pipeline_folder, store)
+    build(plan)
+    with CacheWriter.open(store, plan.recipe, plan.layout).locked(), pytest.raises(LockedError, match="another build"):
+        build(plan_for(pipeline_folder, store, root_seed=5), on_mismatch="set-aside")
+    assert TrajectoryCache.open(store).recipe.root_seed == 0
+
+
+def test_provenance_tells_who_made_which_block(pipeline_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "a.zarr"
+    build(plan_for(pipeline_folder, store, seeds="0:8"), command="first")
+    build(plan_for(pipeline_folder, store), command="second")
+    commands = [json.loads((store / f"provenance/block-{b:06d}.json").read_text())["command"] for b in range(3)]
+    assert commands == ["first", "second", "second"]
 
 
 def test_a_flat_repository_loads_as_older_ones_are_laid_out(pipeline_folder: Path, tmp_path: Path) -> None:

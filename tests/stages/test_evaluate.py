@@ -13,7 +13,7 @@ from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import count_macs, interleaved_latency
 from advkd.stages.evaluate.features import SmallClassifier, extract, load_features, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance, paired_difference
-from advkd.stages.evaluate.images import load_digits, load_real
+from advkd.stages.evaluate.images import load_digits, real_batches
 from tests.conftest import save_random_inception
 
 
@@ -75,17 +75,23 @@ def test_digits_are_the_real_ones() -> None:
     assert sorted(set(labels.tolist())) == list(range(10))
 
 
+def read_real(folder: Path) -> torch.Tensor:
+    return torch.cat(list(real_batches(str(folder), (3, 8, 8), batch_size=2)))
+
+
 def test_real_images_from_a_folder(tmp_path: Path) -> None:
     for index in range(3):
         Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / f"{index}.png")
-    images = load_real(str(tmp_path), (3, 8, 8))
+    images = read_real(tmp_path)
     assert images.shape == (3, 3, 8, 8)
     assert float(images[0, 0].min()) == 1.0 and float(images[0, 1].max()) == -1.0
     (tmp_path / "3.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match="can't be read"):
-        load_real(str(tmp_path), (3, 8, 8))
+        read_real(tmp_path)
+    with pytest.raises(UsageError, match="they are grey, the cache's have 3 channels"):
+        next(real_batches("digits", (3, 8, 8)))
     with pytest.raises(UsageError, match="expected `digits` or a folder"):
-        load_real(str(tmp_path / "none"), (3, 8, 8))
+        read_real(tmp_path / "none")
 
 
 def test_a_classifier_comes_back_from_its_folder(tmp_path: Path) -> None:
@@ -96,6 +102,8 @@ def test_a_classifier_comes_back_from_its_folder(tmp_path: Path) -> None:
     features = extract(network, images, batch_size=2)
     assert features.shape == (5, 64)
     np.testing.assert_allclose(features, classifier.features(images).detach().numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="made for 1×16×16 images, these are 1×8×8"):
+        load_features(EvaluateConfig(features=str(tmp_path)), (1, 8, 8))
     with pytest.raises(UsageError, match="no classifier that advkd can load"):
         load_features(EvaluateConfig(features=str(tmp_path / "none")), (1, 16, 16))
 

@@ -165,7 +165,17 @@ def test_what_is_no_student_is_refused(tmp_path: Path) -> None:
         load_student(tmp_path)
     weights.write_bytes(whole)
     value = json.loads((tmp_path / "config.json").read_text())
-    value["student"]["width"] = 16
-    (tmp_path / "config.json").write_text(json.dumps(value))
-    with pytest.raises(TrainingError, match="holds no student"):
-        load_student(tmp_path)
+    for section, key, wrong in (
+        ("student", "width", 16),
+        ("student", "width", 20_000),  # would be 14 GB, if it were believed
+        ("student", "kind", "os.system"),
+        ("geometry", "item_shape", [1, 10**6, 10**6]),
+        ("geometry", "root_seed", -1),
+        ("geometry", "noise_dtype", "object"),
+        ("geometry", "levels", [[0.1, 0.0], [1.0, 0.0]]),
+    ):
+        changed = json.loads(json.dumps(value))
+        changed[section][key] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(TrainingError, match="holds no student"):
+            load_student(tmp_path)

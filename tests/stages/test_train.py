@@ -147,6 +147,50 @@ def test_divergence_stops_with_the_last_good_checkpoint_named(store: Path, tmp_p
     wild = dataclasses.replace(UNROLLED, learning_rate=1e30, gradient_clip=0.0, warmup=0.0)
     with pytest.raises(TrainingError, match=r"diverged: .*not finite by step \d+.*lower train.learning_rate"):
         train(store, wild, tmp_path / "run")
+    # Checkpoints come more often than logs here: what is not finite is still never kept.
+    rare = dataclasses.replace(wild, log_every=10, checkpoint_every=2)
+    with pytest.raises(TrainingError, match=r"weights of the student not finite by step 2; .* none yet"):
+        train(store, rare, tmp_path / "rare")
+    assert not Run(tmp_path / "rare").checkpoint.exists()
+
+
+def test_a_finished_run_needs_no_checkpoint(store: Path, tmp_path: Path) -> None:
+    """As `dvc pull` brings it."""
+    done = train(store, UNROLLED, tmp_path / "run")
+    Run(tmp_path / "run").checkpoint.unlink()
+    assert train(store, UNROLLED, tmp_path / "run").held_out_mse == pytest.approx(done.held_out_mse, rel=1e-5)
+
+
+def test_a_checkpoint_that_strayed_in_is_refused(store: Path, tmp_path: Path) -> None:
+    train(store, UNROLLED, tmp_path / "run", max_steps=4)
+    train(store, dataclasses.replace(UNROLLED, seed=3), tmp_path / "other", max_steps=4)
+    Run(tmp_path / "run").checkpoint.write_bytes(Run(tmp_path / "other").checkpoint.read_bytes())
+    with pytest.raises(TrainingError, match="is the checkpoint of another run"):
+        train(store, UNROLLED, tmp_path / "run")
+
+
+def test_a_second_trainer_is_told(store: Path, tmp_path: Path) -> None:
+    train(store, UNROLLED, tmp_path / "run", max_steps=2)
+    with Run(tmp_path / "run")._held(), pytest.raises(TrainingError, match="another process is training"):
+        train(store, UNROLLED, tmp_path / "run")
+
+
+def test_torn_logs_do_not_stop_a_resume(store: Path, tmp_path: Path) -> None:
+    train(store, UNROLLED, tmp_path / "whole")
+    train(store, UNROLLED, tmp_path / "run", max_steps=4)
+    (tmp_path / "run/log/metrics.json").write_text('{"train": {"lo')
+    with (tmp_path / "run/log/plots/metrics/train/loss.tsv").open("a") as file:
+        file.write("\n6\n8\t")
+    train(store, UNROLLED, tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("text", ["{}", '{"format": 1, "identity": {}}', "[" * 10_000, "[1]", "null"])
+def test_a_foreign_run_json_is_refused(store: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(text)
+    with pytest.raises(TrainingError, match="is no run"):
+        train(store, UNROLLED, tmp_path / "run", on_mismatch="set-aside")
 
 
 def test_a_stochastic_cache_with_a_paired_loss_is_refused_with_the_reason(tmp_path: Path) -> None:
