@@ -161,15 +161,15 @@ def build(
         LockedError: another build is writing the store.
     """
     reporter = reporter or SilentReporter()
-    _check_disk(plan)
     blocks, size = blocks_of(plan.seeds, plan.layout.block_size), plan.layout.block_size
     work = size * plan.evaluations_per_seed
     todo = missing_blocks(plan)
+    _check_disk(plan, len(todo))
     reporter.start("cache", len(blocks) * work, "evaluations", done=(len(blocks) - len(todo)) * work)
-    ready: dict[int, States] = {}
+    ready: dict[int, tuple[datetime, States]] = {}
     if not CacheWriter(plan.store, plan.recipe, plan.layout).continues(on_mismatch):
         # Nothing is made or moved until the teacher has shown that it can fill a block.
-        ready[todo[0]] = _first_block(plan, todo[0], reporter)
+        ready[todo[0]] = _sample_first(plan, todo[0], reporter)
     writer = CacheWriter.open(plan.store, plan.recipe, plan.layout, on_mismatch)
     if writer.set_aside:
         reporter.say(f"set aside the cache of another recipe: {writer.set_aside}")
@@ -179,8 +179,10 @@ def build(
         todo = writer.missing(plan.seeds)
         write_once(plan.store / "provenance" / "store.json", _provenance(plan))
         for position, block in enumerate(todo):
-            began = datetime.now(UTC)
-            states = ready.pop(block, None) or (_first_block if position == 0 else sample_block)(plan, block, reporter)
+            if position == 0:
+                began, states = ready.pop(block) if block in ready else _sample_first(plan, block, reporter)
+            else:
+                began, states = datetime.now(UTC), sample_block(plan, block, reporter)
             writer.commit(block, states)
             write_json(plan.store / "provenance" / f"block-{block:06d}.json", _block_provenance(plan, began, command))
             if position == 0:
@@ -195,11 +197,11 @@ def build(
     )
 
 
-def _first_block(plan: Plan, block: int, reporter: Reporter) -> States:
-    """Sample a block and look at it before any other."""
-    states = sample_block(plan, block, reporter)
+def _sample_first(plan: Plan, block: int, reporter: Reporter) -> tuple[datetime, States]:
+    """Sample a block and check its images before any other; when that began, and its states."""
+    began, states = datetime.now(UTC), sample_block(plan, block, reporter)
     check_images(states[plan.sampler.steps], plan)
-    return states
+    return began, states
 
 
 def _show(plan: Plan, block: int, states: States, reporter: Reporter) -> Path:
@@ -252,8 +254,8 @@ def check_images(images: npt.NDArray[Any], plan: Plan) -> str:
     return described
 
 
-def _check_disk(plan: Plan) -> None:
-    needed = len(missing_blocks(plan)) * plan.block_bytes
+def _check_disk(plan: Plan, num_blocks: int) -> None:
+    needed = num_blocks * plan.block_bytes
     folder = plan.store.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
