@@ -54,7 +54,7 @@ def stop(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
 @pytest.fixture
 def build(tmp_path: Path, pipeline_folder: Path) -> tuple[str, ...]:
     path = tmp_path / "toy.yaml"
-    path.write_text(f"name: toy\nteacher: {{source: {pipeline_folder}}}\nsampler: {{steps: 60}}\n")
+    path.write_text(f"name: toy\nteacher: {{source: {pipeline_folder}}}\nsampler: {{steps: 400}}\n")
     return ("advkd-cache", *BUILD, "--config", "toy.yaml")
 
 
