@@ -28,7 +28,13 @@ def start(folder: Path, command: str, *arguments: object) -> subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_listen_to_ctrl_c,
     )
+
+
+def _listen_to_ctrl_c() -> None:
+    """Where the tests themselves run in the background, a shell has told all children to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -54,7 +60,7 @@ def stop(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
 @pytest.fixture
 def build(tmp_path: Path, pipeline_folder: Path) -> tuple[str, ...]:
     path = tmp_path / "toy.yaml"
-    path.write_text(f"name: toy\nteacher: {{source: {pipeline_folder}}}\nsampler: {{steps: 400}}\n")
+    path.write_text(f"name: toy\nteacher: {{source: {pipeline_folder}}}\nsampler: {{steps: 150}}\n")
     return ("advkd-cache", *BUILD, "--config", "toy.yaml")
 
 
