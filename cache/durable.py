@@ -14,6 +14,11 @@ from typing import Any
 PARTIAL_SUFFIX = ".partial"
 
 
+def holds_something(path: Path) -> bool:
+    """Whether anything is at a path; an empty folder counts as nothing."""
+    return path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

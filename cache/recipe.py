@@ -15,7 +15,8 @@ from advkd.cache.durable import canonical_json
 from advkd.cache.errors import NotACacheError
 
 DTYPES = ("float16", "float32")
-MAX_SIDE = 8192
+MAX_CHANNELS, MAX_SIDE = 64, 8192
+"""What an item can have at most, wherever a shape comes from someone else."""
 
 
 def digest(value: Any) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from advkd.cache.durable import PARTIAL_SUFFIX, fsync_folder, write_atomically, write_json
+from advkd.cache.durable import PARTIAL_SUFFIX, fsync_folder, holds_something, write_atomically, write_json
 from advkd.cache.errors import CacheError, DamagedError, LockedError, MismatchError, NotACacheError
 from advkd.cache.layout import (
     CRC_BYTES,
@@ -82,7 +82,7 @@ class CacheWriter:
 
     def exists(self) -> bool:
         """Whether a store is there; an empty folder counts as nothing."""
-        return self.path.exists() and not (self.path.is_dir() and next(self.path.iterdir(), None) is None)
+        return holds_something(self.path)
 
     def mismatch(self) -> str | None:
         """In words, how the store that is there differs from what is to be written; None if it doesn't.

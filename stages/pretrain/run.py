@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advkd.cache.durable import PARTIAL_SUFFIX, write_json
+from advkd.cache.durable import PARTIAL_SUFFIX, holds_something, write_json
 from advkd.cache.errors import UsageError
 from advkd.stages.evaluate.features import SmallClassifier, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
@@ -92,7 +92,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         UsageError: something else is there.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not holds_something(folder):
         return
     if not ((folder / "report.json").is_file() and (folder / "pipeline").is_dir()):
         raise UsageError(

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import DTYPES
+from advkd.cache.recipe import DTYPES, MAX_CHANNELS, MAX_SIDE
 
-MAX_CHANNELS, MAX_SIZE, MAX_LEVELS = 64, 8192, 4096
+MAX_LEVELS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class Geometry:
             ValueError: it can't be a cache's.
         """
         channels, height, width = (int(n) for n in value["item_shape"])
-        sizes_fit = 1 <= channels <= MAX_CHANNELS and 1 <= height == width <= MAX_SIZE
+        sizes_fit = 1 <= channels <= MAX_CHANNELS and 1 <= height == width <= MAX_SIDE
         levels_fit = 2 <= len(value["levels"]) <= MAX_LEVELS and all(sigma > 0 for _, sigma in value["levels"][:-1])
         noise_fits = value["noise_dtype"] in DTYPES and 0 <= int(value["root_seed"]) < 1 << 63
         if not (sizes_fit and levels_fit and noise_fits):

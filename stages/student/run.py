@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from advkd.cache.durable import fsync_folder, write_json
+from advkd.cache.durable import fsync_folder, holds_something, write_json
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.layout import blocks_of, parse_seed_range
 from advkd.cache.ledger import content_digest
@@ -104,7 +104,7 @@ class Run:
 
     def exists(self) -> bool:
         """Whether something is in the folder."""
-        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        return holds_something(self.path)
 
     def read(self) -> dict[str, Any]:
         """What run.json says.

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from advkd.cache.durable import write_json, write_once
+from advkd.cache.durable import holds_something, write_json, write_once
 from advkd.cache.errors import TeacherError, UsageError
 from advkd.cache.layout import blocks_of, parse_seed_range, seeds_of
 from advkd.cache.noise import NOISE_RULE
@@ -96,7 +96,7 @@ def check_request(sampler: SamplerConfig, config: CacheConfig, store: Path) -> t
             f"seeds {config.seeds} make {num_blocks:,} blocks of {config.block_size}: choose larger blocks"
         )
     best_device(config.device)
-    if store.exists() and (not store.is_dir() or any(store.iterdir())):
+    if holds_something(store):
         read_metadata(store)
     return recorded
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import TeacherError
+from advkd.cache.recipe import MAX_CHANNELS, MAX_SIDE
 from advkd.stages.device import forbid_tf32
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.solvers import find_solver
 
-MAX_CHANNELS, MAX_SIZE = 64, 8192
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _KNOWN_SCHEDULERS = (
     "DDIMScheduler",
@@ -250,7 +250,7 @@ def _check_unet(config: Mapping[str, Any], source: str) -> tuple[int, int, int]:
     if not isinstance(height, int) or height != width:
         raise TeacherError(f"teacher {source}: its images are {height}×{width}; expected square ones")
     channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
-    if not isinstance(channels, int) or not 1 <= channels <= MAX_CHANNELS or not 1 <= height <= MAX_SIZE:
+    if not isinstance(channels, int) or not 1 <= channels <= MAX_CHANNELS or not 1 <= height <= MAX_SIDE:
         raise TeacherError(f"teacher {source}: its images are {channels}×{height}×{width}, which can't be")
     if channels != out_channels:
         raise TeacherError(
