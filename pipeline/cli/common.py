@@ -49,6 +49,8 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
             if "out of memory" not in str(error).lower() and "not enough memory" not in str(error).lower():
                 raise
             _fail(f"{str(error).splitlines()[0][:160]}: a smaller batch may fit", 1)
+        except BrokenPipeError:
+            raise  # `| head` has read enough: click ends quietly
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             _fail(f"{error.strerror or error}{where}; what was committed before is kept", 1)

@@ -280,6 +280,21 @@ def test_bad_samples_and_evaluations(invoke: Invoke, tmp_path: Path) -> None:
         assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    """As in `advkd-cache info STORE | head -1`."""
+    write_store(tmp_path / "a.zarr", "0:16")
+    command = Path(sys.executable).with_name("advkd-cache")
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        result = subprocess.run(
+            [command, "info", tmp_path / "a.zarr"], stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    finally:
+        os.close(write_end)
+    assert result.stderr == ""
+
+
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     """A real process, a Hub that refuses connections."""
     command = Path(sys.executable).with_name("advkd-cache")
