@@ -5,13 +5,18 @@ A rename alone survives a killed process but not a power cut, after which a rena
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 PARTIAL_SUFFIX = ".partial"
+_FICLONE = 0x40049409
+"""Linux' ioctl that lets two files share their extents (btrfs, XFS, bcachefs) until one is changed."""
 
 
 def holds_something(path: Path) -> bool:
@@ -30,15 +35,56 @@ def fsync_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file whole or not at all; an earlier file of that name stays until the new one is durable."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
+
+    _put(path, write)
+
+
+def link_or_copy(source: Path, target: Path) -> str:
+    """Put a file at another path, whole or not at all: as a hard link, else a reflink, else a copy.
+
+    Returns:
+        How: "hard link", "reflink" or "copy".
+    """
+    how = "hard link"
+
+    def link(partial: Path) -> None:
+        nonlocal how
+        original = source.resolve(strict=True)  # a link would stay a link
+        try:
+            os.link(original, partial)
+            return
+        except OSError:
+            pass  # another file system, or one without hard links
+        with original.open("rb") as reading, partial.open("wb") as writing:
+            try:
+                fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
+                how = "reflink"
+            except OSError:
+                shutil.copyfileobj(reading, writing, 1 << 20)
+                how = "copy"
+            writing.flush()
+            os.fsync(writing.fileno())
+
+    _put(target, link)
+    return how
+
+
+def _put(path: Path, make: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Unique on every host: two builders may share the folder.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
+    try:
+        make(partial)
         partial.replace(path)
+        # Renaming one hard link over another of the same file does nothing and leaves both names.
+        partial.unlink(missing_ok=True)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -58,9 +104,3 @@ def pretty_json(value: Any) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically and durably."""
     write_atomically(path, [pretty_json(value)])
-
-
-def write_once(path: Path, value: Any) -> None:
-    """Write a JSON file unless it is there already."""
-    if not path.is_file():
-        write_json(path, value)

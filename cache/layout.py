@@ -14,7 +14,6 @@ generated here rather than by the installed zarr so that it is the same bytes un
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from advkd.cache.errors import UsageError
@@ -22,6 +21,13 @@ from advkd.cache.recipe import Layout, Recipe, State
 
 FORMAT = 1
 CRC_BYTES = 4
+MAX_BLOCKS = 1_000_000
+"""What a store can declare at most: a header that claims more is refused, not walked."""
+
+
+def metadata_path(array: str) -> str:
+    """`zarr.json` of an array, relative to the store."""
+    return f"{array}/zarr.json"
 
 
 def states_path(state: State) -> str:
@@ -37,6 +43,19 @@ def chunk_path(array: str, block: int, num_item_axes: int) -> str:
 def record_path(block: int) -> str:
     """Ledger record of a block, relative to the store."""
     return f"blocks/{block:06d}.json"
+
+
+def provenance_path(block: int) -> str:
+    """Who made a block, when and where, relative to the store."""
+    return f"provenance/block-{block:06d}.json"
+
+
+def block_of_record(name: str) -> int | None:
+    """The block that a file in `blocks/` is the record of, by its name; None if it is none."""
+    stem, dot, suffix = name.partition(".")
+    if dot and suffix == "json" and stem.isascii() and stem.isdigit() and name == record_path(int(stem)).split("/")[1]:
+        return int(stem)
+    return None
 
 
 def root_metadata(recipe: Recipe, layout: Layout) -> dict[str, Any]:
@@ -92,7 +111,7 @@ def array_metadata(recipe: Recipe, layout: Layout, state: State, num_seeds: int)
 def metadata_files(recipe: Recipe, layout: Layout, num_seeds: int) -> dict[str, dict[str, Any]]:
     """Every `zarr.json` of a store, by relative path, the root's last: a store without it is not a store."""
     arrays = {
-        f"{states_path(state)}/zarr.json": array_metadata(recipe, layout, state, num_seeds) for state in layout.states
+        metadata_path(states_path(state)): array_metadata(recipe, layout, state, num_seeds) for state in layout.states
     }
     return {"states/zarr.json": group_metadata(), **arrays, "zarr.json": root_metadata(recipe, layout)}
 
@@ -127,8 +146,3 @@ def blocks_of(seeds: range, block_size: int) -> range:
 def seeds_of(block: int, block_size: int) -> range:
     """The seeds of one block."""
     return range(block * block_size, (block + 1) * block_size)
-
-
-def files_below(store: Path, folder: str) -> list[Path]:
-    """Regular files below a folder of a store, sorted; for sweeping litter, never for opening."""
-    return sorted(path for path in (store / folder).rglob("*") if path.is_file() and not path.is_symlink())

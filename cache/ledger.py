@@ -1,14 +1,15 @@
-"""The ledger: one JSON record per block, written last. A block without a valid record does not exist.
+"""The ledger: one sealed JSON record per block, written last. A block without a valid record does not exist.
 
 A record maps each array to its chunk file's size, sha256, a CRC-32C per MiB (so that readers check just the segments
-that they touch), the range of its values and how many of them are not finite. It carries its own hash, so that a
-torn or edited record is recognised.
+that they touch), the range of its values, how many of them are not finite, and what rounding to the stored dtype
+cost. It ends with its own hash (`advkd.cache.seal`), so that a torn or edited record is recognised.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,12 +18,15 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.durable import write_json
+from advkd.cache.durable import canonical_json, write_atomically
 from advkd.cache.errors import DamagedError
 from advkd.cache.layout import CRC_BYTES, FORMAT, record_path
 from advkd.cache.recipe import digest
+from advkd.cache.seal import seal, seal_of, unseal, unsealed
 
 SEGMENT_BYTES = 1 << 20
+_ARRAY_NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*")
+_PIECE = 1 << 18
 
 
 def crc32c(data: bytes | memoryview) -> int:
@@ -30,12 +34,13 @@ def crc32c(data: bytes | memoryview) -> int:
     return int(google_crc32c.value(bytes(data)))
 
 
-def segment_crcs(body: memoryview) -> tuple[int, ...]:
-    """CRC-32C of each MiB of a chunk's values, without the CRC that ends the file.
+def segment_crcs(body: memoryview) -> str:
+    """CRC-32C of each MiB of a chunk's values, eight hex digits each, without the CRC that ends the file.
 
     With it the last one would be worthless: the CRC of any message followed by its own CRC is the same constant.
     """
-    return tuple(crc32c(body[start : start + SEGMENT_BYTES]) for start in range(0, len(body), SEGMENT_BYTES))
+    starts = range(0, len(body), SEGMENT_BYTES)
+    return "".join(f"{crc32c(body[start : start + SEGMENT_BYTES]):08x}" for start in starts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,23 +50,66 @@ class ArrayRecord:
     num_bytes: int
     """Size of the chunk file, its trailing CRC included."""
     sha256: str
-    segments: tuple[int, ...]
+    """Of the chunk file."""
+    segments: str
+    """CRC-32C of each MiB of the values, eight hex digits each."""
     minimum: float
     maximum: float
     num_nonfinite: int
+    rounding_rms: float
+    """Root mean square of stored minus computed value, stored units; to three digits."""
+    rounding_max: float
+    """The largest such difference, to three digits."""
 
     @classmethod
-    def of(cls, file_bytes: bytes, values: npt.NDArray[np.floating[Any]]) -> Self:
-        """Describe a chunk file that holds these values."""
-        finite = values[np.isfinite(values)]
+    def of(
+        cls,
+        file_bytes: bytes,
+        stored: npt.NDArray[np.floating[Any]],
+        computed: npt.NDArray[np.floating[Any]],
+    ) -> Self:
+        """Describe a chunk file that holds `stored`, which was rounded from `computed`."""
+        low, high, num_finite, squares, largest = math.inf, -math.inf, 0, 0.0, 0.0
+        flat, exact = stored.reshape(-1), computed.reshape(-1)
+        for start in range(0, flat.size, _PIECE):  # in pieces, so that a large block needs no large temporaries
+            piece = flat[start : start + _PIECE].astype(np.float64)
+            finite = np.isfinite(piece)
+            difference = np.where(finite, piece, 0.0) - np.where(finite, exact[start : start + _PIECE], 0.0)
+            num_finite += int(finite.sum())
+            squares += float(np.dot(difference, difference))
+            largest = max(largest, float(np.abs(difference).max(initial=0.0)))
+            low, high = min(low, np.min(piece[finite], initial=low)), max(high, np.max(piece[finite], initial=high))
         return cls(
             num_bytes=len(file_bytes),
             sha256=hashlib.sha256(file_bytes).hexdigest(),
             segments=segment_crcs(memoryview(file_bytes)[:-CRC_BYTES]),
-            minimum=float(finite.min()) if finite.size else 0.0,
-            maximum=float(finite.max()) if finite.size else 0.0,
-            num_nonfinite=int(values.size - finite.size),
+            minimum=float(low) if num_finite else 0.0,
+            maximum=float(high) if num_finite else 0.0,
+            num_nonfinite=int(flat.size - num_finite),
+            # Three digits, so that another order of summation gives the same record.
+            rounding_rms=float(f"{math.sqrt(squares / max(1, num_finite)):.2e}"),
+            rounding_max=float(f"{largest:.2e}"),
         )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Read what `asdict` wrote.
+
+        Raises:
+            ValueError: a part can't be.
+        """
+        record = cls(**value)
+        integers = (record.num_bytes, record.num_nonfinite)
+        floats = (record.minimum, record.maximum, record.rounding_rms, record.rounding_max)
+        fitting = all(type(number) is int and 0 <= number < 1 << 63 for number in integers)
+        fitting = fitting and all(type(number) is float and math.isfinite(number) for number in floats)
+        if not fitting or len(bytes.fromhex(record.sha256)) != 32 or len(bytes.fromhex(record.segments)) % 4:
+            raise ValueError("a number or hash can't be")
+        return record
+
+    def crcs(self) -> npt.NDArray[np.uint32]:
+        """CRC of each segment, uint32."""
+        return np.frombuffer(bytes.fromhex(self.segments), dtype=">u4").astype(np.uint32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,16 +120,16 @@ class BlockRecord:
     fingerprint: str
     layout_hash: str
     arrays: dict[str, ArrayRecord]
+    """By array path, such as `states/0000`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON without the record's own hash."""
-        arrays = {name: {**asdict(array), "segments": list(array.segments)} for name, array in self.arrays.items()}
         return {
             "format": FORMAT,
             "block": self.block,
             "fingerprint": self.fingerprint,
             "layout_hash": self.layout_hash,
-            "arrays": arrays,
+            "arrays": {name: asdict(array) for name, array in self.arrays.items()},
         }
 
     @property
@@ -91,50 +139,62 @@ class BlockRecord:
 
     def write(self, store: Path) -> None:
         """Commit the block: from here on it exists."""
-        write_json(store / record_path(self.block), {**self.to_json(), "record_sha256": self.record_hash})
+        write_atomically(store / record_path(self.block), [seal(self.to_json())])
+
+    @classmethod
+    def parse(cls, raw: bytes, block: int, where: str) -> Self:
+        """Read a record's bytes.
+
+        Raises:
+            DamagedError: the record is torn, edited, or belongs to another block.
+        """
+        try:
+            value = unseal(raw)
+            if set(value) - {"record_sha256"} != {"format", "block", "fingerprint", "layout_hash", "arrays"}:
+                raise ValueError("its parts are others")
+            if value["block"] != block or type(value["block"]) is not int or value["format"] != FORMAT:
+                raise ValueError("it is of another block or format")
+            if not all(_ARRAY_NAME.fullmatch(name) for name in value["arrays"]):
+                raise ValueError("it names an array outside the store")
+            return cls(
+                block=block,
+                fingerprint=str(value["fingerprint"]),
+                layout_hash=str(value["layout_hash"]),
+                arrays={name: ArrayRecord.from_json(array) for name, array in value["arrays"].items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _torn(where, block, error) from None
 
 
-def read_record(store: Path, block: int) -> BlockRecord | None:
-    """Read one record; None if the block was never committed.
+def checked_seal(raw: bytes, block: int, fingerprint: str, layout_hash: str, where: str) -> str:
+    """The hash that a record carries, checked against its bytes and its place without parsing them.
+
+    Canonical JSON sorts its keys, so what says where a record belongs stands right before the hash.
 
     Raises:
-        DamagedError: the record is torn, edited, or belongs to another block.
+        DamagedError: the record is torn, edited, or belongs elsewhere.
     """
-    path = store / record_path(block)
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    try:
-        value = json.loads(raw)
-        arrays = {
-            str(name): ArrayRecord(
-                num_bytes=int(array["num_bytes"]),
-                sha256=str(array["sha256"]),
-                segments=tuple(int(crc) for crc in array["segments"]),
-                minimum=float(array["minimum"]),
-                maximum=float(array["maximum"]),
-                num_nonfinite=int(array["num_nonfinite"]),
-            )
-            for name, array in value["arrays"].items()
-        }
-        record = BlockRecord(
-            block=int(value["block"]),
-            fingerprint=str(value["fingerprint"]),
-            layout_hash=str(value["layout_hash"]),
-            arrays=arrays,
-        )
-        intact = record.record_hash == value["record_sha256"] and record.block == block
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        intact = False
-    if not intact:
-        raise DamagedError(
-            f"{path}: the ledger record of block {block} is torn or altered; "
-            "`advkd-cache build` with the same settings makes the block again"
-        )
-    return record
+        stated = seal_of(raw)
+    except ValueError as error:
+        raise _torn(where, block, error) from None
+    place = {"block": block, "fingerprint": fingerprint, "format": FORMAT, "layout_hash": layout_hash}
+    if not unsealed(raw).endswith(b"," + canonical_json(place)[1:-1]):
+        raise DamagedError(f"{where}: the ledger record of block {block} belongs to another block or cache")
+    return stated
 
 
-def content_digest(records: list[BlockRecord]) -> str:
-    """One hash that names the content of some committed blocks, for a paper or a model card."""
-    return digest([[record.block, record.record_hash] for record in records])
+def _torn(where: str, block: int, error: Exception) -> DamagedError:
+    return DamagedError(
+        f"{where}: the ledger record of block {block} is torn or altered ({str(error)[:80]}); "
+        "`advkd-cache build` with the same settings makes the block again"
+    )
+
+
+def content_digest(seals: list[tuple[int, str]]) -> str:
+    """One hash that names the content of some committed blocks, for a paper or a model card.
+
+    Args:
+        seals: (block, its record's hash), ascending.
+    """
+    return hashlib.sha256(canonical_json(seals)).hexdigest()

@@ -8,7 +8,11 @@ the ledger: an uncommitted seed is an error, never zeros or NaN.
 from __future__ import annotations
 
 import json
+import math
+import mmap
+import os
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,45 +20,68 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.errors import CacheNotFoundError, DamagedError, NotACacheError, NotCachedError
-from advkd.cache.layout import CRC_BYTES, FORMAT, array_metadata, chunk_path, seeds_of, states_path
-from advkd.cache.ledger import SEGMENT_BYTES, BlockRecord, content_digest, crc32c, read_record
-from advkd.cache.recipe import Layout, Recipe, State
+from advkd.cache.errors import CacheError, DamagedError, NotACacheError, NotCachedError
+from advkd.cache.layout import (
+    CRC_BYTES,
+    FORMAT,
+    array_metadata,
+    chunk_path,
+    metadata_path,
+    record_path,
+    seeds_of,
+    states_path,
+)
+from advkd.cache.ledger import SEGMENT_BYTES, ArrayRecord, BlockRecord, checked_seal, content_digest, crc32c
+from advkd.cache.paths import open_file
+from advkd.cache.recipe import MAX_BLOCK_BYTES, Layout, Recipe, State
+from advkd.cache.scratch import Scratch, default_scratch
+from advkd.cache.source import LocalSource, Source, check_num_blocks, open_source
 
 if TYPE_CHECKING:
     import dask.array
 
 MAX_OPEN_MAPS = 128
 Values = npt.NDArray[Any]
+_HOW_TO_MEND = (
+    "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
+)
+_NOT_JSON_OF_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, IndexError)
 
 
-def read_metadata(path: Path) -> tuple[Recipe, Layout]:
+def read_metadata(source: Source) -> tuple[Recipe, Layout]:
     """Read and check a store's root metadata.
 
     Raises:
-        CacheNotFoundError: nothing is there.
-        NotACacheError: something else is there, or its own hashes disagree.
+        NotACacheError: something else is there, or a newer format.
+        DamagedError: its own hashes disagree.
     """
-    if not path.exists():
-        raise CacheNotFoundError(
-            f"no cache at {path}: build one with `advkd-cache build --out {path}`, or `dvc pull` it"
-        )
+    address = source.address
     try:
-        value = json.loads((path / "zarr.json").read_bytes())["attributes"]["advkd"]
+        value = json.loads(source.read("zarr.json"))["attributes"]["advkd"]
         found_format = value["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise NotACacheError(f"{path} is not a trajectory cache (no zarr.json of one); nothing was changed") from None
-    if found_format != FORMAT:
+    except (OSError, *_NOT_JSON_OF_OURS):
         raise NotACacheError(
-            f"{path} has cache format {found_format!r}; this advkd reads format {FORMAT}: upgrade advkd"
+            f"{address} is not a trajectory cache (no zarr.json of one); nothing was changed"
+        ) from None
+    if type(found_format) is not int or found_format != FORMAT:
+        raise NotACacheError(
+            f"{address} has cache format {str(found_format)[:20]}; this advkd reads format {FORMAT}: upgrade advkd"
+        )
+    if isinstance(value.get("layout"), dict) and "encoding" not in value["layout"]:
+        raise NotACacheError(
+            f"{address} was written before format 1 was settled: `advkd-cache upgrade {address}` rewrites its "
+            "metadata and keeps its data"
         )
     try:
         recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])
         intact = value["fingerprint"] == recipe.fingerprint and value["layout_hash"] == layout.layout_hash
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        intact = intact and layout.block_bytes(recipe.item_shape) <= MAX_BLOCK_BYTES
+    except NotACacheError as error:
+        raise NotACacheError(f"{address}/zarr.json: {error}") from None
+    except _NOT_JSON_OF_OURS:
         intact = False
     if not intact:
-        raise DamagedError(f"{path}/zarr.json was altered: its recipe or layout doesn't match its own hash")
+        raise DamagedError(f"{address}/zarr.json was altered: its recipe or layout doesn't match its own hash")
     return recipe, layout
 
 
@@ -62,46 +89,75 @@ class TrajectoryCache:
     """A trajectory cache opened for reading.
 
     Attributes:
-        path: where it is.
+        source: where its bytes come from.
         recipe: what made it.
         layout: which states it holds, how they are stored.
         num_seeds: seeds that the arrays declare; not all of them need to be committed.
+        states: the recorded states that are present, by solver steps done.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, layout: Layout, num_seeds: int) -> None:
-        self.path = path
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        layout: Layout,
+        num_seeds: int,
+        states: dict[int, State],
+        scratch: Path | None = None,
+    ) -> None:
+        self.source = source
         self.recipe = recipe
         self.layout = layout
         self.num_seeds = num_seeds
+        self.states = states
+        self._scratch = None if isinstance(source, LocalSource) else Scratch(source, scratch or default_scratch())
         self._maps: OrderedDict[tuple[int, int], npt.NDArray[np.uint8]] = OrderedDict()
         self._checked: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
-        self._records: dict[int, BlockRecord] = {}
+        self._records: OrderedDict[int, BlockRecord] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | Path) -> TrajectoryCache:
+    def open(cls, address: str | Path, *, scratch: Path | None = None) -> TrajectoryCache:
         """Open a store; reads only its metadata.
+
+        Args:
+            address: a folder, or a URL that fsspec reads (`s3://`, `gs://`, `hf://`, `http(s)://`).
+            scratch: folder for chunks of a remote store; `ADVKD_SCRATCH` or the user's cache folder if not given.
 
         Raises:
             CacheNotFoundError: nothing is there.
             NotACacheError: it is no trajectory cache.
             DamagedError: its metadata contradicts itself.
         """
-        path = Path(path)
-        recipe, layout = read_metadata(path)
+        source = open_source(address)
+        recipe, layout = read_metadata(source)
         num_seeds: int | None = None
-        for state in layout.states:
-            try:
-                metadata = json.loads((path / states_path(state) / "zarr.json").read_bytes())
-                declared = int(metadata["shape"][0])
-            except FileNotFoundError:
+        present: dict[int, State] = {}
+        paths = [metadata_path(states_path(state)) for state in layout.states]
+        for state, path, raw in zip(layout.states, paths, source.read_many(paths), strict=True):
+            if raw is None:
                 continue  # a partial pull: that state is not here
-            except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
-                declared, metadata = 0, None
-            if metadata != array_metadata(recipe, layout, state, declared):
-                raise DamagedError(f"{path}/{states_path(state)}/zarr.json doesn't fit the recipe in {path}/zarr.json")
+            try:
+                metadata = json.loads(raw)
+                declared = metadata["shape"][0]
+                fitting = type(declared) is int and metadata == array_metadata(recipe, layout, state, declared)
+            except _NOT_JSON_OF_OURS:
+                fitting = False
+            if not fitting or declared < 0:
+                raise DamagedError(f"{source.address}/{path} doesn't fit the recipe in {source.address}/zarr.json")
+            check_num_blocks(source.address, declared, layout.block_size)
             # A crash while growing leaves some arrays larger; the smaller size is the one that all of them have.
             num_seeds = declared if num_seeds is None else min(num_seeds, declared)
-        return cls(path, recipe, layout, num_seeds or 0)
+            present[state.step] = state
+        return cls(source, recipe, layout, num_seeds or 0, present, scratch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it anew."""
+        return _reopen, (self.address, None if self._scratch is None else self._scratch.folder)
+
+    @property
+    def address(self) -> str:
+        """The path or URL that it was opened at."""
+        return self.source.address
 
     @property
     def item_shape(self) -> tuple[int, ...]:
@@ -113,10 +169,10 @@ class TrajectoryCache:
         """Dtype that states are stored in."""
         return np.dtype(self.layout.dtype).newbyteorder("<")
 
-    @cached_property
-    def states(self) -> dict[int, State]:
-        """The recorded states that are present, by solver steps done."""
-        return {state.step: state for state in self.layout.states if (self.path / states_path(state)).is_dir()}
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is read through a URL."""
+        return self._scratch is not None
 
     @property
     def num_blocks(self) -> int:
@@ -125,13 +181,29 @@ class TrajectoryCache:
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
-        """Committed blocks, ascending; decided by the ledger alone."""
-        return tuple(block for block in range(self.num_blocks) if self._find_record(block) is not None)
+        """Committed blocks, ascending: those that the ledger has a record of, valid or not."""
+        return self.source.blocks(self.num_blocks)
 
     @property
     def digest(self) -> str:
         """The content digest of all committed blocks."""
-        return content_digest([self.record(block) for block in self.blocks])
+        return self.digest_of(self.blocks)
+
+    def digest_of(self, blocks: Sequence[int]) -> str:
+        """The content digest of some committed blocks, each record checked against its own hash.
+
+        Raises:
+            NotCachedError: a block was never committed.
+            DamagedError: a record is torn or altered.
+        """
+        paths = [record_path(block) for block in blocks]
+        seals = []
+        for block, path, raw in zip(blocks, paths, self.source.read_many(paths), strict=True):
+            if raw is None:
+                raise self._not_committed(block)
+            where = f"{self.address}/{path}"
+            seals.append((block, checked_seal(raw, block, self.recipe.fingerprint, self.layout.layout_hash, where)))
+        return content_digest(seals)
 
     def seeds(self) -> npt.NDArray[np.int64]:
         """Every committed seed, ascending, int64."""
@@ -139,82 +211,172 @@ class TrajectoryCache:
         starts = np.asarray(self.blocks, dtype=np.int64)[:, None] * size
         return (starts + np.arange(size, dtype=np.int64)).ravel()
 
-    def _find_record(self, block: int) -> BlockRecord | None:
-        record = self._records.get(block) or read_record(self.path, block)
-        if record is None:
-            return None
-        if (record.fingerprint, record.layout_hash) != (self.recipe.fingerprint, self.layout.layout_hash):
-            raise DamagedError(f"{self.path}: the ledger record of block {block} belongs to another cache")
-        self._records[block] = record
-        return record
-
     def record(self, block: int) -> BlockRecord:
         """The ledger record of a committed block.
 
         Raises:
             NotCachedError: the block was never committed.
+            DamagedError: its record is torn, altered or of another cache.
         """
-        record = self._find_record(block)
-        if record is None:
-            seeds = seeds_of(block, self.layout.block_size)
-            raise NotCachedError(
-                f"{self.path} does not hold seeds {seeds.start}:{seeds.stop}; "
-                f"`advkd-cache build --seeds {seeds.start}:{seeds.stop}` adds them"
-            )
+        if block in self._records:
+            return self._records[block]
+        path = record_path(block)
+        try:
+            raw = self.source.read(path)
+        except FileNotFoundError:
+            raise self._not_committed(block) from None
+        record = BlockRecord.parse(raw, block, f"{self.address}/{path}")
+        if (record.fingerprint, record.layout_hash) != (self.recipe.fingerprint, self.layout.layout_hash):
+            raise DamagedError(f"{self.address}: the ledger record of block {block} belongs to another cache")
+        body_bytes = self.layout.block_bytes(self.item_shape)
+        for state in self.layout.states:
+            array = record.arrays.get(states_path(state))
+            expected = (body_bytes + CRC_BYTES, 8 * -(-body_bytes // SEGMENT_BYTES))
+            if array is None or (array.num_bytes, len(array.segments)) != expected:
+                raise DamagedError(
+                    f"{self.address}: the ledger record of block {block} doesn't fit the layout; {_HOW_TO_MEND}"
+                )
+        self._records[block] = record
+        if len(self._records) > 4 * MAX_OPEN_MAPS:
+            self._records.popitem(last=False)
         return record
 
-    def _state(self, step: int) -> State:
+    def _not_committed(self, block: int) -> NotCachedError:
+        seeds = seeds_of(block, self.layout.block_size)
+        return NotCachedError(
+            f"{self.address} does not hold seeds {seeds.start}:{seeds.stop}; "
+            f"`advkd-cache build --seeds {seeds.start}:{seeds.stop}` adds them"
+        )
+
+    def state(self, step: int) -> State:
+        """A recorded state that is present, by solver steps done.
+
+        Raises:
+            NotCachedError: it isn't here, or never was recorded.
+        """
         if step in self.states:
             return self.states[step]
         known = [state.step for state in self.layout.states]
         if step in known:
-            raise NotCachedError(f"{self.path}: state {step:04d} is not here (a partial copy?); `dvc pull` it")
-        raise NotCachedError(f"{self.path} records the states after {known} steps, not after {step}")
+            raise NotCachedError(
+                f"{self.address}: state {step:04d} is not here (a partial copy?): `dvc pull` it, or choose among "
+                f"{sorted(self.states)}"
+            )
+        raise NotCachedError(f"{self.address} records the states after {known} steps, not after {step}")
+
+    def chunk(self, step: int, block: int) -> tuple[str, ArrayRecord]:
+        """Path and ledger entry of one block of one state."""
+        array = states_path(self.state(step))
+        return chunk_path(array, block, len(self.item_shape)), self.record(block).arrays[array]
+
+    def fetch(
+        self, steps: Sequence[int], blocks: Sequence[int], fetched: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        """Bring some states of some blocks of a remote store to the scratch folder; nothing to do for a local one.
+
+        Args:
+            steps: solver steps done.
+            blocks: committed ones.
+            fetched: hears of the bytes of each chunk that came.
+
+        Raises:
+            UsageError: they don't fit on the disk.
+            DamagedError: bytes differ from the ledger.
+        """
+        if self._scratch is not None:
+            self._scratch.fetch_all([self.chunk(step, block) for block in blocks for step in steps], fetched)
 
     def _map(self, step: int, block: int) -> npt.NDArray[np.uint8]:
         key = (step, block)
         if key in self._maps:
             self._maps.move_to_end(key)
             return self._maps[key]
-        state = self._state(step)
-        expected = self.record(block).arrays[states_path(state)]
-        path = self.path / chunk_path(states_path(state), block, len(self.item_shape))
-        body_bytes = self.layout.block_size * int(np.prod(self.item_shape)) * self.dtype.itemsize
-        if (expected.num_bytes, len(expected.segments)) != (body_bytes + CRC_BYTES, -(-body_bytes // SEGMENT_BYTES)):
-            raise DamagedError(
-                f"{self.path}: the ledger record of block {block} doesn't fit the layout; {_HOW_TO_MEND}"
-            )
+        chunk, expected = self.chunk(step, block)
+        where = f"{self.address}/{chunk}"
         try:
-            file = np.memmap(path, dtype=np.uint8, mode="r")
-        except (FileNotFoundError, ValueError):
-            raise DamagedError(f"{path} is missing or empty, but the ledger has it; {_HOW_TO_MEND}") from None
-        if file.size != expected.num_bytes:
-            raise DamagedError(f"{path} has {file.size} bytes, the ledger says {expected.num_bytes}; {_HOW_TO_MEND}")
-        view: npt.NDArray[np.uint8] = file.view(np.ndarray)
+            descriptor = self._open_chunk(chunk, expected)
+        except FileNotFoundError:
+            raise DamagedError(f"{where} is missing, but the ledger has it; {_HOW_TO_MEND}") from None
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != expected.num_bytes:
+                raise DamagedError(f"{where} has {size} bytes, the ledger says {expected.num_bytes}; {_HOW_TO_MEND}")
+            mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        view: npt.NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8)
         self._maps[key] = view
-        self._checked.setdefault(key, np.zeros(len(expected.segments), dtype=np.bool_))
+        self._checked.setdefault(key, np.zeros(len(expected.segments) // 8, dtype=np.bool_))
         if len(self._maps) > MAX_OPEN_MAPS:
             self._maps.popitem(last=False)
         return view
+
+    def chunk_file(self, step: int, block: int) -> Path:
+        """The local file of one block of one state, of the recorded size; a remote one comes to the scratch folder.
+
+        Raises:
+            DamagedError: it is missing or has another size.
+        """
+        chunk, expected = self.chunk(step, block)
+        if self._scratch is not None:
+            return self._scratch.fetch(chunk, expected)
+        try:
+            descriptor = self._open_chunk(chunk, expected)
+        except FileNotFoundError:
+            raise DamagedError(f"{self.address}/{chunk} is missing, but the ledger has it; {_HOW_TO_MEND}") from None
+        try:
+            size = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+        if size != expected.num_bytes:
+            raise DamagedError(
+                f"{self.address}/{chunk} has {size} bytes, the ledger says {expected.num_bytes}; {_HOW_TO_MEND}"
+            )
+        return Path(self.address) / chunk
+
+    def _open_chunk(self, chunk: str, expected: ArrayRecord) -> int:
+        if self._scratch is not None:
+            return os.open(self._scratch.fetch(chunk, expected), os.O_RDONLY | os.O_CLOEXEC)
+        assert isinstance(self.source, LocalSource)
+        self.source.check_folder(chunk)
+        return open_file(self.source.root, chunk)
 
     def _check(self, step: int, block: int, file: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> None:
         """Check the segments that some rows touch, once each."""
         checked = self._checked[step, block]
         if checked.all():
             return
-        row_bytes = int(np.prod(self.item_shape)) * self.dtype.itemsize
+        row_bytes = math.prod(self.item_shape) * self.dtype.itemsize
         first = rows * row_bytes // SEGMENT_BYTES
         last = ((rows + 1) * row_bytes - 1) // SEGMENT_BYTES
         touched = np.unique([np.minimum(first + i, last) for i in range(int((last - first).max()) + 1)])
-        expected = self.record(block).arrays[states_path(self._state(step))].segments
+        expected = self.chunk(step, block)[1].crcs()
         for segment in touched[~checked[touched]]:
             start = int(segment) * SEGMENT_BYTES
             stop = min(start + SEGMENT_BYTES, file.size - CRC_BYTES)
             if crc32c(file[start:stop].tobytes()) != expected[segment]:
                 raise DamagedError(
-                    f"{self.path}: state {step:04d} of block {block} is damaged near byte {start}; {_HOW_TO_MEND}"
+                    f"{self.address}: state {step:04d} of block {block} is damaged near byte {start}; {_HOW_TO_MEND}"
                 )
             checked[segment] = True
+
+    def _values(self, step: int, block: int, rows: npt.NDArray[np.int64]) -> Values:
+        """All rows of a block as a map, after checking the segments that some rows touch."""
+        file = self._map(step, block)
+        self._check(step, block, file, rows)
+        return file[:-CRC_BYTES].view(self.dtype).reshape(self.layout.block_size, *self.item_shape)
+
+    def block_view(self, step: int, block: int) -> Values:
+        """One block of one state without copying: a read-only map of the file, checked as a whole.
+
+        Returns:
+            Stored dtype, shape (block_size, *item_shape); `torch.from_numpy` takes it as it is.
+
+        Raises:
+            NotCachedError: the block or state is not here.
+            DamagedError: bytes differ from the ledger.
+        """
+        return self._values(step, block, np.arange(self.layout.block_size))
 
     def rows(self, step: int, seeds: npt.ArrayLike) -> Values:
         """Read the stored values of some seeds at one recorded state.
@@ -232,29 +394,52 @@ class TrajectoryCache:
             DamagedError: bytes differ from the ledger.
         """
         wanted = np.asarray(seeds, dtype=np.int64).ravel()
-        size = self.layout.block_size
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.num_seeds):
             outside = wanted[(wanted < 0) | (wanted >= self.num_seeds)][0]
-            raise NotCachedError(f"{self.path} declares seeds 0:{self.num_seeds}; seed {outside} is outside")
+            raise NotCachedError(f"{self.address} declares seeds 0:{self.num_seeds}; seed {outside} is outside")
         out = np.empty((wanted.size, *self.item_shape), dtype=self.dtype)
-        blocks, rows = np.divmod(wanted, size)
+        blocks, rows = np.divmod(wanted, self.layout.block_size)
         for block in np.unique(blocks):
             here = np.flatnonzero(blocks == block)
-            file = self._map(step, int(block))
-            self._check(step, int(block), file, rows[here])
-            values = file[: size * out[0].nbytes].view(self.dtype).reshape(size, *self.item_shape)
-            out[here] = values[rows[here]]
+            out[here] = self._values(step, int(block), rows[here])[rows[here]]
         return out
 
     def dask_array(self, step: int) -> dask.array.Array:
-        """A lazy dask view of one state over all declared seeds, shape (N, *item_shape), for analysis.
+        """A lazy dask view of one state over all declared seeds, for analysis; one dask chunk a block.
 
-        Goes through zarr, which checks each chunk's CRC. Uncommitted blocks read as NaN there.
+        Returns:
+            Stored dtype, shape (num_seeds, *item_shape). Rows of uncommitted blocks are NaN.
+
+        Raises:
+            NotCachedError: the state is not here.
         """
         import dask.array as da
-        import zarr
 
-        return da.from_array(zarr.open_array(self.path / states_path(self._state(step)), mode="r"), chunks="auto")
+        self.state(step)
+        size = self.layout.block_size
+        chunks = ((size,) * self.num_blocks, *((n,) for n in self.item_shape))
+        return da.map_blocks(
+            _dask_block, self, step, dtype=self.dtype, chunks=chunks, meta=np.empty((0,) * len(chunks), self.dtype)
+        )
 
 
-_HOW_TO_MEND = "remove that block's record below blocks/ and run `advkd-cache build` again, or pull the block anew"
+def _reopen(address: str, scratch: Path | None) -> TrajectoryCache:
+    return TrajectoryCache.open(address, scratch=scratch)
+
+
+def _dask_block(cache: TrajectoryCache, step: int, block_info: Any = None) -> Values:
+    block = int(block_info[None]["chunk-location"][0])
+    if block not in cache.blocks:
+        return np.full((cache.layout.block_size, *cache.item_shape), np.nan, dtype=cache.dtype)
+    return cache.block_view(step, block)
+
+
+def local_root(cache: TrajectoryCache) -> Path:
+    """The folder of a local cache.
+
+    Raises:
+        CacheError: it is remote.
+    """
+    if not isinstance(cache.source, LocalSource):
+        raise CacheError(f"{cache.address} is read only: copy it to a folder first (`advkd-cache subset --out STORE`)")
+    return cache.source.root

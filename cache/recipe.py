@@ -8,6 +8,7 @@ time, host, path or duration: two builds of the same thing are the same bytes.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -15,8 +16,12 @@ from advkd.cache.durable import canonical_json
 from advkd.cache.errors import NotACacheError
 
 DTYPES = ("float16", "float32")
+ENCODINGS = ("raw",)
+"""How a chunk's values are stored; a version that knows more ways adds them here."""
 MAX_CHANNELS, MAX_SIDE = 64, 8192
 """What an item can have at most, wherever a shape comes from someone else."""
+MAX_STATES = 10_001
+MAX_BLOCK_BYTES = 1 << 34
 
 
 def digest(value: Any) -> str:
@@ -65,7 +70,7 @@ class Recipe:
         Raises:
             NotACacheError: a part is missing, or the shape can't be.
         """
-        recipe = cls(**{**value, "item_shape": tuple(int(n) for n in value["item_shape"])})
+        recipe = cls(**{**value, "item_shape": tuple(_integer(n) for n in value["item_shape"])})
         parts = (
             (recipe.teacher, ("tensors_sha256", "unet", "scheduler")),
             (recipe.sampler, ("name", "steps", "eta", "deterministic", "config")),
@@ -74,6 +79,8 @@ class Recipe:
         )
         if not all(isinstance(part, dict) and set(keys) <= part.keys() for part, keys in parts):
             raise NotACacheError("the recipe is not whole")
+        if not 0 <= _integer(recipe.noise["root_seed"]) < 1 << 63 or not 1 <= _integer(recipe.sampler["steps"]) < 1e6:
+            raise NotACacheError("its root seed or its number of steps can't be")
         if len(recipe.item_shape) != 3 or not all(1 <= n <= MAX_SIDE for n in recipe.item_shape):
             raise NotACacheError(f"impossible item shape {recipe.item_shape}")
         return recipe
@@ -110,6 +117,21 @@ class State:
         """Noise coefficient of the stored value."""
         return self.sigma / self.scale
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Read what `asdict` wrote.
+
+        Raises:
+            NotACacheError: a number can't be.
+        """
+        state = cls(**{**value, "step": _integer(value["step"])})
+        floats = (state.timestep, state.alpha, state.sigma, state.scale)
+        if not all(type(number) is float and math.isfinite(number) for number in floats):
+            raise NotACacheError(f"state {state.step}: its timestep, alpha, sigma or scale is no finite number")
+        if state.scale <= 0 or not 0 <= state.step < 1e6:
+            raise NotACacheError(f"state {state.step}: impossible scale {state.scale} or step")
+        return state
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
@@ -118,18 +140,27 @@ class Layout:
     states: tuple[State, ...]
     dtype: str
     block_size: int
+    encoding: str = "raw"
+    """`raw`: a chunk is its values."""
 
     def __post_init__(self) -> None:
         steps = [state.step for state in self.states]
-        if self.dtype not in DTYPES or self.block_size < 1 or steps != sorted(set(steps)) or steps[:1] != [0]:
+        fitting = self.dtype in DTYPES and self.block_size >= 1 and len(steps) <= MAX_STATES
+        if not fitting or steps != sorted(set(steps)) or steps[:1] != [0]:
             raise NotACacheError(
-                f"impossible layout: dtype {self.dtype!r}, block size {self.block_size}, steps {steps}"
+                f"impossible layout: dtype {self.dtype!r}, block size {self.block_size}, steps {steps[:20]}"
             )
+        if self.encoding not in ENCODINGS:
+            raise NotACacheError(f"encoding {self.encoding!r} is unknown to this advkd: upgrade advkd")
 
     @property
     def layout_hash(self) -> str:
         """sha256 that names this layout."""
         return digest(self.to_json())
+
+    def block_bytes(self, item_shape: tuple[int, ...]) -> int:
+        """Bytes of the values of one block of one state."""
+        return self.block_size * math.prod(item_shape) * (2 if self.dtype == "float16" else 4)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, for attributes and hashing."""
@@ -137,9 +168,22 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        states = tuple(State(**state) for state in value["states"])
-        return cls(states=states, dtype=str(value["dtype"]), block_size=int(value["block_size"]))
+        """Read what `to_json` wrote.
+
+        Raises:
+            NotACacheError: a part can't be, or is of a newer version.
+        """
+        if len(value["states"]) > MAX_STATES:
+            raise NotACacheError(f"it claims {len(value['states'])} states")
+        states = tuple(State.from_json(state) for state in value["states"])
+        return cls(**{**value, "states": states, "block_size": _integer(value["block_size"])})
+
+
+def _integer(value: Any) -> int:
+    """An integer that JSON wrote as one."""
+    if type(value) is not int:
+        raise ValueError(f"{str(value)[:40]!r} is no integer")
+    return value
 
 
 def differences(found: Any, expected: Any, path: str = "") -> list[str]:

@@ -1,42 +1,53 @@
-"""Writing a cache: whole blocks, each committed by its ledger record, under a lock that dies with its owner.
+"""Writing a cache: whole blocks, each committed by its ledger record, beside other writers.
 
-A block's life: lock → skip if committed and intact → write each state whole → read back and hash → fsync → ledger
-record. A crash at any moment loses the block in flight and nothing else.
+A block's life: claim it → skip if committed → write each state whole → read back and hash → fsync → ledger record. A
+crash at any moment loses the block in flight and nothing else. Who may do what at the same time: `advkd.cache.locks`.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import shutil
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
-from advkd.cache.durable import PARTIAL_SUFFIX, fsync_folder, holds_something, write_atomically, write_json
-from advkd.cache.errors import CacheError, DamagedError, LockedError, MismatchError, NotACacheError
+from advkd.cache.durable import (
+    PARTIAL_SUFFIX,
+    fsync_folder,
+    holds_something,
+    link_or_copy,
+    pretty_json,
+    write_atomically,
+    write_json,
+)
+from advkd.cache.errors import CacheError, DamagedError, MismatchError, NotACacheError
 from advkd.cache.layout import (
     CRC_BYTES,
     blocks_of,
     chunk_path,
-    files_below,
     metadata_files,
+    provenance_path,
     record_path,
     seeds_of,
     states_path,
 )
-from advkd.cache.ledger import ArrayRecord, BlockRecord, crc32c, read_record
+from advkd.cache.ledger import ArrayRecord, BlockRecord, checked_seal, crc32c
+from advkd.cache.locks import StoreLocks
+from advkd.cache.paths import safe_folder
 from advkd.cache.reader import TrajectoryCache, read_metadata
 from advkd.cache.recipe import Layout, Recipe, differences
+from advkd.cache.source import LocalSource, check_num_blocks
 
 OnMismatch = Literal["stop", "set-aside"]
+_PARTIAL = re.compile(r".*\.[0-9a-f]{12}\.partial")
 
 
 class CacheWriter:
@@ -56,11 +67,12 @@ class CacheWriter:
         Raises:
             MismatchError: a cache of another recipe or layout is there, and `on_mismatch` is "stop".
             NotACacheError: something that is no cache is there.
+            LockedError: the store is to be set aside, but somebody writes to it.
         """
         writer = cls(Path(path), recipe, layout)
         if not writer.continues(on_mismatch) and writer.exists():
-            # Under the old store's own lock: a builder that still writes it must not find another in its place.
-            with _held(writer.path):
+            # Alone with the old store: a builder that still writes it must not find another in its place.
+            with StoreLocks(writer.path).alone():
                 writer.set_aside = _set_aside(writer.path)
         if not writer.exists():
             writer._create()
@@ -92,7 +104,7 @@ class CacheWriter:
         """
         if not self.exists():
             return None
-        found_recipe, found_layout = read_metadata(self.path)
+        found_recipe, found_layout = read_metadata(LocalSource(self.path))
         lines = differences(found_recipe.to_json(), self.recipe.to_json())
         lines += differences(found_layout.to_json(), self.layout.to_json())
         if not lines:
@@ -100,7 +112,8 @@ class CacheWriter:
         return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
     def _create(self) -> None:
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
         try:
             for name, value in metadata_files(self.recipe, self.layout, 0).items():
                 write_json(partial / name, value)
@@ -109,128 +122,170 @@ class CacheWriter:
             shutil.rmtree(partial, ignore_errors=True)
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            raise NotACacheError(f"{self.path} appeared while it was being created; run the command again") from None
+            if self.mismatch():  # somebody else made another store there just now
+                raise NotACacheError(
+                    f"{self.path} appeared while it was being created; run the command again"
+                ) from None
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         fsync_folder(self.path.parent)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the store for writing.
+    def writing(self) -> Iterator[None]:
+        """Hold the store for adding blocks, beside others who do the same.
 
         Raises:
-            LockedError: another process holds it. The lock is the operating system's and dies with its owner.
+            LockedError: somebody moves or repairs it.
         """
-        with _held(self.path):
-            self._sweep()
+        with StoreLocks(self.path).present(self._sweep):
             yield
 
+    def claim(self, block: int) -> AbstractContextManager[bool]:
+        """Hold one block while it is made; False if somebody else makes it now."""
+        return StoreLocks(self.path).block(block)
+
     def _sweep(self) -> None:
-        """Remove what a killed writer left half-written."""
-        for path in files_below(self.path, ""):
-            if path.name.endswith(PARTIAL_SUFFIX):
-                path.unlink()
+        """Remove what a killed writer left half-written; only called while nobody else writes."""
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                if _PARTIAL.fullmatch(name):
+                    Path(folder, name).unlink()
 
     def missing(self, seeds: range) -> list[int]:
-        """Blocks covering `seeds` that are not committed, or whose record or file sizes are not intact."""
+        """Blocks covering `seeds` that are not committed: no record, or a torn or altered one."""
         return [block for block in blocks_of(seeds, self.layout.block_size) if not self.is_committed(block)]
 
     def is_committed(self, block: int) -> bool:
-        """Whether a block has a valid record and files of the recorded sizes (contents are `verify`'s task)."""
+        """Whether a block has a valid record."""
+        source, path = LocalSource(self.path), record_path(block)
         try:
-            record = read_record(self.path, block)
+            checked_seal(source.read(path), block, self.recipe.fingerprint, self.layout.layout_hash, path)
+        except (FileNotFoundError, DamagedError):
+            return False
+        return True
+
+    def incomplete(self, seeds: range) -> list[int]:
+        """Committed blocks covering `seeds` of which a file is not here, or of another size than recorded."""
+        cache = TrajectoryCache.open(self.path)
+        wanted = set(blocks_of(seeds, self.layout.block_size))
+        return [block for block in cache.blocks if block in wanted and not self._is_whole(cache, block)]
+
+    def _is_whole(self, cache: TrajectoryCache, block: int) -> bool:
+        try:
+            arrays = cache.record(block).arrays
         except DamagedError:
-            return False
-        if record is None or (record.fingerprint, record.layout_hash) != (
-            self.recipe.fingerprint,
-            self.layout.layout_hash,
-        ):
-            return False
+            return True  # not committed at all
         for state in self.layout.states:
             file = self.path / chunk_path(states_path(state), block, len(self.recipe.item_shape))
-            array = record.arrays.get(states_path(state))
-            if array is None or not file.is_file() or file.stat().st_size != array.num_bytes:
+            try:
+                if file.stat().st_size != arrays[states_path(state)].num_bytes:
+                    return False
+            except FileNotFoundError:
                 return False
         return True
 
     def grow(self, seeds: range) -> None:
-        """Let the arrays declare at least these seeds, widened to whole blocks. Never shrinks."""
-        num_seeds = blocks_of(seeds, self.layout.block_size).stop * self.layout.block_size
-        num_seeds = max(num_seeds, TrajectoryCache.open(self.path).num_seeds)
-        for name, value in metadata_files(self.recipe, self.layout, num_seeds).items():
-            path = self.path / name
-            if not path.is_file() or json.loads(path.read_bytes()) != value:
-                write_json(path, value)
+        """Let the arrays declare at least these seeds, widened to whole blocks. Never shrinks.
+
+        Raises:
+            LockedError: somebody else is at it, and doesn't end.
+        """
+        wanted = blocks_of(seeds, self.layout.block_size).stop * self.layout.block_size
+        check_num_blocks(str(self.path), wanted, self.layout.block_size)
+        with StoreLocks(self.path).metadata():
+            num_seeds = max(wanted, TrajectoryCache.open(self.path).num_seeds)
+            for name, value in metadata_files(self.recipe, self.layout, num_seeds).items():
+                folder = safe_folder(self.path, os.path.dirname(name), make=True)
+                path, data = folder / os.path.basename(name), pretty_json(value)
+                if not path.is_file() or path.read_bytes() != data:
+                    write_atomically(path, [data])
 
     def commit(self, block: int, states: Mapping[int, npt.NDArray[np.floating[Any]]]) -> BlockRecord:
         """Write one block, every recorded state of all its seeds, and commit it.
 
         Args:
             block: its number.
-            states: by solver steps done, values in stored units, shape (block_size, *item_shape).
+            states: by solver steps done, values in stored units as they were computed, float32 or the stored
+                dtype, shape (block_size, *item_shape).
 
         Raises:
             CacheError: the values have another shape, are not finite, or read back differently.
             OSError: the disk is full or failing; nothing of the block counts then.
         """
-        (self.path / record_path(block)).unlink(missing_ok=True)
+        self._prepare(block)
         arrays: dict[str, ArrayRecord] = {}
         shape = (self.layout.block_size, *self.recipe.item_shape)
         for state in self.layout.states:
-            values = np.ascontiguousarray(states[state.step], dtype=np.dtype(self.layout.dtype).newbyteorder("<"))
-            if values.shape != shape:
-                raise CacheError(f"state {state.name} of block {block} has shape {values.shape}, expected {shape}")
-            body = values.tobytes()
+            computed = np.ascontiguousarray(states[state.step])
+            if computed.shape != shape:
+                raise CacheError(f"state {state.name} of block {block} has shape {computed.shape}, expected {shape}")
+            with np.errstate(over="ignore"):  # what becomes infinite is counted and refused below
+                stored = computed.astype(np.dtype(self.layout.dtype).newbyteorder("<"))
+            body = stored.tobytes()
             data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
-            record = ArrayRecord.of(data, values)
+            record = ArrayRecord.of(data, stored, computed)
             if record.num_nonfinite:
                 seeds = seeds_of(block, self.layout.block_size)
                 raise CacheError(
                     f"state {state.name} of seeds {seeds.start}:{seeds.stop} has {record.num_nonfinite} values that "
                     "are not finite; the block was not written"
                 )
-            path = self.path / chunk_path(states_path(state), block, len(self.recipe.item_shape))
+            path = self._chunk(state.name, block)
             write_atomically(path, [data])
             if path.read_bytes() != data:
                 raise CacheError(f"{path} reads back differently from what was written: is the disk failing?")
             arrays[states_path(state)] = record
-        committed = BlockRecord(
-            block=block,
-            fingerprint=self.recipe.fingerprint,
-            layout_hash=self.layout.layout_hash,
-            arrays=arrays,
+        return self._record(block, arrays)
+
+    def adopt(self, block: int, cache: TrajectoryCache, linked: Callable[[str], None] = lambda how: None) -> None:
+        """Commit a block of another store of the same fingerprint by linking its files, or copying where that fails.
+
+        States that this layout has not are left out. Files of a remote store come by way of the scratch folder.
+
+        Args:
+            block: its number.
+            cache: the other store, of the same block size, dtype and encoding.
+            linked: hears how each file came: "hard link", "reflink" or "copy".
+
+        Raises:
+            DamagedError: a file of the other store is missing or of another size than recorded.
+        """
+        self._prepare(block)
+        arrays = {}
+        for state in self.layout.states:
+            path = self._chunk(state.name, block)
+            linked(link_or_copy(cache.chunk_file(state.step, block), path))
+            arrays[states_path(state)] = cache.chunk(state.step, block)[1]
+        try:
+            provenance = cache.source.read(provenance_path(block))
+        except FileNotFoundError:
+            provenance = b""  # a copy without it
+        if provenance:
+            write_atomically(self.path / provenance_path(block), [provenance])
+        self._record(block, arrays)
+
+    def _prepare(self, block: int) -> None:
+        """A block that is made anew doesn't exist meanwhile."""
+        safe_folder(self.path, "blocks", make=True)
+        (self.path / record_path(block)).unlink(missing_ok=True)
+
+    def _chunk(self, name: str, block: int) -> Path:
+        relative = chunk_path(f"states/{name}", block, len(self.recipe.item_shape))
+        folder = safe_folder(self.path, os.path.dirname(relative), make=True)
+        return folder / os.path.basename(relative)
+
+    def _record(self, block: int, arrays: dict[str, ArrayRecord]) -> BlockRecord:
+        record = BlockRecord(
+            block=block, fingerprint=self.recipe.fingerprint, layout_hash=self.layout.layout_hash, arrays=arrays
         )
-        committed.write(self.path)
-        return committed
-
-
-@contextmanager
-def _held(store: Path) -> Iterator[None]:
-    folder = store / "provenance"
-    folder.mkdir(exist_ok=True)
-    note = folder / "writer.json"
-    lock = FileLock(folder / "writer.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise LockedError(f"another build is writing {store} ({_owner(note)}): wait for it, or stop it") from None
-    try:
-        write_json(note, {"pid": os.getpid(), "host": socket.gethostname()})
-        yield
-    finally:
-        note.unlink(missing_ok=True)
-        lock.release()
-
-
-def _owner(note: Path) -> str:
-    try:
-        value = json.loads(note.read_bytes())
-        return f"process {value['pid']} on {value['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its owner left no note"
+        record.write(self.path)
+        return record
 
 
 def _set_aside(path: Path) -> Path:
     """Rename a store out of the way, never over anything."""
-    recipe, layout = read_metadata(path)
+    recipe, layout = read_metadata(LocalSource(path))
     label = f"{path.stem}.stale-{recipe.fingerprint[:8]}-{layout.layout_hash[:4]}"
     target = path.with_name(f"{label}{path.suffix}")
     attempt = 1

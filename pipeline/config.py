@@ -43,6 +43,9 @@ class Experiment:
     cache: CacheConfig = field(default_factory=CacheConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    rebuild: bool = False
+    """The yes that lets `dvc repro` make a teacher or a cache again that dvc.lock says was made before and that is
+    merely not here. Without it such a stage says how to fetch it."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

@@ -18,9 +18,11 @@ _SECTIONS = {
     "seeds": ("cache", "seeds"),
     "block_size": ("cache", "block_size"),
     "batch_size": ("cache", "batch_size"),
+    "dtype": ("cache", "dtype"),
+    "precision": ("cache", "precision"),
     "device": ("cache", "device"),
 }
-_NAMING = ("teacher", "sampler", "steps", "record", "block_size")
+_NAMING = ("teacher", "sampler", "steps", "record", "block_size", "dtype", "precision")
 """Flags that change the recipe or layout, so that the store must not collide with the configured one."""
 
 

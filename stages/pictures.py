@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 MARGIN = 2
+FRAME_MILLISECONDS = 350
 LABEL_HEIGHT = 14
 LABEL_GAP = 6
 MIN_SIDE = 64
@@ -62,7 +63,7 @@ def save_trajectories(path: Path, timesteps: Sequence[float], states: Sequence[I
         timesteps: of each state; negative means x_0.
         states: for each state, values about [−1, 1], shape (N, C, H, W).
     """
-    labels = [f"t={timestep:g}" if timestep >= 0 else "x_0" for timestep in timesteps]
+    labels = [_label(timestep) for timestep in timesteps]
     tiles = np.stack([np.asarray(state, dtype=np.float32) for state in states], axis=1)
     sheet = grid(tiles.reshape(-1, *tiles.shape[2:]), len(states))
     labelled = Image.new("RGB", (sheet.width, sheet.height + LABEL_HEIGHT), "white")
@@ -72,6 +73,33 @@ def save_trajectories(path: Path, timesteps: Sequence[float], states: Sequence[I
     for index, label in enumerate(labels):
         draw.text((MARGIN + (index + 0.5) * width, 1), label, fill="black", anchor="ma")
     return save_image(path, labelled)
+
+
+def save_denoising(path: Path, timesteps: Sequence[float], states: Sequence[Images]) -> Path:
+    """An animated GIF of the denoising: one frame a state, its timestep above, the last one longer.
+
+    Args:
+        path: GIF to write.
+        timesteps: of each state; negative means x_0.
+        states: for each state, values about [−1, 1], shape (N, C, H, W).
+    """
+    frames = []
+    for timestep, images in zip(timesteps, states, strict=True):
+        sheet = grid(images, max(1, round(len(images) ** 0.5)))
+        frame = Image.new("RGB", (sheet.width, sheet.height + LABEL_HEIGHT), "white")
+        frame.paste(sheet, (0, LABEL_HEIGHT))
+        ImageDraw.Draw(frame).text((MARGIN, 1), _label(timestep), fill="black")
+        frames.append(frame.quantize(256))
+    durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    frames[0].save(partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    partial.replace(path)
+    return path
+
+
+def _label(timestep: float) -> str:
+    return f"t={timestep:g}" if timestep >= 0 else "x_0"
 
 
 def save_rows(path: Path, rows: Mapping[str, Images]) -> Path:

@@ -1,171 +1,19 @@
-"""`advkd-cache`: stage one."""
+"""`advkd-cache`: everything about trajectory caches."""
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import click
 
-from advkd.pipeline.cli.common import CONFIG_OPTION, command_line, example, guarded
-
-if TYPE_CHECKING:
-    from advkd.pipeline.config import Experiment
-    from advkd.stages.teacher.build import Plan
+from advkd.pipeline.cli.cache_build import build
+from advkd.pipeline.cli.cache_combine import merge, subset, upgrade
+from advkd.pipeline.cli.cache_look import diff, info, preview
+from advkd.pipeline.cli.cache_verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Trajectory caches: build them, look at them."""
+    """Trajectory caches: build them, look at them, check, merge and cut them."""
 
 
-@main.command(epilog=example("advkd-cache build --config configs/cifar10.yaml --steps 1000"))
-@CONFIG_OPTION
-@click.option("--teacher", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline: a folder or a Hub id.")
-@click.option("--steps", type=int, help="Solver steps from x_T to x_0.")
-@click.option("--sampler", metavar="NAME", help="ddim, ddpm, dpmsolver++, euler or heun.")
-@click.option(
-    "--record",
-    metavar="K|LIST",
-    help="K evenly spaced states, or steps such as 10,20,50. x_T and x_0 always are.",
-)
-@click.option("--seeds", metavar="A:B", help="Which seeds, B excluded; widened to whole blocks.")
-@click.option("--block-size", type=int, metavar="S", help="Seeds in a block (one file a state).")
-@click.option("--batch-size", type=int, help="Seeds in one evaluation of the teacher.")
-@click.option("--device", help="cuda, cuda:1, mps or cpu; the best that is there if not given.")
-@click.option(
-    "--out", metavar="STORE", type=click.Path(path_type=Path), help="The store; cache/NAME.zarr if not given."
-)
-@click.option(
-    "--on-mismatch",
-    type=click.Choice(["stop", "set-aside"]),
-    default="stop",
-    show_default=True,
-    help="Where the store is of another recipe: stop, or rename it out of the way.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, how long and how large; write nothing.")
-@guarded
-def build(out: Path | None, on_mismatch: Any, dry_run: bool, config: str | None, **flags: Any) -> None:
-    """Run the teacher over many seeds and keep its denoising states.
-
-    Resumes and extends: blocks that are there are not made again. Flags win over the configuration; one that
-    changes the recipe gives the store a name of its own.
-    """
-    from advkd.pipeline.config import load_experiment
-    from advkd.pipeline.experiment import with_flags
-
-    experiment = load_experiment(config)
-    changed, suffix = with_flags(experiment, flags)
-    store = out or changed.store.with_name(f"{changed.name}{suffix}.zarr")
-    from advkd.stages.teacher.build import check_request
-
-    check_request(changed.sampler, changed.cache, store)
-    if dry_run:
-        _dry_run(changed, store)
-    else:
-        _make_teacher(changed)
-        _build(changed, store, on_mismatch)
-
-
-def _make_teacher(experiment: Experiment) -> None:
-    """Train the default teacher first if it isn't there."""
-    from advkd.pipeline.experiment import needs_pretraining
-    from advkd.pipeline.progress import TerminalReporter
-
-    if not needs_pretraining(experiment) or experiment.pretrain is None:
-        return
-    from advkd.stages.pretrain.run import pretrain
-
-    click.echo(f"the teacher {experiment.teacher.source} isn't there yet: training it first", err=True)
-    with TerminalReporter() as reporter:
-        pretrain(experiment.pretrain, experiment.teacher_folder, reporter)
-
-
-def _plan(experiment: Experiment, store: Path) -> Plan:
-    from advkd.stages.teacher.build import make_plan
-
-    return make_plan(experiment.teacher, experiment.sampler, experiment.cache, store)
-
-
-def _dry_run(experiment: Experiment, store: Path) -> None:
-    from advkd.pipeline.experiment import needs_pretraining
-
-    if not needs_pretraining(experiment) or experiment.pretrain is None:
-        _estimate(experiment, store, experiment.teacher.source)
-        return
-    from tempfile import TemporaryDirectory
-
-    from advkd.stages.pretrain.teacher import save_untrained
-
-    with TemporaryDirectory() as folder:  # a network of the same size costs the same
-        save_untrained(Path(folder), experiment.pretrain)
-        teacher = dataclasses.replace(experiment.teacher, source=folder)
-        note = f"{experiment.teacher.source} (not there yet: a build would train it first)"
-        _estimate(dataclasses.replace(experiment, teacher=teacher), store, note)
-
-
-def _estimate(experiment: Experiment, store: Path, teacher: str) -> None:
-    from advkd.stages.teacher.build import measure_evaluation, missing_blocks
-
-    plan = _plan(experiment, store)
-    todo = missing_blocks(plan)
-    num_seeds = len(todo) * plan.layout.block_size
-    batch = min(plan.config.batch_size, plan.layout.block_size)
-    batches = len(todo) * -(-plan.layout.block_size // batch)
-    seconds = measure_evaluation(plan)
-    total = seconds * plan.evaluations_per_seed * batches
-    recorded = ", ".join(str(state.step) for state in plan.layout.states)
-    click.echo(
-        f"store         {store}{'' if store.exists() else ' (new)'}\n"
-        f"teacher       {teacher}, {'×'.join(map(str, plan.recipe.item_shape))}\n"
-        f"seeds         {plan.seeds.start}:{plan.seeds.stop}, {num_seeds:,} of them still to build\n"
-        f"sampler       {plan.sampler.name}, {plan.sampler.steps} steps; states after {recorded} steps recorded\n"
-        f"evaluations   {num_seeds * plan.evaluations_per_seed:,} of one image\n"
-        f"disk          {len(todo) * plan.block_bytes / 1e9:.3f} GB in {len(todo)} blocks\n"
-        f"time          about {_duration(total)} ({seconds * 1e3:.1f} ms for a batch of {batch} here)\n"
-        "nothing was written (dry run)"
-    )
-
-
-def _build(experiment: Experiment, store: Path, on_mismatch: Any) -> None:
-    from advkd.pipeline.progress import TerminalReporter
-    from advkd.stages.teacher.build import build as run_build
-
-    plan = _plan(experiment, store)
-    with TerminalReporter() as reporter:
-        built = run_build(plan, on_mismatch=on_mismatch, reporter=reporter, command=command_line())
-    done = f"built {built.num_blocks} blocks, {built.num_present} were there"
-    click.echo(f"{store}: seeds {plan.seeds.start}:{plan.seeds.stop}; {done}")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-@main.command(epilog=example("advkd-cache info cache/digits.zarr"))
-@click.argument("store", type=click.Path(path_type=Path))
-@guarded
-def info(store: Path) -> None:
-    """Say what a cache holds."""
-    from advkd.cache.reader import TrajectoryCache
-
-    cache = TrajectoryCache.open(store)
-    size = cache.layout.block_size
-    recipe = cache.recipe
-    click.echo(
-        f"{store}: {len(cache.blocks) * size} of {cache.num_seeds} seeds, {len(cache.blocks)} blocks of {size}\n"
-        f"items         {'×'.join(map(str, cache.item_shape))}, {cache.layout.dtype}\n"
-        f"sampler       {recipe.sampler['name']}, {recipe.sampler['steps']} steps, "
-        f"{'deterministic' if recipe.deterministic else 'stochastic: x_T does not determine x_0'}\n"
-        f"teacher       tensors {recipe.teacher['tensors_sha256'][:16]}\n"
-        f"fingerprint   {recipe.fingerprint}\n"
-        f"digest        {cache.digest}"
-    )
-    for state in cache.layout.states:
-        here = "" if state.step in cache.states else "   (not here)"
-        click.echo(
-            f"state {state.name}    t = {state.timestep:g}, alpha = {state.alpha:.4f}, sigma = {state.sigma:.4f}{here}"
-        )
+for _command in (build, info, verify, merge, subset, preview, diff, upgrade):
+    main.add_command(_command)

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, ParamSpec
 
 import click
@@ -62,8 +62,30 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)
+
+
+def printable(text: object) -> str:
+    """Text that may come from someone else's file, with control characters escaped: they could rule the terminal."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(text))
+
+
+def store_name(address: str) -> str:
+    """The name that files made from a store get: the last part of its path or URL, without `.zarr`."""
+    return PurePosixPath(address.split("?")[0].rstrip("/")).name.removesuffix(".zarr") or "cache"
+
+
+def parse_steps(flag: str, text: str) -> list[int]:
+    """Read a list of solver steps such as 0,10,50.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} {text!r}: expected solver steps such as 0,10,50") from None
 
 
 def example(text: str) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), required=True)
-@click.option("--cache", "store", metavar="STORE", type=click.Path(path_type=Path), required=True)
+@click.option("--cache", "store", metavar="STORE", required=True, help="A folder, or a URL that fsspec reads.")
 @CONFIG_OPTION
 @click.option("--teacher", metavar="PATH_OR_HUB_ID", help="The cache's teacher; where the cache says if not given.")
 @click.option("--features", metavar="NAME|FOLDER", help="`inception`, or the folder of a small classifier.")
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @guarded
 def main(
     run: Path,
-    store: Path,
+    store: str,
     config: str | None,
     teacher: str | None,
     features: str | None,
@@ -42,18 +42,19 @@ def main(
     Writes metrics.json, samplers.csv and pictures to RUN/evaluation.
     """
     from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.summary import origin_of
     from advkd.pipeline.config import load_experiment
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.evaluate.config import EvaluateConfig
     from advkd.stages.evaluate.report import write_report
-    from advkd.stages.evaluate.samplers import recorded_source
 
     cache = TrajectoryCache.open(store)
     experiment = load_experiment(config) if config else None
     settings = experiment.evaluate if experiment else EvaluateConfig()
     given: dict[str, Any] = {"features": features, "inception_weights": inception_weights, "real": real}
     settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
-    source = {"source": teacher} if teacher else recorded_source(store)
+    known = origin_of(cache)
+    source = {"source": teacher} if teacher else {"source": known.get("source"), "revision": known.get("commit")}
     if experiment and not teacher:
         source = {"source": experiment.teacher.source, "revision": experiment.teacher.revision}
     from advkd.stages.evaluate.evaluate import evaluate

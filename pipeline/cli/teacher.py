@@ -24,10 +24,12 @@ def main(config: str | None, out: Path | None) -> None:
     """
     from advkd.cache.durable import write_json
     from advkd.pipeline.config import load_experiment, to_plain
+    from advkd.pipeline.dvc import check_not_again
     from advkd.pipeline.progress import TerminalReporter
 
     experiment = load_experiment(config)
     folder = out or experiment.teacher_folder
+    check_not_again("teacher", folder, experiment, "stop")
     if experiment.pretrain is None:
         write_json(folder / "teacher.json", to_plain(experiment.teacher))
         click.echo(f"{experiment.name}: nothing to train, the teacher is {experiment.teacher.source}")

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from advkd.pipeline.cli.common import CONFIG_OPTION, INTERRUPTED, command_line, example, guarded
+from advkd.pipeline.cli.common import (
+    CONFIG_OPTION,
+    INTERRUPTED,
+    command_line,
+    example,
+    guarded,
+    parse_steps,
+    store_name,
+)
 
 
 @click.command(
     epilog=example("advkd-train --cache cache/digits.zarr"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--cache", "store", metavar="STORE", type=click.Path(path_type=Path), required=True)
+@click.option("--cache", "store", metavar="STORE", required=True, help="A folder, or a URL that fsspec reads.")
 @CONFIG_OPTION
 @click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), help="runs/NAME of the store if not given.")
+@click.option("--states", metavar="LIST", help="Learn from these recorded states only, such as 0,50.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many steps in all; goes on later.")
 @click.option("--resume", is_flag=True, help="Insist that the run is there already, and go on with it.")
 @click.option(
@@ -29,7 +39,13 @@ from advkd.pipeline.cli.common import CONFIG_OPTION, INTERRUPTED, command_line, 
 )
 @guarded
 def main(
-    store: Path, config: str | None, run: Path | None, max_steps: int | None, resume: bool, on_mismatch: Any
+    store: str,
+    config: str | None,
+    run: Path | None,
+    states: str | None,
+    max_steps: int | None,
+    resume: bool,
+    on_mismatch: Any,
 ) -> None:
     """Train a one-pass student from a trajectory cache alone.
 
@@ -37,8 +53,9 @@ def main(
     interruption.
     """
     from advkd.cache.reader import read_metadata
+    from advkd.cache.source import open_source
 
-    read_metadata(store)  # a wrong path is said at once, before anything heavy is imported
+    read_metadata(open_source(store))  # a wrong path is said at once, before anything heavy is imported
     from advkd.pipeline.config import load_experiment
     from advkd.pipeline.interrupts import StopRequest
     from advkd.pipeline.progress import TerminalReporter
@@ -46,7 +63,9 @@ def main(
     from advkd.stages.student.train import train
 
     settings = load_experiment(config).train if config else TrainConfig()
-    folder = run or Path("runs") / store.name.removesuffix(".zarr")
+    if states is not None:
+        settings = dataclasses.replace(settings, states=parse_steps("--states", states))
+    folder = run or Path("runs") / store_name(store)
     with StopRequest() as stop, TerminalReporter() as reporter:
         trained = train(
             store,

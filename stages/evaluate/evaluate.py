@@ -105,7 +105,7 @@ class Evaluation:
 
 def evaluate(
     run_path: Path,
-    cache_path: Path,
+    cache_path: str | Path,
     config: EvaluateConfig,
     *,
     teacher_source: str | None,
@@ -187,10 +187,10 @@ def _check_same_cache(run: Run, cache: TrajectoryCache) -> dict[str, Any]:
     if trained_on != cache.recipe.fingerprint:
         raise UsageError(
             f"{run.path} was trained from a cache with fingerprint {trained_on[:12]}, "
-            f"{cache.path} has {cache.recipe.fingerprint[:12]}: give the cache that it was trained from"
+            f"{cache.address} has {cache.recipe.fingerprint[:12]}: give the cache that it was trained from"
         )
     if not cache.blocks:
-        raise NotCachedError(f"{cache.path} is empty: finish it with `advkd-cache build`")
+        raise NotCachedError(f"{cache.address} is empty: finish it with `advkd-cache build`")
     return identity
 
 

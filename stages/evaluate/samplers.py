@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +14,7 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.student import noise_of
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.loader import Teacher, load_teacher
+from advkd.stages.teacher.plan import sampler_of
 from advkd.stages.teacher.sampling import initial_noise, sample
 from advkd.stages.teacher.solvers import find_solver
 
@@ -60,20 +58,11 @@ def teacher_sampler(name: str, teacher: Teacher | None, sampler: SamplerConfig, 
     return Sampler(name=name, evaluations=evaluations, generate=generate if teacher is not None else None)
 
 
-def cache_sampler_config(recipe: Recipe) -> SamplerConfig:
-    """The sampler that made the cache."""
-    sampler = recipe.sampler
-    spacing = str(sampler["config"].get("timestep_spacing", "trailing"))
-    return SamplerConfig(
-        name=str(sampler["name"]), steps=int(sampler["steps"]), eta=float(sampler["eta"]), spacing=spacing
-    )
-
-
 def all_samplers(
     student: Sampler, teacher: Teacher | None, recipe: Recipe, dtype: str, solver_steps: list[int]
 ) -> list[Sampler]:
     """The table's rows: student, teacher, then each fast solver at each number of steps."""
-    own = cache_sampler_config(recipe)
+    own = sampler_of(recipe)
     rows = [student, teacher_sampler(f"teacher ({own.name} {own.steps})", teacher, own, recipe, dtype)]
     for name in FAST_SOLVERS:
         for steps in solver_steps:
@@ -100,13 +89,3 @@ def find_teacher(
     if teacher.identity() != recipe.teacher:
         return None, f"{source} is not the teacher that made this cache"
     return teacher, ""
-
-
-def recorded_source(store: Path) -> dict[str, Any]:
-    """Where the cache's teacher came from, as its provenance says; empty if that is not here."""
-    try:
-        value: dict[str, Any] = json.loads((store / "provenance" / "store.json").read_bytes())["teacher"]
-        source = value.get("source")
-        return {"source": str(source), "revision": value.get("commit")} if source else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}

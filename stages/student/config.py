@@ -117,6 +117,9 @@ class TrainConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     seeds: str | None = None
     """A:B of the cache's seeds; all of them if null."""
+    states: list[int] | None = None
+    """Which recorded states to learn from, by solver steps done, x_T and x_0 among them; all if null. What isn't
+    chosen is neither read nor needs to be here."""
     steps: int = 100_000
     """unrolled: optimiser steps. (progressive counts epochs: `stages`.)"""
     batch_size: int = 128

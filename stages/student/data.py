@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from advkd.cache.noise import mix64
 from advkd.cache.reader import TrajectoryCache
+from advkd.stages.reporter import Reporter
 
 Seeds = npt.NDArray[np.int64]
 
@@ -24,8 +25,8 @@ def epoch_order(seeds: Seeds, root_seed: int, phase: int, epoch: int) -> Seeds:
     return ordered
 
 
-class TrajectoryDataset(Dataset[dict[int, Tensor]]):
-    """States of a cache by seed. Index i is seed i; a batch is read at once."""
+class StatesBySeed(Dataset[dict[int, Tensor]]):
+    """What a training step reads: index i is seed i, and a batch comes as one float32 tensor per state."""
 
     def __init__(self, cache: TrajectoryCache, steps: Sequence[int]) -> None:
         self.cache = cache
@@ -34,6 +35,15 @@ class TrajectoryDataset(Dataset[dict[int, Tensor]]):
     def __getitems__(self, seeds: list[int]) -> dict[int, Tensor]:
         """Float32 states by solver steps done, stored units, shape (N, C, H, W)."""
         return {step: read_float(self.cache, step, seeds) for step in self.steps}
+
+
+def fetch_states(cache: TrajectoryCache, steps: Sequence[int], blocks: Sequence[int], reporter: Reporter) -> None:
+    """Bring what will be read of a remote cache here, once, after a look at the disk."""
+    if cache.is_remote:
+        chunk_bytes = cache.layout.block_bytes(cache.item_shape)
+        reporter.start("fetch", len(steps) * len(blocks) * chunk_bytes, "bytes")
+        cache.fetch(steps, blocks, reporter.advance)
+        reporter.finish()
 
 
 def read_float(cache: TrajectoryCache, step: int, seeds: npt.ArrayLike) -> Tensor:
@@ -85,7 +95,7 @@ class TrajectoryBatches(Sampler[list[int]]):
 
 def make_loader(cache: TrajectoryCache, steps: Sequence[int], batches: TrajectoryBatches) -> DataLoader[Any]:
     """A loader of {solver steps done: states} for some batches."""
-    return DataLoader(TrajectoryDataset(cache, steps), batch_sampler=batches, collate_fn=_as_it_is)
+    return DataLoader(StatesBySeed(cache, steps), batch_sampler=batches, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:

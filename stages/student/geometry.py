@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from advkd.cache.errors import UsageError
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import DTYPES, MAX_CHANNELS, MAX_SIDE
 
@@ -29,10 +31,27 @@ class Geometry:
     """What x_T is rounded to, as the teacher saw it."""
 
     @classmethod
-    def of(cls, cache: TrajectoryCache) -> Self:
-        """Read it off a cache."""
+    def of(cls, cache: TrajectoryCache, steps: Sequence[int] | None = None) -> Self:
+        """Read it off a cache.
+
+        Args:
+            cache: the cache.
+            steps: the states to learn from, by solver steps done; all that it records if None.
+
+        Raises:
+            UsageError: x_T or x_0 is not among them.
+            NotCachedError: one of them was never recorded.
+        """
         channels, height, width = cache.item_shape
-        states = cache.layout.states
+        known = {state.step: state for state in cache.layout.states}
+        recorded = list(known)
+        wanted = sorted(set(recorded if steps is None else steps))
+        if wanted[:1] != recorded[:1] or wanted[-1] != recorded[-1] or len(wanted) < 2:
+            raise UsageError(
+                f"train.states {wanted}: x_T and x_0, the states after {recorded[0]} and {recorded[-1]} steps, must be "
+                "among them"
+            )
+        states = [known[step] if step in known else cache.state(step) for step in wanted]
         return cls(
             item_shape=(channels, height, width),
             levels=tuple((state.stored_alpha, state.stored_sigma) for state in states),

@@ -24,7 +24,6 @@ from filelock import FileLock, Timeout
 from advkd.cache.durable import fsync_folder, holds_something, write_json
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.layout import blocks_of, parse_seed_range
-from advkd.cache.ledger import content_digest
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import differences
@@ -54,20 +53,20 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
     """
     if not cache.blocks:
         raise NotCachedError(
-            f"{cache.path} is empty (0 of {cache.num_blocks} blocks): finish it with `advkd-cache build`"
+            f"{cache.address} is empty (0 of {cache.num_blocks} blocks): finish it with `advkd-cache build`"
         )
     size = cache.layout.block_size
     asked = parse_seed_range(wanted) if wanted else range(cache.num_seeds)
     if asked.stop > cache.num_seeds:
         raise NotCachedError(
-            f"{cache.path} declares seeds 0:{cache.num_seeds}, train.seeds asks for {asked.start}:{asked.stop}: "
+            f"{cache.address} declares seeds 0:{cache.num_seeds}, train.seeds asks for {asked.start}:{asked.stop}: "
             f"`advkd-cache build --seeds {asked.start}:{asked.stop}` extends it"
         )
     blocks = blocks_of(asked, size)
     missing = sorted(set(blocks) - set(cache.blocks))
     if missing:
         raise NotCachedError(
-            f"{cache.path} is partial: {len(blocks) - len(missing)} of the {len(blocks)} blocks of seeds "
+            f"{cache.address} is partial: {len(blocks) - len(missing)} of the {len(blocks)} blocks of seeds "
             f"{asked.start}:{asked.stop} are there, block {missing[0]} (seeds {missing[0] * size}:"
             f"{(missing[0] + 1) * size}) is not; finish it with `advkd-cache build`, or choose train.seeds"
         )
@@ -86,7 +85,7 @@ def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit) -> d
             "fingerprint": cache.recipe.fingerprint,
             "layout_hash": cache.layout.layout_hash,
             "blocks": [min(split.blocks), max(split.blocks) + 1],
-            "digest": content_digest([cache.record(block) for block in split.blocks]),
+            "digest": cache.digest_of(split.blocks),
         },
     }
 

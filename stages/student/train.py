@@ -28,7 +28,7 @@ from advkd.stages.pictures import save_rows
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.checkpoint import load_checkpoint, read_scalars, save_checkpoint
 from advkd.stages.student.config import TrainConfig
-from advkd.stages.student.data import TrajectoryBatches, make_loader, read_float
+from advkd.stages.student.data import TrajectoryBatches, fetch_states, make_loader, read_float
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.programs import Program
 from advkd.stages.student.progressive import ProgressiveStudent
@@ -58,7 +58,7 @@ class Trained:
 
 
 def train(
-    cache_path: Path,
+    cache_path: str | Path,
     config: TrainConfig,
     run_path: Path,
     *,
@@ -71,7 +71,7 @@ def train(
     """Train a student from a cache, or go on where an earlier call stopped.
 
     Args:
-        cache_path: the trajectory cache; nothing else is read.
+        cache_path: the trajectory cache, a folder or a URL; nothing else is read.
         config: the run.
         run_path: its folder.
         max_steps: stop after so many steps in all, resumable; the schedule stays that of the whole run.
@@ -96,15 +96,19 @@ def train(
             f"training in {accelerator.num_processes} processes is not there yet: gradients would not be shared"
         )
     torch.manual_seed(config.seed)
-    geometry = Geometry.of(cache)
+    geometry = Geometry.of(cache, config.states)
     student = build_student(config.student, geometry).to(accelerator.device)
     program = _make_program(config, student, geometry, accelerator, len(split.training))
+    steps = sorted({step for phase in program.phases for step in phase.states} | {geometry.steps[-1]})
+    for step in steps:
+        cache.state(step)  # what a partial copy has not is said at once
     wanted = identity(config, cache, split)
     trainer = _Trainer(cache, config, run, split, geometry, program, accelerator, reporter, digest(wanted))
     with run.claimed(wanted, resume=resume, on_mismatch=on_mismatch) as status:
         if status == "complete":
             reporter.say(f"{run_path} is complete already; nothing to do")
             return trainer.finished(load_student(run.student)[0], trainer.num_steps)
+        fetch_states(cache, steps, split.blocks, reporter)
         if status == "resume":
             trainer.resume()
         else:
@@ -115,9 +119,9 @@ def train(
 def _check_paired(cache: TrajectoryCache, config: TrainConfig) -> None:
     if config.student.kind == "unrolled" and config.objective.paired and not cache.recipe.deterministic:
         raise UsageError(
-            f"{cache.path} was sampled with {cache.recipe.sampler['name']}, which draws noise at every step: x_T does "
-            "not determine x_0, so a paired loss would teach the average image. Build with a deterministic sampler "
-            "(ddim, dpmsolver++, euler, heun), or train `student.kind: progressive`"
+            f"{cache.address} was sampled with {cache.recipe.sampler['name']}, which draws noise at every step: x_T "
+            "does not determine x_0, so a paired loss would teach the average image. Build with a deterministic "
+            "sampler (ddim, dpmsolver++, euler, heun), or train `student.kind: progressive`"
         )
 
 

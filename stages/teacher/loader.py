@@ -71,6 +71,8 @@ class Teacher:
     """Commit of the Hub's repository, where it came from there."""
     config: dict[str, Any] = field(default_factory=dict)
     """The UNet's configuration."""
+    license: str | None = None
+    """What its model card names, where it has one."""
     tensors_sha256: str = ""
     """Of the weights as they were saved, whatever precision they are used in."""
 
@@ -141,6 +143,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
         source=config.source,
         commit=commit,
         config=unet_config,
+        license=_license(folder),
         tensors_sha256=checkpoint_hash,
     )
 
@@ -219,13 +222,27 @@ def _find_folder(config: TeacherConfig) -> tuple[Path, str | None]:
 
     try:
         snapshot = huggingface_hub.snapshot_download(
-            config.source, revision=config.revision, allow_patterns=["*.json", "*.safetensors"]
+            config.source, revision=config.revision, allow_patterns=["*.json", "*.safetensors", "README.md"]
         )
     except Exception as error:  # the Hub's client raises its own, requests', httpx' and OS errors
         raise TeacherError(
             f"teacher {config.source}: no such folder, and the Hub did not give it ({_first_line(error)})"
         ) from error
     return Path(snapshot), Path(snapshot).name
+
+
+def _license(folder: Path) -> str | None:
+    """The licence in a model card's front matter."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")[:100_000]
+        opening, front, *rest = text.split("---", 2)
+        value = yaml.safe_load(front) if rest and not opening.strip() else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+    named = value.get("license") if isinstance(value, dict) else None
+    return str(named)[:80] if named else None
 
 
 def _component(folder: Path, name: str, config_file: str, source: str) -> Path:

@@ -18,11 +18,18 @@ from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.teacher import main as teacher_command
 from advkd.pipeline.cli.train import main as train_command
-from tests.conftest import Invoke, tree, write_store
+from tests.conftest import Invoke
+from tests.stores import tree, write_store
 
 COMMANDS = {
     "advkd-cache build": cache_command.commands["build"],
     "advkd-cache info": cache_command.commands["info"],
+    "advkd-cache verify": cache_command.commands["verify"],
+    "advkd-cache merge": cache_command.commands["merge"],
+    "advkd-cache subset": cache_command.commands["subset"],
+    "advkd-cache preview": cache_command.commands["preview"],
+    "advkd-cache diff": cache_command.commands["diff"],
+    "advkd-cache upgrade": cache_command.commands["upgrade"],
     "advkd-teacher": teacher_command,
     "advkd-train": train_command,
     "advkd-sample": sample_command,
@@ -31,11 +38,17 @@ COMMANDS = {
 FLAGS = {
     "advkd-cache build": {
         "--config", "--teacher", "--steps", "--sampler", "--record", "--seeds", "--block-size", "--batch-size",
-        "--device", "--out", "--on-mismatch", "--dry-run",
+        "--dtype", "--precision", "--device", "--workers", "--scheduler", "--out", "--on-mismatch", "--dry-run",
     },
-    "advkd-cache info": set(),
+    "advkd-cache info": {"--json"},
+    "advkd-cache verify": {"--recompute", "--teacher", "--batch-size", "--device", "--repair", "--json"},
+    "advkd-cache merge": {"--out", "--prefer"},
+    "advkd-cache subset": {"--out", "--seeds", "--states"},
+    "advkd-cache preview": {"--seeds", "--out"},
+    "advkd-cache diff": set(),
+    "advkd-cache upgrade": set(),
     "advkd-teacher": {"--config", "--out"},
-    "advkd-train": {"--cache", "--config", "--run", "--max-steps", "--resume", "--on-mismatch"},
+    "advkd-train": {"--cache", "--config", "--run", "--states", "--max-steps", "--resume", "--on-mismatch"},
     "advkd-sample": {"--run", "--num", "--first-seed", "--out", "--batch-size"},
     "advkd-evaluate": {
         "--run", "--cache", "--config", "--teacher", "--features", "--inception-weights", "--real", "--full",

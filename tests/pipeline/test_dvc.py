@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, tree
+from tests.conftest import ROOT
 from tests.pipeline.readme import readme_commands
+from tests.stores import tree
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from advkd.cache.reader import TrajectoryCache
-from tests.conftest import tree, write_store
+from tests.stores import tree, write_store
 
 BIN = Path(sys.executable).parent
 BUILD = ("build", "--seeds", "0:40", "--block-size", "4", "--batch-size", "4", "--record", "2", "--out", "c.zarr")

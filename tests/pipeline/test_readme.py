@@ -21,8 +21,9 @@ from advkd.pipeline.cli.train import main as train_command
 from advkd.pipeline.config import load_experiment, to_plain
 from advkd.stages.evaluate import config as evaluate_config
 from advkd.stages.student import config as student_config
-from tests.conftest import ROOT, Invoke, save_random_inception, write_store
+from tests.conftest import ROOT, Invoke, save_random_inception
 from tests.pipeline.readme import TEXT, readme_commands
+from tests.stores import write_store
 
 COMMANDS = {
     "advkd-cache": cache_command,

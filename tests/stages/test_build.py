@@ -14,11 +14,13 @@ from advkd.cache.errors import LockedError, MismatchError, TeacherError, UsageEr
 from advkd.cache.noise import standard_normal
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.writer import CacheWriter
-from advkd.stages.teacher import build as building
-from advkd.stages.teacher.build import Plan, build, make_plan, missing_blocks
+from advkd.stages.teacher import block as sampling_blocks
+from advkd.stages.teacher import plan as planning
+from advkd.stages.teacher.build import build
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.loader import load_teacher
-from tests.conftest import tree
+from advkd.stages.teacher.plan import Plan, make_plan, missing_blocks
+from tests.stores import tree
 
 CACHE = CacheConfig(seeds="0:24", record=2, block_size=8, batch_size=5, device="cpu")
 SAMPLER = SamplerConfig(steps=4)
@@ -107,13 +109,13 @@ def test_nan_stops_the_build_and_leaves_the_committed_blocks(pipeline_folder: Pa
 def test_constant_output_stops_at_the_first_block(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = building.sample
+    original = sampling_blocks.sample
 
     def constant(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
         kept = original(*arguments, **options)  # type: ignore[arg-type]
         return {step: torch.full_like(states, 0.25) for step, states in kept.items()}
 
-    monkeypatch.setattr(building, "sample", constant)
+    monkeypatch.setattr(sampling_blocks, "sample", constant)
     with pytest.raises(TeacherError, match=r"x_0 is constant over 8 seeds"):
         build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
     assert not (tmp_path / "a.zarr").exists()
@@ -123,7 +125,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(building.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UsageError, match=r"needs 0\.00 GB more, 0\.00 GB are free"):
         build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
     assert not (tmp_path / "a.zarr").exists()
@@ -267,14 +269,14 @@ def test_a_useless_teacher_does_not_displace_a_good_store(pipeline_folder: Path,
     with pytest.raises(TeacherError, match="not finite"):
         build(plan, on_mismatch="set-aside")
     assert tree(store) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.zarr"]
 
 
 def test_a_store_in_use_is_not_set_aside(pipeline_folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "a.zarr"
     plan = plan_for(pipeline_folder, store)
     build(plan)
-    with CacheWriter.open(store, plan.recipe, plan.layout).locked(), pytest.raises(LockedError, match="another build"):
+    with CacheWriter.open(store, plan.recipe, plan.layout).writing(), pytest.raises(LockedError, match="another build"):
         build(plan_for(pipeline_folder, store, root_seed=5), on_mismatch="set-aside")
     assert TrajectoryCache.open(store).recipe.root_seed == 0
 

@@ -17,7 +17,7 @@ from advkd.stages.student.config import ObjectiveConfig, StagesConfig, StudentCo
 from advkd.stages.student.data import TrajectoryBatches, epoch_order, make_loader
 from advkd.stages.student.run import Run, split_seeds
 from advkd.stages.student.train import train
-from tests.conftest import make_recipe, write_store
+from tests.stores import make_recipe, write_store
 
 UNROLLED = TrainConfig(
     student=StudentConfig(width=8, depth=1),

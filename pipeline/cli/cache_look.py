@@ -1,0 +1,140 @@
+"""`advkd-cache info`, `preview` and `diff`: looking, changing nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from advkd.pipeline.cli.common import example, guarded, printable, store_name
+
+
+@click.command(epilog=example("advkd-cache info cache/digits.zarr"))
+@click.argument("store")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@guarded
+def info(store: str, as_json: bool) -> None:
+    """Say what a cache holds: STORE is a folder or a URL."""
+    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.summary import summarize
+
+    summary = summarize(TrajectoryCache.open(store))
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+        return
+    for name, text in _lines(summary):
+        click.echo(f"{name:14}{printable(text)}")
+
+
+def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    sampler, teacher = summary["sampler"], summary["teacher"]
+    paired = "deterministic" if sampler["deterministic"] else "stochastic: x_T does not determine x_0"
+    origin = ", ".join(
+        [*([str(teacher["source"])] if "source" in teacher else []),
+         *([f"commit {str(teacher['commit'])[:12]}"] if "commit" in teacher else []),
+         f"tensors {teacher['tensors_sha256'][:16]}"]
+    )  # fmt: skip
+    gaps = _ranges(summary["gaps"])
+    lines = [
+        ("store", summary["store"]),
+        ("seeds", f"{_ranges(summary['seeds']) or 'none'}: {summary['num_seeds']:,} in {summary['num_blocks']:,} "
+                  f"blocks of {summary['block_size']:,}"),
+        *([("gaps", f"{gaps} declared, but not built")] if gaps else []),
+        ("items", f"{'×'.join(map(str, summary['item_shape']))}, {summary['dtype']}, {summary['encoding']}; "
+                  f"{summary['num_bytes'] / 1e9:.3f} GB here"),
+        ("sampler", f"{sampler['name']}, {sampler['steps']} steps, {paired}"),
+        ("teacher", origin),
+        *([("licence", str(teacher["license"]))] if "license" in teacher else []),
+        ("precision", f"teacher in {summary['precision']['compute']}"),
+        ("noise", f"{summary['noise']['rule']}, root seed {summary['noise']['root_seed']}"),
+        ("fingerprint", summary["fingerprint"]),
+        ("digest", summary["digest"]),
+    ]  # fmt: skip
+    return lines + [(f"state {state['step']:04d}", _state(state)) for state in summary["states"]]
+
+
+def _state(state: dict[str, Any]) -> str:
+    text = f"t = {state['timestep']:g}, alpha = {state['alpha']:.4f}, sigma = {state['sigma']:.4f}"
+    if "minimum" in state:
+        text += f"; values {state['minimum']:+.2f} to {state['maximum']:+.2f}"
+        if state["num_nonfinite"]:
+            text += f", {state['num_nonfinite']} not finite"
+        text += f"; rounding rms {state['rounding_rms']:.1e}, tolerance {state['tolerance_rms']:.1e}"
+    return text if state["here"] else f"{text}   (not here)"
+
+
+def _ranges(runs: list[list[int]], most: int = 8) -> str:
+    shown = ", ".join(f"{start}:{stop}" for start, stop in runs[:most])
+    return shown + (f" and {len(runs) - most} more" if len(runs) > most else "")
+
+
+@click.command(epilog=example("advkd-cache preview cache/digits.zarr --seeds 0:6"))
+@click.argument("store")
+@click.option("--seeds", metavar="A:B", help="Whose trajectories; the first eight that are there if not given.")
+@click.option(
+    "--out",
+    metavar="FILE.png",
+    type=click.Path(path_type=Path),
+    help="NAME.png here if not given; the GIF goes beside.",
+)
+@guarded
+def preview(store: str, seeds: str | None, out: Path | None) -> None:
+    """Draw trajectories: a PNG contact sheet, timesteps as labels, and an animated GIF of the denoising."""
+    from advkd.cache.errors import NotCachedError, UsageError
+    from advkd.cache.layout import parse_seed_range
+    from advkd.cache.reader import TrajectoryCache
+    from advkd.stages.pictures import save_denoising, save_trajectories
+
+    cache = TrajectoryCache.open(store)
+    if not cache.blocks:
+        raise NotCachedError(f"{cache.address} is empty: finish it with `advkd-cache build`")
+    first = cache.blocks[0] * cache.layout.block_size
+    chosen = parse_seed_range(seeds) if seeds else range(first, first + min(8, cache.layout.block_size))
+    if len(chosen) > 256:
+        raise UsageError(f"--seeds {seeds}: at most 256 make a picture")
+    picture = out or Path(f"{store_name(store)}.png")
+    if picture.suffix.lower() != ".png":
+        raise UsageError(f"--out {picture}: expected a name that ends in .png")
+    timesteps = [state.timestep for state in cache.states.values()]
+    states = [cache.rows(step, chosen) for step in cache.states]
+    sheet = save_trajectories(picture, timesteps, states)
+    film = save_denoising(picture.with_suffix(".gif"), timesteps, states)
+    click.echo(f"seeds {chosen.start}:{chosen.stop}; look: {sheet}  {film}")
+
+
+@click.command(epilog=example("advkd-cache diff cache/mine.zarr cache/theirs.zarr"))
+@click.argument("first")
+@click.argument("second")
+@guarded
+def diff(first: str, second: str) -> None:
+    """Say how two caches differ in recipe, layout and content; exit code 1 if they do."""
+    from advkd.cache.compare import compare, tolerance_of
+    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.summary import runs
+
+    one, other = TrajectoryCache.open(first), TrajectoryCache.open(second)
+    found = compare(one, other)
+    for part, lines in (("recipe", found.recipe), ("layout", found.layout)):
+        for line in lines:
+            click.echo(printable(f"{part:10}{line}"))
+    size = one.layout.block_size
+    for name, blocks in ((first, found.only_first), (second, found.only_second)):
+        if blocks:
+            seeds = _ranges([[start * size, stop * size] for start, stop in runs(blocks)])
+            click.echo(printable(f"seeds     only in {name}: {seeds}"))
+    if found.apart:
+        tolerance, more = tolerance_of(one), tolerance_of(other)
+        for block, apart in list(found.apart.items())[:20]:
+            far = ", ".join(f"{step:04d} {value:.1e}" for step, value in apart.items())
+            close = all(value <= max(tolerance[step], more[step]) for step, value in apart.items())
+            click.echo(f"block     {block}: rms {far} ({'within' if close else 'beyond'} the recorded tolerance)")
+        if len(found.apart) > 20:
+            click.echo(f"          and {len(found.apart) - 20} more blocks")
+    if found.same:
+        click.echo(f"the same: {found.num_equal} blocks, digest {one.digest}")
+    else:
+        click.echo(f"they differ; {found.num_equal} blocks are equal")
+        sys.exit(1)
