@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.errors import CacheError, DamagedError, NotACacheError, NotCachedError
+from advkd.cache.errors import CacheError, CacheNotFoundError, DamagedError, NotACacheError, NotCachedError
 from advkd.cache.layout import (
     CRC_BYTES,
     FORMAT,
@@ -52,6 +52,7 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
     """Read and check a store's root metadata.
 
     Raises:
+        CacheNotFoundError: nothing is at that URL.
         NotACacheError: something else is there, or a newer format.
         DamagedError: its own hashes disagree.
     """
@@ -59,7 +60,9 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
     try:
         value = json.loads(source.read("zarr.json"))["attributes"]["advkd"]
         found_format = value["format"]
-    except (OSError, *_NOT_JSON_OF_OURS):
+    except (OSError, *_NOT_JSON_OF_OURS) as error:
+        if isinstance(error, FileNotFoundError) and not isinstance(source, LocalSource):
+            raise CacheNotFoundError(f"no cache at {address}: there is no zarr.json") from None
         raise NotACacheError(
             f"{address} is not a trajectory cache (no zarr.json of one); nothing was changed"
         ) from None
