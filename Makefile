@@ -1,15 +1,22 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# The newest Python at hand, for the cache room alone, which must not need what the stages need.
+NEWEST ?= $(firstword $(foreach python,python3.15 python3.14 python3.13 python3.12, \
+	$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)) \
+	$(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))) $(PYTHON))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow lint install install-dev clean
+.PHONY: demo test test-light test-slow lint install install-dev clean
 
 demo: install  ## install, then run the default experiment: teacher, cache, student, scores
 	dvc repro
 
 test: install-dev  ## install, then run the tests
 	pytest
+
+test-light: .venv-light/.installed  ## the cache room's tests without torch and diffusers, on the newest Python
+	.venv-light/bin/python -m pytest tests/cache
 
 test-slow: install-dev  ## the long campaigns
 	pytest -m slow
@@ -31,5 +38,11 @@ install-dev: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ .venv/.installed
 
-clean:  ## remove the environment; caches, teachers and runs stay
-	rm -rf .venv
+.venv-light/.installed: pyproject.toml
+	$(NEWEST) -m venv .venv-light
+	.venv-light/bin/python -m pip install --quiet 'dask[array]' google-crc32c hypothesis numpy pytest scipy tensorstore zarr
+	.venv-light/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+clean:  ## remove the environments; caches, teachers and runs stay
+	rm -rf .venv .venv-light

@@ -16,10 +16,11 @@ from advkd.cache.durable import pretty_json, write_atomically
 from advkd.cache.errors import DamagedError, NotACacheError
 from advkd.cache.layout import CRC_BYTES, FORMAT, block_of_record, chunk_path, metadata_files, states_path
 from advkd.cache.ledger import ArrayRecord, BlockRecord
-from advkd.cache.locks import StoreLocks
+from advkd.cache.locks import NOTE_FILE, StoreLocks
 from advkd.cache.paths import read_bounded
 from advkd.cache.reader import TrajectoryCache, read_metadata
 from advkd.cache.recipe import Layout, Recipe, digest
+from advkd.cache.seal import seal
 from advkd.cache.source import LocalSource, open_source
 
 _DRAFT = "draft of format 1"
@@ -34,7 +35,7 @@ def format_of(store: Path) -> str:
     try:
         value = json.loads(LocalSource(store).read("zarr.json"))["attributes"]["advkd"]
         draft = value["format"] == FORMAT and "encoding" not in value["layout"]
-        return _DRAFT if draft else f"format {int(value['format'])}"
+        return _DRAFT if draft else f"format {value['format']}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise NotACacheError(f"{store} is not a trajectory cache (no zarr.json of one); nothing was changed") from None
 
@@ -79,6 +80,7 @@ def _from_draft(store: Path) -> int:
             store
         )
         num_blocks += 1
+    _seal_provenance(store)
     num_seeds = _declared(store, layout)
     for name, metadata in metadata_files(
         recipe, layout, num_seeds
@@ -103,6 +105,14 @@ def _array(store: Path, recipe: Recipe, layout: Layout, array: str, block: int, 
     if record.sha256 != raw["arrays"][array]["sha256"]:
         raise DamagedError(f"{store / chunk} differs from what its record says; remove blocks/{block:06d}.json, go on")
     return record
+
+
+def _seal_provenance(store: Path) -> None:
+    """The draft's notes had no hash of their own."""
+    for path in sorted((store / "provenance").glob("*.json")):
+        raw = read_bounded(store, f"provenance/{path.name}")
+        if path.name != NOTE_FILE and b'"record_sha256"' not in raw:
+            write_atomically(path, [seal(json.loads(raw))])
 
 
 def _declared(store: Path, layout: Layout) -> int:

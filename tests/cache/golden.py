@@ -1,0 +1,75 @@
+"""The golden store of format 1. `python -m tests.cache.golden` writes it again; that must change nothing, ever."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from advkd.cache.durable import write_atomically
+from advkd.cache.layout import provenance_path
+from advkd.cache.noise import NOISE_RULE, standard_normal
+from advkd.cache.recipe import Layout, Recipe, State
+from advkd.cache.seal import seal
+from advkd.cache.writer import CacheWriter
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+FORMAT_1 = DATA / "format-1.zarr"
+DRAFT = DATA / "draft-1.zarr"
+"""The same content as a development snapshot before format 1 wrote it."""
+SHAPE = (1, 4, 4)
+BLOCKS = (0, 2)
+RECIPE = Recipe(
+    teacher={"tensors_sha256": "11" * 32, "unet": {"sample_size": 4}, "scheduler": {"beta_start": 0.0001}},
+    sampler={
+        "name": "ddim",
+        "steps": 10,
+        "eta": 0.0,
+        "deterministic": True,
+        "scheduler": "DDIMScheduler",
+        "config": {"timestep_spacing": "trailing"},
+        "timesteps": [999.0, 899.0],
+    },
+    precision={"compute": "float32", "tf32": False},
+    noise={"rule": NOISE_RULE, "root_seed": 7},
+    item_shape=SHAPE,
+)
+LAYOUT = Layout(
+    states=(
+        State(step=0, timestep=999.0, alpha=0.0, sigma=1.0, scale=1.0),
+        State(step=4, timestep=599.0, alpha=0.6, sigma=0.8, scale=1.0),
+        State(step=10, timestep=-1.0, alpha=1.0, sigma=0.0, scale=1.0),
+    ),
+    dtype="float16",
+    block_size=4,
+)
+
+
+def states_of(block: int) -> dict[int, npt.NDArray[np.float32]]:
+    """The states of a block: x_0 is a coarse copy of the noise."""
+    noise = standard_normal(7, range(4 * block, 4 * block + 4), SHAPE).astype(np.float16).astype(np.float32)
+    x0 = (np.round(noise * 4) / 8).astype(np.float32)
+    return {0: noise, 4: np.float32(0.6) * x0 + np.float32(0.8) * noise, 10: x0}
+
+
+def write(path: Path) -> None:
+    """Write the store of two blocks of four seeds, and a gap between them."""
+    writer = CacheWriter.open(path, RECIPE, LAYOUT)
+    with writer.writing():
+        writer.grow(range(12))
+        for block in BLOCKS:
+            note = {"began": "2026-11-23T08:00:00+00:00", "host": "example", "seconds": 0.1}
+            write_atomically(path / provenance_path(block), [seal(note)])
+            writer.commit(block, states_of(block))
+    origin = {"teacher": {"source": "team/teacher", "commit": None, "license": "apache-2.0"}}
+    write_atomically(path / "provenance/store.json", [seal(origin)])
+    write_atomically(path / "provenance/tolerance.json", [seal({"rms": {"0004": 2e-3, "0010": 3e-3}})])
+    for name in ("writer.lock", "writer.json"):
+        (path / "provenance" / name).unlink()
+
+
+if __name__ == "__main__":
+    shutil.rmtree(FORMAT_1, ignore_errors=True)
+    write(FORMAT_1)
