@@ -14,6 +14,7 @@ from advkd.cache.compare import TOLERANCE_FILE, block_distances, tolerance_of, w
 from advkd.cache.durable import write_atomically
 from advkd.cache.errors import LockedError, MismatchError, NotCachedError, UsageError
 from advkd.cache.layout import blocks_of, parse_seed_range
+from advkd.cache.paths import safe_target
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import Layout, differences
 from advkd.cache.writer import CacheWriter
@@ -206,6 +207,6 @@ def _carry(sources: Sequence[TrajectoryCache], out: Path) -> None:
             if (out / name).is_file():
                 break
             try:
-                write_atomically(out / name, [cache.source.read(name)])
+                write_atomically(safe_target(out, name), [cache.source.read(name)])
             except FileNotFoundError:
                 continue

@@ -15,6 +15,7 @@ import numpy as np
 
 from advkd.cache.errors import DamagedError
 from advkd.cache.layout import states_path
+from advkd.cache.parse import in_line
 from advkd.cache.reader import TrajectoryCache, Values
 from advkd.cache.recipe import differences
 from advkd.cache.seal import unseal
@@ -38,17 +39,24 @@ def tolerance_of(cache: TrajectoryCache) -> dict[int, float]:
         values = {state.step: float(recorded.get(state.name, 0.0)) for state in cache.layout.states}
     except FileNotFoundError:
         values = {state.step: 0.0 for state in cache.layout.states}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{cache.address}/{TOLERANCE_FILE} is torn or altered ({error}): remove it") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedError(
+            f"{cache.address}/{TOLERANCE_FILE} is torn or altered ({in_line(error)}): remove it"
+        ) from None
     if not all(math.isfinite(value) and value >= 0 for value in values.values()):
         raise DamagedError(f"{cache.address}/{TOLERANCE_FILE} holds a number that can't be: remove it")
     return {step: 0.0 if step == 0 else min(max(value, floor), MAX_TOLERANCE) for step, value in values.items()}
 
 
 def distance(one: Values, other: Values) -> float:
-    """The largest root mean square difference of any seed, between two blocks of states, shape (N, *item_shape)."""
+    """The largest root mean square difference of any seed, between two blocks of states, shape (N, *item_shape).
+
+    Infinite where a value is not finite: no cache holds such.
+    """
     worst = 0.0
     for a, b in zip(one, other, strict=True):
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return math.inf  # a difference that is not a number would compare as none
         difference = a.astype(np.float64) - b.astype(np.float64)
         worst = max(worst, math.sqrt(float(np.mean(difference * difference))))
     return worst

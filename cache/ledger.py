@@ -21,11 +21,14 @@ import numpy.typing as npt
 from advkd.cache.durable import canonical_json, write_atomically
 from advkd.cache.errors import DamagedError
 from advkd.cache.layout import CRC_BYTES, FORMAT, record_path
+from advkd.cache.parse import in_line
 from advkd.cache.recipe import digest
 from advkd.cache.seal import seal, seal_of, unseal, unsealed
 
 SEGMENT_BYTES = 1 << 20
 _ARRAY_NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*")
+_HEX = re.compile(r"[0-9a-f]*")
+_LARGEST = float(np.finfo(np.float32).max)
 _PIECE = 1 << 18
 
 
@@ -102,8 +105,9 @@ class ArrayRecord:
         integers = (record.num_bytes, record.num_nonfinite)
         floats = (record.minimum, record.maximum, record.rounding_rms, record.rounding_max)
         fitting = all(type(number) is int and 0 <= number < 1 << 63 for number in integers)
-        fitting = fitting and all(type(number) is float and math.isfinite(number) for number in floats)
-        if not fitting or len(bytes.fromhex(record.sha256)) != 32 or len(bytes.fromhex(record.segments)) % 4:
+        fitting = fitting and all(type(number) is float and abs(number) <= _LARGEST for number in floats)
+        fitting = fitting and all(_HEX.fullmatch(digits) for digits in (record.sha256, record.segments))
+        if not fitting or len(record.sha256) != 64 or len(record.segments) % 8:
             raise ValueError("a number or hash can't be")
         return record
 
@@ -150,19 +154,20 @@ class BlockRecord:
         """
         try:
             value = unseal(raw)
-            if set(value) - {"record_sha256"} != {"format", "block", "fingerprint", "layout_hash", "arrays"}:
-                raise ValueError("its parts are others")
-            if value["block"] != block or type(value["block"]) is not int or value["format"] != FORMAT:
+            if value["block"] != block or value["format"] != FORMAT:
                 raise ValueError("it is of another block or format")
             if not all(_ARRAY_NAME.fullmatch(name) for name in value["arrays"]):
                 raise ValueError("it names an array outside the store")
-            return cls(
+            record = cls(
                 block=block,
                 fingerprint=str(value["fingerprint"]),
                 layout_hash=str(value["layout_hash"]),
                 arrays={name: ArrayRecord.from_json(array) for name, array in value["arrays"].items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if seal(record.to_json()) != raw:
+                raise ValueError("it is not written as records are")
+            return record
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _torn(where, block, error) from None
 
 
@@ -186,7 +191,7 @@ def checked_seal(raw: bytes, block: int, fingerprint: str, layout_hash: str, whe
 
 def _torn(where: str, block: int, error: Exception) -> DamagedError:
     return DamagedError(
-        f"{where}: the ledger record of block {block} is torn or altered ({str(error)[:80]}); "
+        f"{where}: the ledger record of block {block} is torn or altered ({in_line(error)}); "
         "`advkd-cache build` with the same settings makes the block again"
     )
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import socket
+import stat
 import struct
 import sys
 import time
@@ -25,8 +25,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from advkd.cache.durable import write_json
-from advkd.cache.errors import LockedError
-from advkd.cache.paths import safe_folder
+from advkd.cache.errors import DamagedError, LockedError
+from advkd.cache.parse import in_line, parse_json
+from advkd.cache.paths import read_bounded, safe_folder, safe_target
 
 LOCK_FILE = "writer.lock"
 NOTE_FILE = "writer.json"
@@ -63,8 +64,7 @@ class StoreLocks:
 
     def __init__(self, store: Path) -> None:
         self._store = store
-        self._folder = store / "provenance"
-        self._file = self._folder / LOCK_FILE
+        self._file = store / "provenance" / LOCK_FILE
 
     @contextmanager
     def present(self, sweep: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -79,7 +79,8 @@ class StoreLocks:
                 sweep()
             self._wait(descriptor, fcntl.F_RDLCK, _PRESENCE)
             self._check_still_there(descriptor)
-            write_json(self._folder / NOTE_FILE, {"pid": os.getpid(), "host": socket.gethostname()})
+            note = safe_target(self._store, f"provenance/{NOTE_FILE}")
+            write_json(note, {"pid": os.getpid(), "host": socket.gethostname()})
             yield
 
     @contextmanager
@@ -114,9 +115,17 @@ class StoreLocks:
 
     @contextmanager
     def _open(self) -> Iterator[int]:
-        folder = safe_folder(self._store, "provenance", make=True)
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        safe_folder(self._store, "provenance", make=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
+            descriptor = os.open(self._file, flags, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise DamagedError(f"{self._file} is not a plain file: remove it") from None
+            raise
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise DamagedError(f"{self._file} is not a plain file: remove it")
             yield descriptor
         finally:
             os.close(descriptor)
@@ -139,7 +148,7 @@ class StoreLocks:
 
     def _owner(self) -> str:
         try:
-            value = json.loads((self._folder / NOTE_FILE).read_bytes())
-            return f"process {int(value['pid'])} on {str(value['host'])[:80]}"
+            value = parse_json(read_bounded(self._store, f"provenance/{NOTE_FILE}"))
+            return f"process {in_line(value['pid'], 20)} on {in_line(value['host'])}"
         except (OSError, ValueError, KeyError, TypeError):
             return "its owner left no note"

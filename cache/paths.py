@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from advkd.cache.durable import fsync_folder
@@ -24,21 +25,35 @@ def safe_folder(store: Path, relative: str, *, make: bool = False) -> Path:
     """A folder of a store, made if wanted.
 
     Raises:
-        DamagedError: a symlink leads elsewhere.
+        DamagedError: a symlink leads elsewhere, or a file is in the way.
     """
-    folder = store / relative
-    if make:
-        current = store
-        for part in Path(relative).parts:
-            current = current / part
-            if current.is_symlink():
-                break
-            if not current.is_dir():
+    current = store
+    for part in Path(relative).parts:
+        current = current / part
+        if part in ("..", os.sep) or current.is_symlink():
+            raise DamagedError(
+                f"{store / relative} is reached through a symlink, which a cache has none of; nothing was touched"
+            )
+        if make and not current.is_dir():
+            try:
                 current.mkdir(exist_ok=True)
-                fsync_folder(current.parent)  # its name must outlive a power cut as well
-    if os.path.realpath(folder) != os.path.join(os.path.realpath(store), relative).rstrip("/"):
-        raise DamagedError(f"{folder} is reached through a symlink, which a cache has none of; nothing was touched")
-    return folder
+            except FileExistsError:
+                raise DamagedError(f"{current} is a file where a cache has a folder: remove it") from None
+            fsync_folder(current.parent)  # its name must outlive a power cut as well
+    return current
+
+
+def safe_target(store: Path, relative: str) -> Path:
+    """Where a file of a store is to be written, its folder made.
+
+    Raises:
+        DamagedError: a symlink leads elsewhere, or a folder is in the way.
+    """
+    folder, _, name = relative.rpartition("/")
+    path = safe_folder(store, folder, make=True) / name
+    if path.is_dir() and not path.is_symlink():
+        raise DamagedError(f"{path} is a folder where a cache has a file: remove it")
+    return path
 
 
 def open_file(store: Path, relative: str) -> int:
@@ -74,7 +89,30 @@ def read_bounded(store: Path, relative: str, limit: int = MAX_METADATA_BYTES) ->
         DamagedError: it is no plain file, or larger than it can be.
     """
     with open(open_file(store, relative), "rb") as file:
-        data = file.read(limit + 1)
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, limit) + 1)
     if len(data) > limit:
         raise DamagedError(f"{store / relative} is larger than {limit:,} bytes, which can't be")
     return data
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Every file below a folder, relative to it, in a fixed order; symlinks are listed and not followed.
+
+    However deep folders are nested; one that can't be listed is listed itself.
+    """
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(root / folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        except FileNotFoundError:
+            continue  # somebody removed it just now
+        except OSError:
+            yield folder
+            continue
+        for entry in reversed(found):
+            if not entry.is_dir(follow_symlinks=False):
+                yield f"{folder}/{entry.name}".lstrip("/")
+        folders += [f"{folder}/{entry.name}".lstrip("/") for entry in found if entry.is_dir(follow_symlinks=False)]

@@ -7,12 +7,12 @@ the ledger: an uncommitted seed is an error, never zeros or NaN.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
+import resource
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from advkd.cache.layout import (
     states_path,
 )
 from advkd.cache.ledger import SEGMENT_BYTES, ArrayRecord, BlockRecord, checked_seal, content_digest, crc32c
+from advkd.cache.parse import in_line, parse_json
 from advkd.cache.paths import open_file
 from advkd.cache.recipe import MAX_BLOCK_BYTES, Layout, Recipe, State
 from advkd.cache.scratch import Scratch, default_scratch
@@ -40,12 +41,17 @@ from advkd.cache.source import LocalSource, Source, check_num_blocks, open_sourc
 if TYPE_CHECKING:
     import dask.array
 
-MAX_OPEN_MAPS = 128
 Values = npt.NDArray[Any]
+MAX_OPEN_MAPS = 128
+_MOST_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+if _MOST_FILES != resource.RLIM_INFINITY:  # 256 on a Mac; several caches may be read at once
+    MAX_OPEN_MAPS = min(MAX_OPEN_MAPS, max(8, _MOST_FILES // 8))
+_Identity = tuple[int, int, int]
+"""Device, inode and time of change of a file: what was checked of another doesn't count for it."""
 _HOW_TO_MEND = (
     "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
 )
-_NOT_JSON_OF_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, IndexError)
+_NOT_JSON_OF_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError)
 
 
 def read_metadata(source: Source) -> tuple[Recipe, Layout]:
@@ -58,8 +64,10 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
     """
     address = source.address
     try:
-        value = json.loads(source.read("zarr.json"))["attributes"]["advkd"]
+        value = parse_json(source.read("zarr.json"))["attributes"]["advkd"]
         found_format = value["format"]
+    except DamagedError as error:
+        raise NotACacheError(f"{address} is not a trajectory cache ({error}); nothing was changed") from None
     except (OSError, *_NOT_JSON_OF_OURS) as error:
         if isinstance(error, FileNotFoundError) and not isinstance(source, LocalSource):
             raise CacheNotFoundError(f"no cache at {address}: there is no zarr.json") from None
@@ -68,12 +76,13 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
         ) from None
     if type(found_format) is not int or found_format != FORMAT:
         raise NotACacheError(
-            f"{address} has cache format {str(found_format)[:20]}; this advkd reads format {FORMAT}: upgrade advkd"
+            f"{address}/zarr.json has cache format {in_line(found_format, 20)}; this advkd reads format {FORMAT}: "
+            "upgrade advkd"
         )
     if isinstance(value.get("layout"), dict) and "encoding" not in value["layout"]:
         raise NotACacheError(
-            f"{address} was written before format 1 was settled: `advkd-cache upgrade {address}` rewrites its "
-            "metadata and keeps its data"
+            f"{address}/zarr.json was written before format 1 was settled: `advkd-cache upgrade {address}` rewrites "
+            "the metadata and keeps the data"
         )
     try:
         recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])
@@ -115,7 +124,7 @@ class TrajectoryCache:
         self.states = states
         self._scratch = None if isinstance(source, LocalSource) else Scratch(source, scratch or default_scratch())
         self._maps: OrderedDict[tuple[int, int], npt.NDArray[np.uint8]] = OrderedDict()
-        self._checked: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
+        self._checked: dict[tuple[int, int], tuple[_Identity, npt.NDArray[np.bool_]]] = {}
         self._records: OrderedDict[int, BlockRecord] = OrderedDict()
 
     @classmethod
@@ -140,14 +149,14 @@ class TrajectoryCache:
             if raw is None:
                 continue  # a partial pull: that state is not here
             try:
-                metadata = json.loads(raw)
+                metadata = parse_json(raw)
                 declared = metadata["shape"][0]
                 fitting = type(declared) is int and metadata == array_metadata(recipe, layout, state, declared)
             except _NOT_JSON_OF_OURS:
                 fitting = False
             if not fitting or declared < 0:
                 raise DamagedError(f"{source.address}/{path} doesn't fit the recipe in {source.address}/zarr.json")
-            check_num_blocks(source.address, declared, layout.block_size)
+            check_num_blocks(f"{source.address}/{path}", declared, layout.block_size)
             # A crash while growing leaves some arrays larger; the smaller size is the one that all of them have.
             num_seeds = declared if num_seeds is None else min(num_seeds, declared)
             present[state.step] = state
@@ -199,14 +208,28 @@ class TrajectoryCache:
             NotCachedError: a block was never committed.
             DamagedError: a record is torn or altered.
         """
-        paths = [record_path(block) for block in blocks]
-        seals = []
-        for block, path, raw in zip(blocks, paths, self.source.read_many(paths), strict=True):
+        return content_digest([(block, self.seal(block, raw)) for block, raw in self.raw_records(blocks)])
+
+    def raw_records(self, blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """The ledger records of some committed blocks, as they are in their files.
+
+        Raises:
+            NotCachedError: a block was never committed.
+        """
+        raws = self.source.read_many([record_path(block) for block in blocks])
+        for block, raw in zip(blocks, raws, strict=True):
             if raw is None:
                 raise self._not_committed(block)
-            where = f"{self.address}/{path}"
-            seals.append((block, checked_seal(raw, block, self.recipe.fingerprint, self.layout.layout_hash, where)))
-        return content_digest(seals)
+            yield block, raw
+
+    def seal(self, block: int, raw: bytes) -> str:
+        """The hash that a block's record carries, checked without parsing it.
+
+        Raises:
+            DamagedError: the record is torn, altered or of another block or cache.
+        """
+        where = f"{self.address}/{record_path(block)}"
+        return checked_seal(raw, block, self.recipe.fingerprint, self.layout.layout_hash, where)
 
     def seeds(self) -> npt.NDArray[np.int64]:
         """Every committed seed, ascending, int64."""
@@ -221,14 +244,23 @@ class TrajectoryCache:
             NotCachedError: the block was never committed.
             DamagedError: its record is torn, altered or of another cache.
         """
-        if block in self._records:
-            return self._records[block]
-        path = record_path(block)
-        try:
-            raw = self.source.read(path)
-        except FileNotFoundError:
-            raise self._not_committed(block) from None
-        record = BlockRecord.parse(raw, block, f"{self.address}/{path}")
+        if block not in self._records:
+            try:
+                raw = self.source.read(record_path(block))
+            except FileNotFoundError:
+                raise self._not_committed(block) from None
+            self._records[block] = self.parse_record(block, raw)
+            if len(self._records) > 4 * MAX_OPEN_MAPS:
+                self._records.popitem(last=False)
+        return self._records[block]
+
+    def parse_record(self, block: int, raw: bytes) -> BlockRecord:
+        """Read a block's ledger record.
+
+        Raises:
+            DamagedError: it is torn, altered or of another block or cache.
+        """
+        record = BlockRecord.parse(raw, block, f"{self.address}/{record_path(block)}")
         if (record.fingerprint, record.layout_hash) != (self.recipe.fingerprint, self.layout.layout_hash):
             raise DamagedError(f"{self.address}: the ledger record of block {block} belongs to another cache")
         body_bytes = self.layout.block_bytes(self.item_shape)
@@ -239,9 +271,6 @@ class TrajectoryCache:
                 raise DamagedError(
                     f"{self.address}: the ledger record of block {block} doesn't fit the layout; {_HOW_TO_MEND}"
                 )
-        self._records[block] = record
-        if len(self._records) > 4 * MAX_OPEN_MAPS:
-            self._records.popitem(last=False)
         return record
 
     def _not_committed(self, block: int) -> NotCachedError:
@@ -301,7 +330,8 @@ class TrajectoryCache:
         except FileNotFoundError:
             raise DamagedError(f"{where} is missing, but the ledger has it; {_HOW_TO_MEND}") from None
         try:
-            size = os.fstat(descriptor).st_size
+            status = os.fstat(descriptor)
+            size, identity = status.st_size, (status.st_dev, status.st_ino, status.st_mtime_ns)
             if size != expected.num_bytes:
                 raise DamagedError(f"{where} has {size} bytes, the ledger says {expected.num_bytes}; {_HOW_TO_MEND}")
             mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
@@ -309,7 +339,8 @@ class TrajectoryCache:
             os.close(descriptor)
         view: npt.NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8)
         self._maps[key] = view
-        self._checked.setdefault(key, np.zeros(len(expected.segments) // 8, dtype=np.bool_))
+        if key not in self._checked or self._checked[key][0] != identity:
+            self._checked[key] = (identity, np.zeros(len(expected.segments) // 8, dtype=np.bool_))
         if len(self._maps) > MAX_OPEN_MAPS:
             self._maps.popitem(last=False)
         return view
@@ -346,7 +377,7 @@ class TrajectoryCache:
 
     def _check(self, step: int, block: int, file: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> None:
         """Check the segments that some rows touch, once each."""
-        checked = self._checked[step, block]
+        checked = self._checked[step, block][1]
         if checked.all():
             return
         row_bytes = math.prod(self.item_shape) * self.dtype.itemsize
@@ -400,8 +431,10 @@ class TrajectoryCache:
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.num_seeds):
             outside = wanted[(wanted < 0) | (wanted >= self.num_seeds)][0]
             raise NotCachedError(f"{self.address} declares seeds 0:{self.num_seeds}; seed {outside} is outside")
-        out = np.empty((wanted.size, *self.item_shape), dtype=self.dtype)
         blocks, rows = np.divmod(wanted, self.layout.block_size)
+        if wanted.size:
+            self._map(step, int(blocks[0]))  # a file of the size that is claimed is there before memory is taken
+        out = np.empty((wanted.size, *self.item_shape), dtype=self.dtype)
         for block in np.unique(blocks):
             here = np.flatnonzero(blocks == block)
             out[here] = self._values(step, int(block), rows[here])[rows[here]]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Self
 
 from advkd.cache.durable import canonical_json
 from advkd.cache.errors import NotACacheError
+from advkd.cache.parse import in_line
 
 DTYPES = ("float16", "float32")
 ENCODINGS = ("raw",)
@@ -22,6 +24,8 @@ MAX_CHANNELS, MAX_SIDE = 64, 8192
 """What an item can have at most, wherever a shape comes from someone else."""
 MAX_STATES = 10_001
 MAX_BLOCK_BYTES = 1 << 34
+MAX_BLOCK_SIZE = 1 << 20
+"""Of seeds: a record of a few hundred bytes makes a reader list as many."""
 
 
 def digest(value: Any) -> str:
@@ -29,7 +33,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that determines the numbers of a trajectory, and nothing else."""
 
@@ -44,7 +48,7 @@ class Recipe:
     item_shape: tuple[int, ...]
     """Shape of one state, (C, H, W)."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 that names this recipe."""
         return digest(self.to_json())
@@ -71,18 +75,19 @@ class Recipe:
             NotACacheError: a part is missing, or the shape can't be.
         """
         recipe = cls(**{**value, "item_shape": tuple(_integer(n) for n in value["item_shape"])})
-        parts = (
-            (recipe.teacher, ("tensors_sha256", "unet", "scheduler")),
-            (recipe.sampler, ("name", "steps", "eta", "deterministic", "config")),
-            (recipe.precision, ("compute",)),
-            (recipe.noise, ("rule", "root_seed")),
+        parts: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (recipe.teacher, {"tensors_sha256": str, "unet": dict, "scheduler": dict}),
+            (recipe.sampler, {"name": str, "steps": int, "eta": (int, float), "deterministic": bool, "config": dict}),
+            (recipe.precision, {"compute": str}),
+            (recipe.noise, {"rule": str, "root_seed": int}),
         )
-        if not all(isinstance(part, dict) and set(keys) <= part.keys() for part, keys in parts):
-            raise NotACacheError("the recipe is not whole")
+        for part, kinds in parts:
+            if not isinstance(part, dict) or not all(isinstance(part.get(key), kind) for key, kind in kinds.items()):
+                raise NotACacheError(f"the recipe is not whole: expected {', '.join(kinds)}")
         if not 0 <= _integer(recipe.noise["root_seed"]) < 1 << 63 or not 1 <= _integer(recipe.sampler["steps"]) < 1e6:
             raise NotACacheError("its root seed or its number of steps can't be")
         if len(recipe.item_shape) != 3 or not all(1 <= n <= MAX_SIDE for n in recipe.item_shape):
-            raise NotACacheError(f"impossible item shape {recipe.item_shape}")
+            raise NotACacheError(f"impossible item shape {_short(recipe.item_shape)}")
         return recipe
 
 
@@ -127,13 +132,13 @@ class State:
         state = cls(**{**value, "step": _integer(value["step"])})
         floats = (state.timestep, state.alpha, state.sigma, state.scale)
         if not all(type(number) is float and math.isfinite(number) for number in floats):
-            raise NotACacheError(f"state {state.step}: its timestep, alpha, sigma or scale is no finite number")
+            raise NotACacheError(f"state {_short(state.step)}: its timestep, alpha, sigma or scale is no finite number")
         if state.scale <= 0 or not 0 <= state.step < 1e6:
-            raise NotACacheError(f"state {state.step}: impossible scale {state.scale} or step")
+            raise NotACacheError(f"state {_short(state.step)}: impossible scale {state.scale} or step")
         return state
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Which states are stored, as what, in blocks of how many seeds."""
 
@@ -145,15 +150,16 @@ class Layout:
 
     def __post_init__(self) -> None:
         steps = [state.step for state in self.states]
-        fitting = self.dtype in DTYPES and self.block_size >= 1 and len(steps) <= MAX_STATES
+        fitting = self.dtype in DTYPES and 1 <= self.block_size <= MAX_BLOCK_SIZE and len(steps) <= MAX_STATES
         if not fitting or steps != sorted(set(steps)) or steps[:1] != [0]:
             raise NotACacheError(
-                f"impossible layout: dtype {self.dtype!r}, block size {self.block_size}, steps {steps[:20]}"
+                f"impossible layout: dtype {_short(repr(self.dtype))}, block size {_short(self.block_size)}, "
+                f"steps {_short(steps)}"
             )
         if self.encoding not in ENCODINGS:
-            raise NotACacheError(f"encoding {self.encoding!r} is unknown to this advkd: upgrade advkd")
+            raise NotACacheError(f"encoding {_short(repr(self.encoding))} is unknown to this advkd: upgrade advkd")
 
-    @property
+    @cached_property
     def layout_hash(self) -> str:
         """sha256 that names this layout."""
         return digest(self.to_json())
@@ -198,9 +204,11 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
     if found == expected:
         return []
     short_found, short_expected = (_short(value) for value in (found, expected))
-    return [f"{path}: {short_found} → {short_expected}"]
+    return [f"{in_line(path, 120)}: {short_found} → {short_expected}"]
 
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 40 else f"{text[:16]}… ({len(value)} long)" if hasattr(value, "__len__") else text[:40]
+    if len(text) <= 40 or not hasattr(value, "__len__"):
+        return in_line(text, 40)
+    return f"{in_line(text, 16)}… ({len(value)} long)"

@@ -7,10 +7,10 @@ is the sha256 of the canonical JSON without it. Checking it needs no parsing.
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 from advkd.cache.durable import canonical_json
+from advkd.cache.parse import parse_json
 
 _KEY = b',"record_sha256":"'
 _TAIL = len(_KEY) + 64 + 2
@@ -47,5 +47,5 @@ def unseal(raw: bytes) -> dict[str, Any]:
         ValueError: the file is torn or was altered.
     """
     seal_of(raw)
-    value: dict[str, Any] = json.loads(raw)
+    value: dict[str, Any] = parse_json(raw)
     return value

@@ -53,9 +53,9 @@ class LocalSource:
         """Refuse a file whose folder is reached through a symlink; each folder is looked at once."""
         folder = path.rpartition("/")[0]
         if folder not in self._checked:
+            safe_folder(self.root, folder)
             if not (self.root / folder).exists():
                 raise FileNotFoundError(self.root / path)
-            safe_folder(self.root, folder)
             self._checked.add(folder)
 
     def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from advkd.cache.compare import tolerance_of
 from advkd.cache.layout import CRC_BYTES, FORMAT, states_path
+from advkd.cache.ledger import ArrayRecord, BlockRecord, content_digest
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.seal import unseal
 
@@ -24,12 +25,13 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
     sampled = blocks[:: max(1, -(-len(blocks) // MAX_BLOCKS_FOR_STATISTICS))]
     chunk_bytes = cache.layout.block_bytes(cache.item_shape) + CRC_BYTES
     origin = origin_of(cache)
+    content, records = _read_ledger(cache, sampled)
     return {
         "store": cache.address,
         "format": FORMAT,
         "fingerprint": recipe.fingerprint,
         "layout_hash": cache.layout.layout_hash,
-        "digest": cache.digest,
+        "digest": content,
         "item_shape": list(cache.item_shape),
         "dtype": cache.layout.dtype,
         "encoding": cache.layout.encoding,
@@ -45,7 +47,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "gaps": [[run[0] * size, run[1] * size] for run in gaps(blocks, cache.num_blocks)],
         "num_bytes": len(blocks) * len(cache.states) * chunk_bytes,
         "statistics_of_blocks": len(sampled),
-        "states": _states(cache, sampled),
+        "states": _states(cache, records),
     }
 
 
@@ -66,19 +68,21 @@ def gaps(blocks: Sequence[int], num_blocks: int) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if stop > start]
 
 
-def _states(cache: TrajectoryCache, blocks: Sequence[int]) -> list[dict[str, Any]]:
+def _read_ledger(cache: TrajectoryCache, sampled: Sequence[int]) -> tuple[str, list[BlockRecord]]:
+    """The content digest, and the records of some blocks: each file is read once."""
+    chosen, seals, records = set(sampled), [], []
+    for block, raw in cache.raw_records(cache.blocks):
+        seals.append((block, cache.seal(block, raw)))
+        if block in chosen:
+            records.append(cache.parse_record(block, raw))
+    return content_digest(seals), records
+
+
+def _states(cache: TrajectoryCache, records: Sequence[BlockRecord]) -> list[dict[str, Any]]:
     tolerance = tolerance_of(cache)
-    records = [cache.record(block) for block in blocks]
     states = []
     for state in cache.layout.states:
         arrays = [record.arrays[states_path(state)] for record in records]
-        statistics = {
-            "minimum": min(array.minimum for array in arrays),
-            "maximum": max(array.maximum for array in arrays),
-            "num_nonfinite": sum(array.num_nonfinite for array in arrays),
-            "rounding_rms": (sum(array.rounding_rms**2 for array in arrays) / len(arrays)) ** 0.5,
-            "rounding_max": max(array.rounding_max for array in arrays),
-        }
         states.append(
             {
                 "step": state.step,
@@ -88,10 +92,20 @@ def _states(cache: TrajectoryCache, blocks: Sequence[int]) -> list[dict[str, Any
                 "scale": state.scale,
                 "here": state.step in cache.states,
                 "tolerance_rms": tolerance[state.step],
-                **(statistics if arrays else {}),
+                **(_statistics(arrays) if arrays else {}),
             }
         )
     return states
+
+
+def _statistics(arrays: Sequence[ArrayRecord]) -> dict[str, Any]:
+    return {
+        "minimum": min(array.minimum for array in arrays),
+        "maximum": max(array.maximum for array in arrays),
+        "num_nonfinite": sum(array.num_nonfinite for array in arrays),
+        "rounding_rms": (sum(array.rounding_rms**2 for array in arrays) / len(arrays)) ** 0.5,
+        "rounding_max": max(array.rounding_max for array in arrays),
+    }
 
 
 def origin_of(cache: TrajectoryCache) -> dict[str, Any]:

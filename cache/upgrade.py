@@ -6,22 +6,31 @@ of rounding, and the layout named no encoding. A draft's chunk files are format 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from advkd.cache.durable import pretty_json, write_atomically
-from advkd.cache.errors import DamagedError, NotACacheError
-from advkd.cache.layout import CRC_BYTES, FORMAT, block_of_record, chunk_path, metadata_files, states_path
+from advkd.cache.errors import CacheError, DamagedError, NotACacheError
+from advkd.cache.layout import (
+    CRC_BYTES,
+    FORMAT,
+    MAX_BLOCKS,
+    chunk_path,
+    metadata_files,
+    metadata_path,
+    record_path,
+    states_path,
+)
 from advkd.cache.ledger import ArrayRecord, BlockRecord
 from advkd.cache.locks import NOTE_FILE, StoreLocks
-from advkd.cache.paths import read_bounded
+from advkd.cache.parse import in_line, parse_json
+from advkd.cache.paths import safe_target
 from advkd.cache.reader import TrajectoryCache, read_metadata
-from advkd.cache.recipe import Layout, Recipe, digest
+from advkd.cache.recipe import MAX_BLOCK_BYTES, Layout, Recipe, digest
 from advkd.cache.seal import seal
-from advkd.cache.source import LocalSource, open_source
+from advkd.cache.source import LocalSource, check_num_blocks, open_source
 
 _DRAFT = "draft of format 1"
 
@@ -33,10 +42,10 @@ def format_of(store: Path) -> str:
         NotACacheError: it is no cache.
     """
     try:
-        value = json.loads(LocalSource(store).read("zarr.json"))["attributes"]["advkd"]
+        value = parse_json(LocalSource(store).read("zarr.json"))["attributes"]["advkd"]
         draft = value["format"] == FORMAT and "encoding" not in value["layout"]
         return _DRAFT if draft else f"format {value['format']}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise NotACacheError(f"{store} is not a trajectory cache (no zarr.json of one); nothing was changed") from None
 
 
@@ -48,7 +57,7 @@ def upgrade(store: Path) -> tuple[str, int]:
 
     Raises:
         NotACacheError: it is no cache, or of a newer format.
-        DamagedError: a block's file differs from what its record says.
+        DamagedError: a file is missing, or differs from what its record says.
         LockedError: somebody writes to it.
     """
     open_source(store)
@@ -57,23 +66,31 @@ def upgrade(store: Path) -> tuple[str, int]:
         read_metadata(LocalSource(store))  # a newer format is refused there
         return found, 0
     with StoreLocks(store).alone():
-        return found, _from_draft(store)
+        try:
+            return found, _from_draft(store)
+        except CacheError:
+            raise
+        except FileNotFoundError as error:
+            raise DamagedError(f"{error.filename or error} is missing: an upgrade needs the whole store") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            raise DamagedError(f"{store}: its metadata are no draft's ({in_line(error)})") from None
 
 
 def _from_draft(store: Path) -> int:
-    value = json.loads(LocalSource(store).read("zarr.json"))["attributes"]["advkd"]
+    source = LocalSource(store)
+    value = parse_json(source.read("zarr.json"))["attributes"]["advkd"]
     recipe = Recipe.from_json(value["recipe"])
     draft_layout = digest(value["layout"])
     layout = Layout.from_json(value["layout"])
-    num_blocks = 0
-    for path in sorted((store / "blocks").glob("*.json")):
-        block = block_of_record(path.name)
-        if block is None:
-            continue
-        raw = json.loads(read_bounded(store, f"blocks/{path.name}"))
+    num_blocks, num_seeds = 0, _declared(source, layout)
+    check_num_blocks(str(store), num_seeds, layout.block_size)
+    if layout.block_bytes(recipe.item_shape) > MAX_BLOCK_BYTES:
+        raise DamagedError(f"{store}: its blocks can't be so large")
+    for block in source.blocks(MAX_BLOCKS):
+        raw = parse_json(source.read(record_path(block)))
         if "record_sha256" in raw and raw.get("layout_hash") == layout.layout_hash:
             continue  # an earlier attempt did it
-        _check_draft(raw, block, draft_layout, path)
+        _check_draft(raw, block, draft_layout, store / record_path(block))
         arrays = {states_path(state): _array(store, recipe, layout, states_path(state), block, raw)
                   for state in layout.states}  # fmt: skip
         BlockRecord(block=block, fingerprint=recipe.fingerprint, layout_hash=layout.layout_hash, arrays=arrays).write(
@@ -81,11 +98,9 @@ def _from_draft(store: Path) -> int:
         )
         num_blocks += 1
     _seal_provenance(store)
-    num_seeds = _declared(store, layout)
-    for name, metadata in metadata_files(
-        recipe, layout, num_seeds
-    ).items():  # the root's last: until then it is a draft
-        write_atomically(store / name, [pretty_json(metadata)])
+    # The root's last: until then it is a draft.
+    for name, metadata in metadata_files(recipe, layout, num_seeds).items():
+        write_atomically(safe_target(store, name), [pretty_json(metadata)])
     TrajectoryCache.open(store)
     return num_blocks
 
@@ -109,13 +124,14 @@ def _array(store: Path, recipe: Recipe, layout: Layout, array: str, block: int, 
 
 def _seal_provenance(store: Path) -> None:
     """The draft's notes had no hash of their own."""
-    for path in sorted((store / "provenance").glob("*.json")):
-        raw = read_bounded(store, f"provenance/{path.name}")
-        if path.name != NOTE_FILE and b'"record_sha256"' not in raw:
-            write_atomically(path, [seal(json.loads(raw))])
-
-
-def _declared(store: Path, layout: Layout) -> int:
     source = LocalSource(store)
-    shapes = [json.loads(source.read(f"{states_path(state)}/zarr.json"))["shape"][0] for state in layout.states]
+    for path in sorted((store / "provenance").glob("*.json")):
+        name = f"provenance/{path.name}"
+        raw = source.read(name)
+        if path.name != NOTE_FILE and b'"record_sha256"' not in raw:
+            write_atomically(safe_target(store, name), [seal(parse_json(raw))])
+
+
+def _declared(source: LocalSource, layout: Layout) -> int:
+    shapes = [parse_json(source.read(metadata_path(states_path(state))))["shape"][0] for state in layout.states]
     return int(min(shapes))

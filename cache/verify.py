@@ -8,35 +8,46 @@ the wrong place, or foreign). A whole state that is absent is a partial copy and
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import google_crc32c
+
+from advkd.cache.compare import TOLERANCE_FILE, tolerance_of
 from advkd.cache.durable import PARTIAL_SUFFIX, pretty_json, write_atomically
-from advkd.cache.errors import CacheError, DamagedError
+from advkd.cache.errors import CacheError, DamagedError, NotCachedError
 from advkd.cache.layout import (
+    CRC_BYTES,
+    MAX_BLOCKS,
     array_metadata,
-    block_of_record,
     chunk_path,
     group_metadata,
+    metadata_files,
     metadata_path,
     provenance_path,
     record_path,
     root_metadata,
     states_path,
 )
-from advkd.cache.ledger import ArrayRecord
+from advkd.cache.ledger import ArrayRecord, crc32c
 from advkd.cache.locks import LOCK_FILE, NOTE_FILE, StoreLocks
-from advkd.cache.paths import open_file
+from advkd.cache.parse import parse_json
+from advkd.cache.paths import open_file, safe_target, walk
 from advkd.cache.reader import TrajectoryCache, local_root
-from advkd.cache.seal import seal_of
+from advkd.cache.recipe import State
+from advkd.cache.seal import unseal
 from advkd.cache.source import LocalSource
 
 Kind = Literal["damage", "missing", "stray"]
 _PIECE = 4 << 20
+_CRC_OF_ALL = crc32c(bytes(CRC_BYTES))
+"""Of any bytes that end with their own CRC, no bytes among them."""
+STORE_FILE = "provenance/store.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,18 +102,22 @@ class _Verification:
         self.checked = checked
         self.findings: list[Finding] = []
         self.known: set[str] = {f"provenance/{LOCK_FILE}", f"provenance/{NOTE_FILE}"}
+        self.seals: set[str] = set()
+        """Of the sealed files that are where they belong."""
         self.num_bytes = 0
+        self.states = [state for state in cache.layout.states if state.step in cache.states or _has_files(cache, state)]
 
     def run(self) -> Verified:
         cache = self.cache
-        self._metadata()
-        # Records beyond what the arrays declare count too, where they can be seen.
-        blocks = _listed_blocks(cache.source) if isinstance(cache.source, LocalSource) else cache.blocks
+        blocks = _listed_blocks(cache)  # before anything else: what is added meanwhile is no finding
+        self._metadata(blocks)
         for block in blocks:
             self._block(block)
+        self._store_provenance(STORE_FILE)
+        self._store_provenance(TOLERANCE_FILE)
         if isinstance(cache.source, LocalSource):
-            self._strays(cache.source.root)
-        absent = tuple(state.name for state in cache.layout.states if state.step not in cache.states)
+            self._strays(cache.source.root, set(blocks))
+        absent = tuple(state.name for state in cache.layout.states if state not in self.states)
         return Verified(
             findings=tuple(self.findings), num_blocks=len(blocks), num_bytes=self.num_bytes, absent_states=absent
         )
@@ -110,116 +125,159 @@ class _Verification:
     def _find(self, kind: Kind, file: str, problem: str, block: int | None = None, state: str | None = None) -> None:
         self.findings.append(Finding(kind=kind, file=file, problem=problem, block=block, state=state))
 
-    def _metadata(self) -> None:
-        cache = self.cache
-        expected = {
+    def _metadata(self, blocks: Sequence[int]) -> None:
+        cache, declared = self.cache, _declared(self.cache)
+        expected = _expected_num_seeds(cache, blocks, declared.values())
+        names = {metadata_path(states_path(state)): state.name for state in self.states}
+        for path, value in {
             "zarr.json": root_metadata(cache.recipe, cache.layout),
             "states/zarr.json": group_metadata(),
-        }
-        declared = {}
-        for state in cache.states.values():
-            path = metadata_path(states_path(state))
-            declared[path] = int(json.loads(cache.source.read(path))["shape"][0])
-            expected[path] = array_metadata(cache.recipe, cache.layout, state, declared[path])
-        for path, value in expected.items():
+            **{
+                metadata_path(states_path(state)): array_metadata(
+                    cache.recipe, cache.layout, state, declared.get(state.step, expected)
+                )
+                for state in self.states
+            },
+        }.items():
             self.known.add(path)
             try:
                 if cache.source.read(path) != pretty_json(value):
-                    self._find("damage", path, "differs from what the recipe generates")
+                    self._find("damage", path, "differs from what the recipe generates", state=names.get(path))
             except FileNotFoundError:
-                self._find("missing", path, "is not there")
+                self._find("missing", path, "is not there", state=names.get(path))
             except DamagedError as error:
-                self._find("damage", path, str(error))
-        most = max(declared.values(), default=0)
-        for path, num_seeds in declared.items():
-            if num_seeds != most:
-                self._find("damage", path, f"declares {num_seeds} seeds, another array {most}")
+                self._find("damage", path, str(error), state=names.get(path))
+        for step, num_seeds in declared.items():
+            if num_seeds != expected:
+                path = metadata_path(states_path(cache.states[step]))
+                problem = f"declares {num_seeds} seeds; by the other arrays and the ledger it is {expected}"
+                self._find("damage", path, problem, state=names[path])
 
     def _block(self, block: int) -> None:
         cache, path = self.cache, record_path(block)
-        self.known.add(path)
+        chunks = {
+            states_path(state): chunk_path(states_path(state), block, len(cache.item_shape)) for state in self.states
+        }
+        self.known |= {path, *chunks.values()}
+        self._provenance(block)
         try:
             record = cache.record(block)
+        except NotCachedError:
+            return  # somebody makes it anew just now
         except DamagedError as error:
             self._find("damage", path, _without_advice(error), block)
+            for state in self.states:
+                self._chunk(chunks[states_path(state)], None, block, state.name)
             return
-        if block >= cache.num_blocks:
-            self._find("damage", path, f"lies beyond the {cache.num_seeds} seeds that the arrays declare", block)
-        for state in cache.states.values():
+        if block >= MAX_BLOCKS:
+            self._find("damage", path, f"no store has more than {MAX_BLOCKS:,} blocks", block)
+        self.seals.add(record.record_hash)
+        for state in self.states:
             array = states_path(state)
-            chunk = chunk_path(array, block, len(cache.item_shape))
-            self.known.add(chunk)
-            self._chunk(chunk, record.arrays[array], block, state.name)
+            self._chunk(chunks[array], record.arrays[array], block, state.name)
         for array, expected in record.arrays.items():  # arrays of later versions, conditions for instance
             if not array.startswith("states/"):
                 chunk = f"{array}/c/{block}"
                 self.known.add(chunk)
                 self._chunk(chunk, expected, block, None)
-        self._provenance(block)
 
-    def _chunk(self, chunk: str, expected: ArrayRecord, block: int, state: str | None) -> None:
+    def _chunk(self, chunk: str, expected: ArrayRecord | None, block: int, state: str | None) -> None:
+        """Compare a chunk with its record; without one, with the CRC that it ends with."""
+        size = expected.num_bytes if expected else self.cache.layout.block_bytes(self.cache.item_shape) + CRC_BYTES
         try:
-            num_bytes, digest = self._hash(chunk, expected.num_bytes)
+            num_bytes, digest, fits_itself = self._hash(chunk, size)
         except FileNotFoundError:
-            self._find("missing", chunk, "is not there, but the ledger has it", block, state)
+            if expected:
+                self._find("missing", chunk, "is not there, but the ledger has it", block, state)
             return
         except (CacheError, OSError) as error:
             self._find("damage", chunk, str(error), block, state)
             return
         self.num_bytes += num_bytes
         self.checked(num_bytes)
-        if num_bytes != expected.num_bytes:
-            self._find("damage", chunk, f"has {num_bytes} bytes, the ledger says {expected.num_bytes}", block, state)
-        elif digest != expected.sha256:
+        if num_bytes != size:
+            self._find("damage", chunk, f"has {num_bytes} bytes, the ledger says {size}", block, state)
+        elif expected and digest != expected.sha256:
             self._find("damage", chunk, f"its sha256 is {digest[:12]}…, recorded {expected.sha256[:12]}…", block, state)
+        elif not expected and not fits_itself:
+            self._find("damage", chunk, "its own CRC doesn't fit", block, state)
 
-    def _hash(self, chunk: str, limit: int) -> tuple[int, str]:
-        source, total = self.cache.source, hashlib.sha256()
+    def _hash(self, chunk: str, limit: int) -> tuple[int, str, bool]:
+        """Size, sha256, and whether the CRC at the end fits: then the CRC of everything is a constant."""
+        source, total, crc = self.cache.source, hashlib.sha256(), 0
         if not isinstance(source, LocalSource):
             data = source.read(chunk, limit)
-            return len(data), hashlib.sha256(data).hexdigest()
+            return len(data), hashlib.sha256(data).hexdigest(), crc32c(data) == _CRC_OF_ALL
         source.check_folder(chunk)
         with open(open_file(source.root, chunk), "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
             while num_bytes <= limit and (piece := file.read(_PIECE)):
                 total.update(piece)
-        return num_bytes, total.hexdigest()
+                crc = google_crc32c.extend(crc, piece)
+        return num_bytes, total.hexdigest(), crc == _CRC_OF_ALL
 
     def _provenance(self, block: int) -> None:
         path = provenance_path(block)
         self.known.add(path)
         try:
-            seal_of(self.cache.source.read(path))
+            note = self._unseal(path)
+            if note.get("block", block) != block or note.keys() & {"arrays", "teacher", "rms"}:
+                self._find("damage", path, "is of another block, or another file's", block)
         except FileNotFoundError:
             pass  # outside identity: a copy may come without it
         except (ValueError, DamagedError):
             self._find("damage", path, "is torn or altered", block)
 
-    def _strays(self, root: Path) -> None:
-        for path in _files(root):
-            if path in self.known or path.endswith(PARTIAL_SUFFIX):
-                continue  # a write in flight, or one that the next build sweeps
-            folder, _, name = path.rpartition("/")
-            if folder == "provenance" and not name.startswith("block-"):
-                self._store_provenance(path)
-                continue
-            parts = path.split("/")
-            state = parts[1] if parts[0] == "states" and len(parts) > 2 else None
-            block = int(parts[3]) if state and len(parts) > 4 and parts[3].isdecimal() else None
-            if block is not None and self._is_being_made(root, block):
-                continue
-            self._find("stray", path, "is recorded nowhere: left by an interrupted build, or foreign", block, state)
-
     def _store_provenance(self, path: str) -> None:
+        self.known.add(path)
         try:
-            raw = self.cache.source.read(path)
-            if path.endswith(".json"):
-                seal_of(raw)
+            note = self._unseal(path)
+            if path == TOLERANCE_FILE:
+                tolerance_of(self.cache)
+            elif note.keys() & {"arrays", "block", "rms"}:
+                raise ValueError("it is another file's")
+        except FileNotFoundError:
+            pass
         except (ValueError, DamagedError):
             self._find("damage", path, "is torn or altered")
 
-    def _is_being_made(self, root: Path, block: int) -> bool:
+    def _unseal(self, path: str) -> dict[str, Any]:
+        value = unseal(self.cache.source.read(path))
+        self.seals.add(value["record_sha256"])
+        return value
+
+    def _strays(self, root: Path, listed: set[int]) -> None:
+        for path in walk(root):
+            if path in self.known or path.endswith(PARTIAL_SUFFIX) or self._is_later_note(path):
+                continue  # a write in flight, or one that the next build sweeps
+            parts = path.split("/")
+            state = parts[1] if parts[0] == "states" and len(parts) > 2 else None
+            block = _number(parts[3]) if state and len(parts) > 3 else None
+            if parts[0] in ("blocks", "provenance"):
+                block = _number(parts[-1].removeprefix("block-").partition(".")[0])
+            if block is not None and block not in listed and self._is_being_made(root, block):
+                continue
+            self._find("stray", path, "is recorded nowhere: left by an interrupted build, or foreign", block, state)
+
+    def _is_later_note(self, path: str) -> bool:
+        """Whether it may be provenance that a later version adds: sealed, and no copy of what has its place."""
+        folder, _, name = path.rpartition("/")
         try:
+            return (
+                folder == "provenance"
+                and not name.startswith("block-")
+                and unseal(self.cache.source.read(path))["record_sha256"] not in self.seals
+            )
+        except (OSError, ValueError, DamagedError):
+            return False
+
+    def _is_being_made(self, root: Path, block: int) -> bool:
+        """Whether somebody makes a block, or has done so since the ledger was listed."""
+        try:
+            if (root / record_path(block)).exists():
+                return True
+            if not (root / "provenance" / LOCK_FILE).exists():
+                return False  # looking changes nothing
             with StoreLocks(root).block(block) as free:
                 return not free
         except (OSError, CacheError):  # a read-only copy
@@ -239,48 +297,79 @@ def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
         LockedError: somebody writes to the store.
         CacheError: the store is remote.
     """
-    root, done = local_root(cache), []
+    root = local_root(cache)
+    done: list[str] = []
     with StoreLocks(root).alone():
-        for block in sorted({found.block for found in findings if found.block is not None and found.kind != "stray"}):
-            of_block = [found for found in findings if found.block == block and found.kind != "stray"]
+        wrong = [found for found in findings if found.kind != "stray"]
+        for block in sorted({found.block for found in wrong if found.block is not None}):
+            of_block = [found for found in wrong if found.block == block]
             if any(not found.file.startswith("provenance/") for found in of_block):
-                (root / record_path(block)).unlink(missing_ok=True)  # first: without it nothing of the block counts
+                _remove(root, record_path(block), done)  # first: without it nothing of the block counts
                 done.append(f"block {block} is no longer recorded: the next build makes it again")
-            for found in of_block:
-                if found.kind == "damage":
-                    (root / found.file).unlink(missing_ok=True)
-        most = cache.num_seeds
-        for found in findings:
-            if found.block is None and found.file.endswith("zarr.json") and found.kind != "stray":
-                expected = {
-                    "states/zarr.json": group_metadata(),
-                    "zarr.json": root_metadata(cache.recipe, cache.layout),
-                    **{
-                        metadata_path(states_path(state)): array_metadata(cache.recipe, cache.layout, state, most)
-                        for state in cache.states.values()
-                    },
-                }
-                write_atomically(root / found.file, [pretty_json(expected[found.file])])
-                done.append(f"{found.file} is written anew from the recipe")
+        for found in wrong:
+            if found.kind == "damage" and not found.file.endswith("zarr.json"):
+                _remove(root, found.file, done)
+        blocks = _listed_blocks(TrajectoryCache.open(root))
+        num_seeds = _expected_num_seeds(TrajectoryCache.open(root), blocks, _declared(cache).values())
+        expected = {
+            name: pretty_json(value) for name, value in metadata_files(cache.recipe, cache.layout, num_seeds).items()
+        }
+        for file in sorted({found.file for found in wrong} & expected.keys()):
+            write_atomically(safe_target(root, file), [expected[file]])
+            done.append(f"{file} is written anew from the recipe")
     return done
 
 
-def _listed_blocks(source: LocalSource) -> tuple[int, ...]:
+def _remove(root: Path, file: str, done: list[str]) -> None:
+    """Remove a file, or the symlink that its path leads through: what is outside of the store is never touched."""
+    path = root
+    for part in file.split("/"):
+        path = path / part
+        if path.is_symlink():
+            break
     try:
-        source.check_folder("blocks/")
-        names = os.listdir(source.root / "blocks")
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    return tuple(sorted(block for name in names if (block := block_of_record(name)) is not None))
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        done.append(f"{file} can't be removed ({error.strerror}): remove it yourself")
 
 
-def _files(root: Path) -> Iterator[str]:
-    """Every file below a folder, relative, sorted; links are listed and not followed."""
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in sorted([*names, *linked]):
-            yield os.path.relpath(os.path.join(folder, name), root)
+def _listed_blocks(cache: TrajectoryCache) -> tuple[int, ...]:
+    """Blocks that have a record; where they can be listed, also those beyond what the arrays declare."""
+    return cache.source.blocks(sys.maxsize) if isinstance(cache.source, LocalSource) else cache.blocks
+
+
+def _declared(cache: TrajectoryCache) -> dict[int, int]:
+    """Seeds that each array declares, by solver steps done; one that can't be read is named by its bytes."""
+    declared = {}
+    for step, state in cache.states.items():
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            declared[step] = int(parse_json(cache.source.read(metadata_path(states_path(state))))["shape"][0])
+    return declared
+
+
+def _expected_num_seeds(cache: TrajectoryCache, blocks: Sequence[int], declared: Iterable[int]) -> int:
+    """What all arrays should declare: what most do, if it has room for the ledger's last block."""
+    last = next((block for block in reversed(blocks) if block < MAX_BLOCKS and _is_recorded(cache, block)), -1)
+    needed = (last + 1) * cache.layout.block_size
+    enough = sorted(num_seeds for num_seeds in declared if num_seeds >= needed)
+    return max(enough, key=enough.count, default=needed)
+
+
+def _is_recorded(cache: TrajectoryCache, block: int) -> bool:
+    try:
+        cache.record(block)
+    except (DamagedError, NotCachedError):
+        return False
+    return True
+
+
+def _has_files(cache: TrajectoryCache, state: State) -> bool:
+    source = cache.source
+    return isinstance(source, LocalSource) and next(walk(source.root / states_path(state)), None) is not None
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
 def _without_advice(error: DamagedError) -> str:

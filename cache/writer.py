@@ -7,9 +7,9 @@ crash at any moment loses the block in flight and nothing else. Who may do what 
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -41,13 +41,14 @@ from advkd.cache.layout import (
 )
 from advkd.cache.ledger import ArrayRecord, BlockRecord, checked_seal, crc32c
 from advkd.cache.locks import StoreLocks
-from advkd.cache.paths import safe_folder
+from advkd.cache.paths import safe_target, walk
 from advkd.cache.reader import TrajectoryCache, read_metadata
 from advkd.cache.recipe import Layout, Recipe, differences
 from advkd.cache.source import LocalSource, check_num_blocks
 
 OnMismatch = Literal["stop", "set-aside"]
-_PARTIAL = re.compile(r".*\.[0-9a-f]{12}\.partial")
+SWEEP_SECONDS = 2.0
+_PARTIAL = re.compile(r".*(\.[0-9a-f]{12}\.partial)")
 
 
 class CacheWriter:
@@ -120,7 +121,7 @@ class CacheWriter:
             partial.rename(self.path)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not self.exists():
                 raise
             if self.mismatch():  # somebody else made another store there just now
                 raise NotACacheError(
@@ -146,11 +147,20 @@ class CacheWriter:
         return StoreLocks(self.path).block(block)
 
     def _sweep(self) -> None:
-        """Remove what a killed writer left half-written; only called while nobody else writes."""
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                if _PARTIAL.fullmatch(name):
-                    Path(folder, name).unlink()
+        """Remove what a killed writer left half-written; only called while nobody else writes.
+
+        Others wait meanwhile, so a large store isn't walked to its end: making a block sweeps its own folders too.
+        """
+        deadline = time.monotonic() + SWEEP_SECONDS
+        for path in walk(self.path):
+            if _PARTIAL.fullmatch(path):
+                (self.path / path).unlink(missing_ok=True)
+            if time.monotonic() > deadline:
+                break
+        for beside in self.path.parent.glob("*" + PARTIAL_SUFFIX):  # of who was killed while creating the store
+            found = _PARTIAL.fullmatch(beside.name)
+            if found and beside.name == self.path.name + found[1]:
+                shutil.rmtree(beside, ignore_errors=True)
 
     def missing(self, seeds: range) -> list[int]:
         """Blocks covering `seeds` that are not committed: no record, or a torn or altered one."""
@@ -165,11 +175,22 @@ class CacheWriter:
             return False
         return True
 
-    def incomplete(self, seeds: range) -> list[int]:
-        """Committed blocks covering `seeds` of which a file is not here, or of another size than recorded."""
+    def incomplete(self, seeds: range | None = None) -> list[int]:
+        """Committed blocks, all or those covering `seeds`, of which a file is not here or has another size."""
         cache = TrajectoryCache.open(self.path)
-        wanted = set(blocks_of(seeds, self.layout.block_size))
+        wanted = set(cache.blocks if seeds is None else blocks_of(seeds, self.layout.block_size))
         return [block for block in cache.blocks if block in wanted and not self._is_whole(cache, block)]
+
+    def give_up_incomplete(self, seeds: range) -> None:
+        """Take blocks covering `seeds` of which a file is not here out of the ledger, so that they are made again.
+
+        Raises:
+            LockedError: somebody is writing.
+        """
+        if self.incomplete(seeds):
+            with StoreLocks(self.path).alone():
+                for block in self.incomplete(seeds):
+                    (self.path / record_path(block)).unlink()
 
     def _is_whole(self, cache: TrajectoryCache, block: int) -> bool:
         try:
@@ -181,7 +202,7 @@ class CacheWriter:
             try:
                 if file.stat().st_size != arrays[states_path(state)].num_bytes:
                     return False
-            except FileNotFoundError:
+            except OSError:  # not there, or a file or a loop of symlinks in its folder's place
                 return False
         return True
 
@@ -196,10 +217,15 @@ class CacheWriter:
         with StoreLocks(self.path).metadata():
             num_seeds = max(wanted, TrajectoryCache.open(self.path).num_seeds)
             for name, value in metadata_files(self.recipe, self.layout, num_seeds).items():
-                folder = safe_folder(self.path, os.path.dirname(name), make=True)
-                path, data = folder / os.path.basename(name), pretty_json(value)
-                if not path.is_file() or path.read_bytes() != data:
+                path, data = safe_target(self.path, name), pretty_json(value)
+                if not self._is_file(name, data):
                     write_atomically(path, [data])
+
+    def _is_file(self, name: str, data: bytes) -> bool:
+        try:
+            return LocalSource(self.path).read(name) == data
+        except (FileNotFoundError, DamagedError):
+            return False
 
     def commit(self, block: int, states: Mapping[int, npt.NDArray[np.floating[Any]]]) -> BlockRecord:
         """Write one block, every recorded state of all its seeds, and commit it.
@@ -262,18 +288,19 @@ class CacheWriter:
         except FileNotFoundError:
             provenance = b""  # a copy without it
         if provenance:
-            write_atomically(self.path / provenance_path(block), [provenance])
+            write_atomically(safe_target(self.path, provenance_path(block)), [provenance])
         self._record(block, arrays)
 
     def _prepare(self, block: int) -> None:
         """A block that is made anew doesn't exist meanwhile."""
-        safe_folder(self.path, "blocks", make=True)
-        (self.path / record_path(block)).unlink(missing_ok=True)
+        safe_target(self.path, record_path(block)).unlink(missing_ok=True)
 
     def _chunk(self, name: str, block: int) -> Path:
-        relative = chunk_path(f"states/{name}", block, len(self.recipe.item_shape))
-        folder = safe_folder(self.path, os.path.dirname(relative), make=True)
-        return folder / os.path.basename(relative)
+        path = safe_target(self.path, chunk_path(f"states/{name}", block, len(self.recipe.item_shape)))
+        for left in path.parent.glob(f"*{PARTIAL_SUFFIX}"):
+            if _PARTIAL.fullmatch(left.name):
+                left.unlink()
+        return path
 
     def _record(self, block: int, arrays: dict[str, ArrayRecord]) -> BlockRecord:
         record = BlockRecord(
