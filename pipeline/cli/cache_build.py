@@ -62,7 +62,7 @@ def build(
     """
     from advkd.cache.errors import UsageError
     from advkd.pipeline.config import load_experiment
-    from advkd.pipeline.dvc import check_not_again
+    from advkd.pipeline.dvc import check_cache_not_again, runs_under_dvc
     from advkd.pipeline.experiment import with_flags
 
     if workers is not None and scheduler is not None:
@@ -72,22 +72,26 @@ def build(
     store = out or changed.store.with_name(f"{changed.name}{suffix}.zarr")
     from advkd.stages.teacher.plan import check_request
 
-    check_request(changed.sampler, changed.cache, store)
+    # The device is for whoever computes: on a cluster, its workers.
+    here = changed.cache if scheduler is None else dataclasses.replace(changed.cache, device=None)
+    check_request(changed.sampler, here, store)
     if dry_run:
         _dry_run(changed, store, workers or 1)
     else:
-        on_mismatch = check_not_again("cache", store, experiment, on_mismatch)
+        recorded = runs_under_dvc() and check_cache_not_again(store, experiment)
         _make_teacher(changed)
-        _build(changed, store, on_mismatch, workers, scheduler)
+        _build(changed, store, "stop" if recorded else on_mismatch, recorded, workers, scheduler)
 
 
 def _make_teacher(experiment: Experiment) -> None:
     """Train the default teacher first if it isn't there."""
+    from advkd.pipeline.dvc import check_teacher_not_again
     from advkd.pipeline.experiment import needs_pretraining
     from advkd.pipeline.progress import TerminalReporter
 
     if not needs_pretraining(experiment) or experiment.pretrain is None:
         return
+    check_teacher_not_again(experiment.teacher_folder, experiment)
     from advkd.stages.pretrain.run import pretrain
 
     click.echo(f"the teacher {experiment.teacher.source} isn't there yet: training it first", err=True)
@@ -142,19 +146,49 @@ def _estimate(experiment: Experiment, store: Path, teacher: str, num_workers: in
     )
 
 
-def _build(experiment: Experiment, store: Path, on_mismatch: Any, workers: int | None, scheduler: str | None) -> None:
+def _look_at_store(plan: Plan, *, recorded: bool, rebuild: bool) -> None:
+    """Look at a store that is there with what dvc.lock and `rebuild` say of it.
+
+    Raises:
+        MismatchError: dvc.lock records this very request, but another store lies there.
+    """
+    from advkd.cache.errors import MismatchError
+    from advkd.cache.writer import CacheWriter
+    from advkd.pipeline.dvc import YES
+
+    writer = CacheWriter(plan.store, plan.recipe, plan.layout)
+    problem = writer.mismatch()
+    if problem and recorded:
+        raise MismatchError(
+            f"{plan.store} was built otherwise ({problem}) than what dvc.lock records: move it away, and `dvc checkout "
+            f"{plan.store}` brings back the recorded one, or {YES}"
+        )
+    if rebuild and writer.continues("set-aside"):
+        writer.give_up_incomplete(plan.seeds)
+
+
+def _build(
+    experiment: Experiment,
+    store: Path,
+    on_mismatch: Any,
+    recorded: bool,
+    workers: int | None,
+    scheduler: str | None,
+) -> None:
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.teacher.build import build as run_build
     from advkd.stages.teacher.workers import build_with_workers
 
     if workers is None and scheduler is None:
         plan = _plan(experiment, store)
+        _look_at_store(plan, recorded=recorded, rebuild=experiment.rebuild)
         with TerminalReporter() as reporter:
             built = run_build(plan, on_mismatch=on_mismatch, reporter=reporter, command=command_line())
     else:
         # This process only plans; GPUs are for the workers.
         here = dataclasses.replace(experiment, cache=dataclasses.replace(experiment.cache, device="cpu"))
         plan = dataclasses.replace(_plan(here, store), config=experiment.cache)
+        _look_at_store(plan, recorded=recorded, rebuild=experiment.rebuild)
         with TerminalReporter() as reporter:
             built = build_with_workers(
                 plan,

@@ -24,14 +24,16 @@ def main(config: str | None, out: Path | None) -> None:
     """
     from advkd.cache.durable import write_json
     from advkd.pipeline.config import load_experiment, to_plain
-    from advkd.pipeline.dvc import check_not_again
+    from advkd.pipeline.dvc import check_teacher_not_again, runs_under_dvc
     from advkd.pipeline.progress import TerminalReporter
+    from advkd.stages.pretrain.config import SOURCE_NOTE
 
     experiment = load_experiment(config)
     folder = out or experiment.teacher_folder
-    check_not_again("teacher", folder, experiment, "stop")
+    if runs_under_dvc():
+        check_teacher_not_again(folder, experiment)
     if experiment.pretrain is None:
-        write_json(folder / "teacher.json", to_plain(experiment.teacher))
+        write_json(folder / SOURCE_NOTE, to_plain(experiment.teacher))
         click.echo(f"{experiment.name}: nothing to train, the teacher is {experiment.teacher.source}")
         return
     from advkd.stages.pretrain.run import pretrain

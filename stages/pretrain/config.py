@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from advkd.cache.errors import ConfigError
 
+SOURCE_NOTE = "teacher.json"
+"""Where a teacher that comes from elsewhere is written down, in the same folder."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifierConfig:

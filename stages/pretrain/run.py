@@ -10,21 +10,25 @@ teachers/NAME/
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from advkd.cache.durable import PARTIAL_SUFFIX, holds_something, write_json
-from advkd.cache.errors import UsageError
+from advkd.cache.errors import TrainingError, UsageError
+from advkd.cache.locks import LOCK_FILE
 from advkd.stages.evaluate.features import SmallClassifier, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
 from advkd.stages.evaluate.images import load_digits
 from advkd.stages.pictures import save_grid
 from advkd.stages.pretrain.classifier import train_classifier
-from advkd.stages.pretrain.config import PretrainConfig
+from advkd.stages.pretrain.config import SOURCE_NOTE, PretrainConfig
 from advkd.stages.pretrain.teacher import train_teacher
 from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
@@ -53,13 +57,51 @@ def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = N
 
     Raises:
         UsageError: the folder holds something else.
-        TrainingError: the teacher diverged.
+        TrainingError: the teacher diverged, or another process makes it.
     """
     reporter = reporter or SilentReporter()
     check_folder(folder)
-    images, labels = load_digits(config.size)
     partial = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}")
-    shutil.rmtree(partial, ignore_errors=True)
+    with _alone(partial, folder):
+        report = _make(config, partial, reporter)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+    reporter.say(
+        f"teacher: {report.num_parameters:,} parameters; Fréchet distance to the real images "
+        f"{report.frechet_to_real:.1f}, real against real {report.frechet_real_to_real:.1f}; "
+        f"look: {folder / 'samples.png'}"
+    )
+    return report
+
+
+@contextmanager
+def _alone(partial: Path, folder: Path) -> Iterator[None]:
+    """Hold an empty folder to make a teacher in; the lock goes along when it is renamed, and dies with its owner.
+
+    Raises:
+        TrainingError: another process holds it, such as one whose `dvc repro` was killed.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(partial / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TrainingError(f"another process is making {folder}: wait for it, or stop it") from None
+    try:
+        for entry in partial.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_FILE:
+                entry.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> PretrainReport:
+    images, labels = load_digits(config.size)
     classifier, accuracy = train_classifier(images, torch.from_numpy(labels), config.classifier, config.seed, reporter)
     save_classifier(partial / "classifier", classifier, {"held_out_accuracy": accuracy})
     reporter.say(f"classifier: {accuracy:.1%} correct on {config.classifier.held_out} held-out real images")
@@ -75,24 +117,16 @@ def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = N
     )
     made_by = {"config": asdict(config), "versions": versions("diffusers", "scikit-learn")}
     write_json(partial / "report.json", {**asdict(report), **made_by})
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    reporter.say(
-        f"teacher: {report.num_parameters:,} parameters; Fréchet distance to the real images "
-        f"{report.frechet_to_real:.1f}, real against real {report.frechet_real_to_real:.1f}; "
-        f"look: {folder / 'samples.png'}"
-    )
     return report
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse to replace anything but an earlier teacher of ours.
+    """Refuse to replace anything but an earlier teacher of ours, or the note of one from elsewhere.
 
     Raises:
         UsageError: something else is there.
     """
-    if not holds_something(folder):
+    if not holds_something(folder) or (folder.is_dir() and {entry.name for entry in folder.iterdir()} == {SOURCE_NOTE}):
         return
     if not ((folder / "report.json").is_file() and (folder / "pipeline").is_dir()):
         raise UsageError(

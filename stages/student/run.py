@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from advkd.cache.durable import fsync_folder, holds_something, write_json
+from advkd.cache.durable import fsync_folder, write_json
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.layout import blocks_of, parse_seed_range
 from advkd.cache.noise import is_held_out
@@ -31,6 +31,7 @@ from advkd.stages.provenance import versions
 from advkd.stages.student.config import TrainConfig
 
 FORMAT = 1
+LOCK_FILE = "run.lock"
 Seeds = npt.NDArray[np.int64]
 OnMismatch = Literal["stop", "set-aside"]
 Status = Literal["new", "resume", "complete"]
@@ -102,8 +103,8 @@ class Run:
         self._file = path / "run.json"
 
     def exists(self) -> bool:
-        """Whether something is in the folder."""
-        return holds_something(self.path)
+        """Whether something is in the folder; folders without files, as a failed `dvc pull` leaves them, are not."""
+        return self.path.is_file() or any(path.is_file() and path.name != LOCK_FILE for path in self.path.rglob("*"))
 
     def read(self) -> dict[str, Any]:
         """What run.json says.
@@ -181,7 +182,7 @@ class Run:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        lock = FileLock(self.path / "run.lock", timeout=0)
+        lock = FileLock(self.path / LOCK_FILE, timeout=0)
         try:
             lock.acquire()
         except Timeout:

@@ -1,4 +1,4 @@
-"""Every command in the README runs as it is written there (the team's in test_dvc.py), and its promises hold."""
+"""Every command in the README runs as it is written there (the team's in test_sharing.py), and its promises hold."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ COMMANDS = {
 
 def test_no_command_is_forgotten() -> None:
     """All shell blocks stand below the headings that these tests run."""
-    headings = ("Two commands", "With your own teacher", "Sharing a cache")
+    headings = ("Two commands", "With your own teacher", "Looking after a cache", "Sharing a cache")
     assert TEXT.count("```sh") == sum(len(readme_commands(heading)) for heading in headings)
 
 
@@ -87,15 +87,32 @@ def test_the_commands_for_ones_own_teacher(invoke: Invoke, tmp_path: Path, monke
     assert (tmp_path / "runs/cifar/evaluation/metrics.json").is_file()
 
 
+def test_the_commands_that_look_after_a_cache(invoke: Invoke, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Literally, on two stores of one teacher, the second with other seeds."""
+    config = (
+        f"name: digits\nteacher: {{source: {pipeline_folder}}}\ncache: {{block_size: 8, batch_size: 8, record: 2}}\n"
+    )
+    (tmp_path / "digits.yaml").write_text(config)
+    for name, seeds in (("digits", "0:16"), ("theirs", "16:24")):
+        build = ("build", "--config", "digits.yaml", "--seeds", seeds, "--out", f"cache/{name}.zarr")
+        assert invoke(cache_command, *build).exit_code == 0
+    for command in itertools.chain(*readme_commands("Looking after a cache")):
+        result = invoke(cache_command, *shlex.split(command)[1:])
+        assert result.exit_code == (1 if " diff " in command else 0), f"{command}: {result.output}"
+    assert TrajectoryCache.open("cache/ours.zarr").blocks == (0, 1, 2)
+    assert Path("digits.gif").is_file() and sorted(TrajectoryCache.open("cache/small.zarr").states) == [0, 50]
+
+
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a store whose states stand where the example looks."""
     monkeypatch.chdir(tmp_path)
     write_store(tmp_path / "cache/digits.zarr", "0:64")
     (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     names: dict[str, object] = {}
-    exec(example.replace("rows(50,", "rows(4,"), names)
+    exec(example.replace("rows(50,", "rows(4,").replace("[0, 50]", "[0, 4]"), names)
     assert isinstance(names["cache"], TrajectoryCache)
     assert names["x_T"].shape == names["x_0"].shape == (64, 1, 8, 8)  # type: ignore[attr-defined]
+    assert len(names["dataset"]) == 64  # type: ignore[arg-type]
 
 
 def test_links_and_pictures_are_there() -> None:
