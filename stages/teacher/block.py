@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -65,7 +66,7 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
 
 def commit_block(writer: CacheWriter, plan: Plan, block: int, states: States, began: datetime, command: str) -> None:
     """Write a sampled block; its provenance first, so that nothing is written after it counts."""
-    note = seal(block_provenance(plan, began, command))
+    note = seal(block_provenance(plan, block, began, command))
     write_atomically(plan.store / provenance_path(block), [note])
     writer.commit(block, states)
 
@@ -86,14 +87,16 @@ def check_images(images: npt.NDArray[Any], plan: Plan) -> str:
     return described
 
 
-def block_provenance(plan: Plan, began: datetime, command: str) -> dict[str, Any]:
+def block_provenance(plan: Plan, block: int, began: datetime, command: str) -> dict[str, Any]:
     """Who made a block, when, where, how long it took: outside identity."""
     now = datetime.now(UTC)
     device = plan.device
     return {
+        "block": block,
         "began": began.isoformat(timespec="seconds"),
         "seconds": round((now - began).total_seconds(), 3),
         "host": platform.node(),
+        "pid": os.getpid(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "batch_size": plan.config.batch_size,
         "command": command,

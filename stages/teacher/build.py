@@ -112,13 +112,13 @@ def check_whole(writer: CacheWriter, plan: Plan) -> None:
     Raises:
         NotCachedError: files of committed blocks are not here.
     """
-    incomplete = writer.incomplete(plan.seeds)
+    incomplete = writer.incomplete()
     if incomplete:
         seeds = seeds_of(incomplete[0], plan.layout.block_size)
         raise NotCachedError(
             f"{plan.store}: {len(incomplete)} blocks are in the ledger but not wholly here (the first: block "
-            f"{incomplete[0]}, seeds {seeds.start}:{seeds.stop}); `dvc pull` fetches them, or `advkd-cache verify "
-            f"--repair {plan.store}` gives them up so that they are made again"
+            f"{incomplete[0]}, seeds {seeds.start}:{seeds.stop}); `dvc pull` fetches them, or `rebuild: true` in the "
+            "experiment's configuration makes those that it asks for again"
         )
 
 

@@ -7,6 +7,7 @@ is in, the order of batches, or the machine that draws it.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -66,7 +67,7 @@ def sample(
     device = next(teacher.unet.parameters()).device
     x = torch.from_numpy(noise.astype(np.float32)).to(device)
     kept = {0: x.cpu()} if 0 in record else {}
-    x = x * states[0].scale
+    x = x * float(scheduler.init_noise_sigma)  # as diffusers rounds it; the state's scale is the same to ten digits
     stochastic = solver.ancestral or sampler.eta > 0.0
     for call, timestep in enumerate(scheduler.timesteps):
         prediction = teacher.predict(scheduler.scale_model_input(x, timestep), timestep.to(device))
@@ -105,13 +106,17 @@ def _step(
         return scheduler.step(prediction, timestep, x, **options).prev_sample  # type: ignore[no-any-return]
 
 
+_replacing = threading.Lock()
+
+
 @contextmanager
 def _drawing(scheduler: Any, fresh: Tensor) -> Iterator[None]:
     """Let an ancestral scheduler draw this noise: its `step` takes a generator, but no noise."""
     module: Any = sys.modules[type(scheduler).__module__]
-    original = module.randn_tensor
-    module.randn_tensor = lambda shape, **_: fresh.reshape(shape)
-    try:
-        yield
-    finally:
-        module.randn_tensor = original
+    with _replacing:  # another thread that samples would draw this one's noise
+        original = module.randn_tensor
+        module.randn_tensor = lambda shape, **_: fresh.reshape(shape)
+        try:
+            yield
+        finally:
+            module.randn_tensor = original

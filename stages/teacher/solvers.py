@@ -11,14 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from advkd.cache.errors import ConfigError
 from advkd.cache.recipe import State
 from advkd.stages.teacher.config import SamplerConfig
-
-Scheduler = Any
-"""A diffusers scheduler after `set_timesteps`; diffusers' own types are not imported here."""
+from advkd.stages.teacher.levels import Scheduler, alpha_bars, rounded, sigmas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,32 +50,34 @@ def _variance_preserving(alpha_bar: float) -> tuple[float, float]:
 def _ddim_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
     """DDIM (Song et al. 2021, eq. 12) lands at t − T // n, and after the last step at `final_alpha_cumprod`."""
     stride = scheduler.config.num_train_timesteps // steps
+    bars = alpha_bars(scheduler)
+    last = 1.0 if scheduler.config.set_alpha_to_one else bars[0]
     landing = [int(t) - stride for t in scheduler.timesteps]
-    after = [scheduler.alphas_cumprod[t] if t >= 0 else scheduler.final_alpha_cumprod for t in landing]
-    start = scheduler.alphas_cumprod[int(scheduler.timesteps[0])]
+    after = [bars[t] if t >= 0 else last for t in landing]
+    start = bars[int(scheduler.timesteps[0])]
     return [_variance_preserving(float(alpha_bar)) for alpha_bar in [start, *after]]
 
 
 def _ddpm_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
     """DDPM (Ho et al. 2020, eq. 7) lands at the next timestep, and after the last one at x_0."""
-    alpha_bars = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps]
-    return [_variance_preserving(alpha_bar) for alpha_bar in [*alpha_bars, 1.0]]
+    bars = alpha_bars(scheduler)
+    return [_variance_preserving(alpha_bar) for alpha_bar in [*(float(bars[int(t)]) for t in scheduler.timesteps), 1.0]]
 
 
 def _vp_sigma_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
     """DPM-Solver++ (Lu et al. 2022) keeps sigma/alpha ratios; its states are variance preserving."""
-    return [_variance_preserving(1.0 / (1.0 + float(ratio) ** 2)) for ratio in scheduler.sigmas]
+    return [_variance_preserving(1.0 / (1.0 + float(ratio) ** 2)) for ratio in sigmas(scheduler)]
 
 
 def _euler_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
     """Euler's method on the variance-exploding ODE (Karras et al. 2022, eq. 1): x = x_0 + sigma · ε."""
-    return [(1.0, float(sigma)) for sigma in scheduler.sigmas]
+    return [(1.0, float(sigma)) for sigma in sigmas(scheduler)]
 
 
 def _heun_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
     """Heun (Karras et al. 2022, algorithm 1): as Euler, each inner sigma held twice, once for either evaluation."""
-    sigmas = [float(sigma) for sigma in scheduler.sigmas]
-    return [(1.0, sigma) for sigma in [sigmas[0], *sigmas[1:-1:2], sigmas[-1]]]
+    first, *twice, last = (float(sigma) for sigma in sigmas(scheduler))
+    return [(1.0, sigma) for sigma in [first, *twice[::2], last]]
 
 
 SOLVERS: dict[str, Solver] = {
@@ -109,7 +108,7 @@ def is_deterministic(sampler: SamplerConfig) -> bool:
 def trajectory_states(sampler: SamplerConfig, scheduler: Scheduler) -> tuple[State, ...]:
     """Every state that the solver passes through, x_T first.
 
-    The scale of x_T is the scheduler's `init_noise_sigma`, so that x_T = stored noise · scale holds exactly.
+    The scale of x_T is the scheduler's `init_noise_sigma`; the solver starts from stored noise · scale.
     """
     solver = find_solver(sampler.name)
     levels = solver.levels(scheduler, sampler.steps)
@@ -126,6 +125,14 @@ def trajectory_states(sampler: SamplerConfig, scheduler: Scheduler) -> tuple[Sta
         raise ConfigError(f"sampler {sampler.name!r}: the teacher's betas give noise levels that are not finite")
     states = []
     for step, (timestep, (alpha, sigma)) in enumerate(zip(timesteps, levels, strict=True)):
-        scale = float(scheduler.init_noise_sigma) if step == 0 else (alpha**2 + sigma**2) ** 0.5
-        states.append(State(step=step, timestep=timestep, alpha=alpha, sigma=sigma, scale=scale))
+        scale = _initial_scale(scheduler, sigma) if step == 0 else (alpha**2 + sigma**2) ** 0.5
+        numbers = {"alpha": rounded(alpha), "sigma": rounded(sigma), "scale": rounded(scale)}
+        states.append(State(step=step, timestep=timestep, **numbers))
     return tuple(states)
+
+
+def _initial_scale(scheduler: Scheduler, sigma: float) -> float:
+    """The scheduler's `init_noise_sigma`: 1, σ or √(σ² + 1), whichever it is to float32's rounding."""
+    theirs = float(scheduler.init_noise_sigma)
+    ours = min((1.0, sigma, (sigma**2 + 1.0) ** 0.5), key=lambda value: abs(value - theirs))
+    return ours if math.isclose(ours, theirs, rel_tol=1e-4) else theirs

@@ -2,8 +2,8 @@
 
 Another machine adds up the same numbers in another order, so each prediction of the network differs in its last
 digits, and the trajectory carries that on. The measurement does just this: a few seeds are sampled twice in one batch,
-the second time with every prediction off by a random relative error of the size that such differences have, and the
-root mean square by which the recorded states then differ, times a margin, is the tolerance.
+the second time with every prediction off by a random relative error well above such differences, and the root mean
+square by which the recorded states then differ, times a margin, is the tolerance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advkd.cache.compare import TOLERANCE_FILE, distance
+from advkd.cache.compare import MAX_TOLERANCE, TOLERANCE_FILE, distance
 from advkd.cache.durable import write_atomically
 from advkd.cache.seal import seal
 from advkd.stages.teacher.plan import Plan
@@ -24,8 +24,13 @@ from advkd.stages.teacher.sampling import initial_noise, sample
 
 NUM_SEEDS = 4
 MARGIN = 4.0
-RELATIVE_ERROR = {"float32": 4e-6, "float16": 4e-3, "bfloat16": 3e-2}
-"""Of a prediction, root mean square, between two kinds of machine, by compute precision."""
+RELATIVE_ERROR = {"float32": 5e-5, "float16": 1e-2, "bfloat16": 8e-2}
+"""Of a prediction, root mean square, by compute precision: some thirty times what two kinds of machine differ by.
+
+Measured on the digits teacher, a CPU with AVX-512 and oneDNN against one without either: predictions differ by 1e-6,
+4e-4 and 3e-3. Most seeds carry that on as it is, but one in a thousand multiplies it by thirty, which four seeds don't
+show. With these numbers the tolerance of x_0 is 2 to 13 times the largest difference among 2,048 seeds.
+"""
 
 
 class _Disturbed(nn.Module):
@@ -61,7 +66,8 @@ def measure_tolerance(plan: Plan) -> dict[int, float]:
         record=[state.step for state in plan.layout.states if state.step],
     )
     half = len(seeds) // 2
-    return {step: MARGIN * distance(values.numpy()[:half], values.numpy()[half:]) for step, values in kept.items()}
+    apart = {step: MARGIN * distance(values.numpy()[:half], values.numpy()[half:]) for step, values in kept.items()}
+    return {step: min(value, MAX_TOLERANCE) for step, value in apart.items()}
 
 
 def record_tolerance(plan: Plan) -> None:

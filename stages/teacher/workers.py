@@ -1,56 +1,49 @@
 """Building with many processes: one dask task is one block, made by whichever worker takes it.
 
 Workers write blocks straight into the store and return only that they did; a worker that dies loses its block's claim
-with its process, and the block is made again elsewhere. Each worker loads the teacher once.
+with its process, and the block is made again elsewhere. What runs in the workers: `advkd.stages.teacher.tasks`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import logging
 import os
+import signal
+import threading
 import time
+import uuid
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from advkd.cache.errors import CacheError, CacheNotFoundError, MismatchError, UsageError
-from advkd.cache.layout import seeds_of
+from advkd.cache.compare import TOLERANCE_FILE
+from advkd.cache.errors import CacheError, CacheNotFoundError, UsageError
 from advkd.cache.writer import CacheWriter, OnMismatch
 from advkd.stages.reporter import Reporter, SilentReporter
-from advkd.stages.teacher.block import commit_block, sample_block
 from advkd.stages.teacher.build import POLL_SECONDS, Built, begin_store, build, check_whole
-from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.plan import Plan, check_disk, make_plan, missing_blocks
+from advkd.stages.teacher.config import TeacherConfig
+from advkd.stages.teacher.plan import Plan, check_disk, missing_blocks
+from advkd.stages.teacher.tasks import Request, make, make_first
 
+CONNECT_SECONDS = 5.0
+"""How long to try to reach a scheduler."""
 REPORT_SECONDS = 0.5
+"""How often a worker tells how far it is; in a large cluster less often, so that all together stay below …"""
+REPORTS_PER_SECOND = 100
+IN_FLIGHT = 4096
+"""Tasks that the scheduler knows at a time: some for each of a thousand workers, however many blocks there are."""
 RETRIES = 2
-Outcome = Literal["made", "present", "busy"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a worker needs to know to make any block of a store."""
-
-    teacher: TeacherConfig
-    sampler: SamplerConfig
-    config: CacheConfig
-    store: Path
-    """Absolute: all workers must see it at this path."""
-    fingerprint: str
-    layout_hash: str
-    command: str
-    threads: int | None
-    """Threads that a local worker may use; an existing cluster's workers decide themselves."""
-
-    @property
-    def topic(self) -> str:
-        """Of the events in which workers tell how far they are."""
-        return f"advkd-{self.fingerprint[:16]}-{self.layout_hash[:8]}"
+"""Of a task that failed in a way that may pass; see `advkd.stages.teacher.tasks.without_retry`."""
+_SILENT = logging.CRITICAL + 1
 
 
 def build_with_workers(
@@ -82,13 +75,40 @@ def build_with_workers(
     reporter = reporter or SilentReporter()
     work, todo = plan.evaluations_per_block, missing_blocks(plan)
     check_disk(plan, len(todo))
-    continues = CacheWriter(plan.store, plan.recipe, plan.layout).continues(on_mismatch)
+    writer = CacheWriter(plan.store, plan.recipe, plan.layout)
+    continues = writer.continues(on_mismatch)
     if continues:
-        check_whole(CacheWriter(plan.store, plan.recipe, plan.layout), plan)
+        check_whole(writer, plan)
     if not todo:
         return build(plan, on_mismatch=on_mismatch, reporter=reporter, command=command)
+    built = Built(store=plan.store, num_blocks=0, num_present=0, set_aside=None, preview=None)
+    reporter.start("cache", len(plan.blocks) * work, "evaluations", done=(len(plan.blocks) - len(todo)) * work)
+    with _client(workers, scheduler) as client:
+        request = _request(plan, teacher, workers, command, _num_workers(client, scheduler, reporter))
+        with _listening(client, request.topic, reporter, work) as finished:
+            if not (continues and _has_begun(plan)):
+                # A worker makes the first block like a build of its own; the others wait for what it shows.
+                future = client.submit(
+                    make_first, request, todo[0], on_mismatch, key=_key(request, todo[0], "first"), retries=RETRIES
+                )
+                built, said = _result(future, todo[0])
+                for line in said:
+                    reporter.say(line)
+                finished(todo[0])
+                if not writer.exists():
+                    raise CacheNotFoundError(f"the worker made {request.store}, but it isn't here: is it shared?")
+            with writer.writing():
+                begin_store(writer, plan)
+                num_made = _make_all(client, request, writer.missing(plan.seeds), finished, reporter)
+    reporter.finish()
+    num_made += built.num_blocks
+    return dataclasses.replace(built, num_blocks=num_made, num_present=len(plan.blocks) - num_made)
+
+
+def _request(plan: Plan, teacher: TeacherConfig, workers: int | None, command: str, num_workers: int) -> Request:
     source = Path(teacher.source)
-    request = Request(
+    return Request(
+        run=uuid.uuid4().hex[:12],
         teacher=dataclasses.replace(teacher, source=str(source.absolute()) if source.is_dir() else teacher.source),
         sampler=plan.sampler,
         config=plan.config,
@@ -96,220 +116,193 @@ def build_with_workers(
         fingerprint=plan.recipe.fingerprint,
         layout_hash=plan.layout.layout_hash,
         command=command,
-        threads=None if workers is None else max(1, (os.cpu_count() or 1) // workers),
+        report_seconds=max(REPORT_SECONDS, num_workers / REPORTS_PER_SECOND),
+        # What this process may use, by its affinity and OMP_NUM_THREADS, shared among them.
+        threads=None if workers is None else max(1, torch.get_num_threads() // workers),
     )
-    reporter.start("cache", len(plan.blocks) * work, "evaluations", done=(len(plan.blocks) - len(todo)) * work)
-    with _client(workers, scheduler) as client, _listening(client, request.topic, reporter, work) as finished:
-        # A worker makes the first block like a build of its own: gate, store, tolerance, preview.
-        first = client.submit(
-            _make_first, request, todo[0], on_mismatch, key=_key(request, todo[0], "first"), retries=RETRIES
-        )
-        built: Built = _result(first.result, todo[0])
-        if built.set_aside:
-            reporter.say(f"set aside the cache of another recipe: {built.set_aside}")
-        if built.preview:
-            reporter.say(f"first block done; look: {built.preview}")
-        finished(todo[0])
-        writer = CacheWriter(plan.store, plan.recipe, plan.layout)
-        if not writer.exists():
-            raise CacheNotFoundError(f"the worker made {request.store}, but it isn't here: is the folder shared?")
-        with writer.writing():
-            begin_store(writer, plan)
-            outcomes = _make_all(client, request, writer.missing(plan.seeds), finished, reporter)
-    reporter.finish()
-    num_made = built.num_blocks + outcomes.count("made")
-    return Built(
-        store=plan.store,
-        num_blocks=num_made,
-        num_present=len(plan.blocks) - num_made,
-        set_aside=built.set_aside,
-        preview=built.preview,
-    )
+
+
+def _has_begun(plan: Plan) -> bool:
+    """Whether a store has shown that its teacher works, and knows its tolerance: then all workers start at once."""
+    records = plan.store / "blocks"
+    return (plan.store / TOLERANCE_FILE).is_file() and records.is_dir() and any(records.glob("*.json"))
 
 
 def _make_all(
     client: Any, request: Request, blocks: list[int], finished: Callable[[int], None], reporter: Reporter
-) -> list[Outcome]:
-    """Have all blocks made; those that somebody outside this cluster makes are asked for again until they are there."""
+) -> int:
+    """Have all blocks made; those that somebody outside this cluster makes are asked for again until they are there.
+
+    Returns:
+        How many were made here.
+    """
     from distributed import as_completed
 
-    outcomes: list[Outcome] = []
-    attempt = 0
-    while blocks:
-        futures = {
-            client.submit(
-                _make, request, block, key=_key(request, block, str(attempt)), pure=False, retries=RETRIES
-            ): block
-            for block in blocks
-        }
-        busy = []
-        try:
-            for future in as_completed(futures, loop=client.loop):
-                block = futures[future]
-                outcome: Outcome = _result(future.result, block)
-                if outcome == "busy":
-                    busy.append(block)
-                else:
-                    outcomes.append(outcome)
-                    finished(block)
+    queue, later, num_made, attempt = deque(blocks), list[int](), 0, 0
+    futures: dict[Any, int] = {}
+    completed = as_completed(loop=client.loop)
+
+    def submit() -> None:
+        while queue and len(futures) < IN_FLIGHT:
+            block = queue.popleft()
+            future = client.submit(make, request, block, key=_key(request, block, str(attempt)), retries=RETRIES)
+            futures[future] = block
+            completed.add(future)
+
+    try:
+        while queue:
+            submit()
+            for future in completed:
+                block = futures.pop(future)
+                outcome = _result(future, block)
                 future.release()
-        except BaseException:
-            client.cancel(list(futures))
-            raise
-        if busy and len(busy) == len(blocks):
-            if attempt == 0:
-                reporter.say(f"waiting for {len(busy)} blocks that another build is making")
-            time.sleep(POLL_SECONDS)
-        blocks, attempt = busy, attempt + 1
-    return outcomes
+                if outcome == "busy":
+                    later.append(block)
+                else:
+                    num_made += outcome == "made"
+                    finished(block)
+                submit()
+            if later:
+                if attempt == 0:
+                    reporter.say(f"waiting for {len(later)} blocks that another build is making")
+                time.sleep(POLL_SECONDS)
+            queue, later, attempt = deque(later), [], attempt + 1
+    except BaseException:
+        client.cancel(list(futures))
+        raise
+    return num_made
 
 
 def _key(request: Request, block: int, attempt: str) -> str:
-    return f"block-{request.fingerprint[:16]}-{request.layout_hash[:8]}-{block}-{attempt}"
+    return f"block-{request.run}-{block}-{attempt}"
 
 
-def _result(result: Callable[[], Any], block: int) -> Any:
+def _result(future: Any, block: int) -> Any:
     from distributed import KilledWorker
 
     try:
-        return result()
+        outcome = future.result()
     except KilledWorker as error:
         raise CacheError(
             f"workers died again and again while making block {block} (out of memory? a smaller --batch-size may "
             f"fit); what was committed is kept ({str(error).splitlines()[0][:120]})"
         ) from None
+    except (CancelledError, asyncio.CancelledError):
+        raise CacheError(
+            "the dask scheduler went away; what was committed is kept: run the command again once it is back"
+        ) from None
+    except ImportError as error:
+        raise CacheError(f"a worker has not what this needs ({error}): install the same packages everywhere") from None
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _num_workers(client: Any, scheduler: str | None, reporter: Reporter) -> int:
+    count = len(client.nthreads())
+    if not count:
+        reporter.say(f"no worker has joined the cluster at {scheduler} yet; the build begins when one does")
+    return count
 
 
 @contextmanager
 def _client(workers: int | None, scheduler: str | None) -> Iterator[Any]:
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
+    # What goes wrong comes as one line of ours; dask's own words about lost connections would come on top.
+    logging.getLogger("distributed").setLevel(_SILENT)
     if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=10, set_as_default=False)
-        except (OSError, ValueError, TimeoutError) as error:
-            raise UsageError(f"no dask scheduler answers at {scheduler} ({str(error).splitlines()[0][:120]})") from None
+        _check_answers(scheduler)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # versions that matter are in the fingerprint
+            client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         with client:
             yield client
         return
-    with (
-        LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs="CRITICAL"
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with _local_cluster(workers) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
+
+
+def _check_answers(scheduler: str) -> None:
+    """Greet a scheduler as dask does; dask itself would wait for ever for whoever takes the call and says nothing.
+
+    Raises:
+        UsageError: none answers there.
+    """
+    from distributed import Security
+    from distributed.comm import connect
+
+    async def greet() -> None:
+        options = Security().get_connection_args("client")
+        comm = await asyncio.wait_for(connect(scheduler, timeout=CONNECT_SECONDS, **options), CONNECT_SECONDS)
+        await comm.close()
+
+    def run() -> None:  # in a thread of its own, as a notebook's has a loop already
+        asyncio.run(greet())
+
+    try:
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            executor.submit(run).result()
+    except Exception as error:  # something else may be there, and say anything
+        what = str(error).strip() or f"no word within {CONNECT_SECONDS:g} s"
+        raise UsageError(f"no dask scheduler answers at {scheduler} ({what.splitlines()[0][:120]})") from None
+
+
+@contextmanager
+def _local_cluster(workers: int | None) -> Iterator[Any]:
+    """Processes of our own. When something ends the build early they are killed: no block is hurt by that."""
+    from distributed import LocalCluster
+
+    with _deaf_to_ctrl_c():
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address=None,
+            worker_dashboard_address=None,
+            memory_limit=0,
+            silence_logs=_SILENT,
+        )
+    with cluster:
+        try:
+            yield cluster
+        except BaseException:
+            for nanny in cluster.workers.values():
+                nanny.close_gracefully()  # don't start another
+                if nanny.pid is not None:
+                    os.kill(nanny.pid, signal.SIGKILL)
+            raise
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Threads that begin here, and processes that they start, don't hear Ctrl-C: it is for us to stop them."""
+    resource_tracker.ensure_running()  # starting it later would unblock the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
 def _listening(client: Any, topic: str, reporter: Reporter, work: int) -> Iterator[Callable[[int], None]]:
     """One bar over all workers; yields what to call when a block is finished."""
     done: dict[int, int] = {}
+    lock = threading.Lock()  # events come in dask's own thread
 
     def reach(block: int, evaluations: int) -> None:
-        before, done[block] = done.get(block, 0), evaluations
-        reporter.advance(evaluations - before, f"block {block}")
+        with lock:
+            before = done.get(block, 0)
+            if before < work:  # a late word about a finished block changes nothing
+                done[block] = evaluations
+                reporter.advance(evaluations - before, f"block {block}")
 
     def heard(event: tuple[float, Any]) -> None:
         block, evaluations = event[1]
-        if done.get(block, 0) < work:  # a late word about a finished block changes nothing
-            reach(int(block), min(int(evaluations), work - 1))
+        reach(int(block), min(int(evaluations), work - 1))
 
     client.subscribe_topic(topic, heard)
     try:
         yield lambda block: reach(block, work)
     finally:
         client.unsubscribe_topic(topic)
-
-
-# What follows runs in the workers.
-
-_plans: dict[tuple[str, Path, int], Plan] = {}
-
-
-def _plan(request: Request) -> Plan:
-    """The worker's own plan, its teacher loaded once."""
-    key = (request.topic, request.store, request.config.batch_size)
-    if key not in _plans:
-        if request.threads is not None:
-            torch.set_num_threads(request.threads)
-        config = dataclasses.replace(request.config, device=worker_device(request.config.device, _worker_name()))
-        plan = make_plan(request.teacher, request.sampler, config, request.store)
-        if (plan.recipe.fingerprint, plan.layout.layout_hash) != (request.fingerprint, request.layout_hash):
-            raise MismatchError(
-                f"a worker's teacher or versions give recipe {plan.recipe.fingerprint[:12]}, expected "
-                f"{request.fingerprint[:12]}: install the same diffusers and the same checkpoint on all machines"
-            )
-        _plans.clear()
-        _plans[key] = plan
-    return _plans[key]
-
-
-def worker_device(wanted: str | None, name: object) -> str | None:
-    """Which device a worker uses: what it is told, else the GPU whose turn it is by the worker's number.
-
-    A worker of dask-cuda sees one GPU only and takes that.
-    """
-    count = torch.cuda.device_count()
-    if wanted is not None or count < 2 or not str(name).isdecimal():
-        return wanted
-    return f"cuda:{int(str(name)) % count}"
-
-
-def _worker_name() -> object:
-    from distributed import get_worker
-
-    return get_worker().name
-
-
-def _reporting(request: Request, block: int) -> Callable[[int], None]:
-    from distributed import get_worker
-
-    worker, evaluations, reported = get_worker(), 0, time.monotonic()
-
-    def advance(num_evaluations: int) -> None:
-        nonlocal evaluations, reported
-        evaluations += num_evaluations
-        if time.monotonic() - reported > REPORT_SECONDS:
-            reported = time.monotonic()
-            worker.log_event(request.topic, (block, evaluations))
-
-    return advance
-
-
-def _make_first(request: Request, block: int, on_mismatch: OnMismatch) -> Built:
-    plan = _plan(request)
-    seeds = seeds_of(block, plan.layout.block_size)
-    config = dataclasses.replace(plan.config, seeds=f"{seeds.start}:{seeds.stop}")
-    reporter = _WorkerReporter(_reporting(request, block))
-    return build(
-        dataclasses.replace(plan, config=config), on_mismatch=on_mismatch, reporter=reporter, command=request.command
-    )
-
-
-def _make(request: Request, block: int) -> Outcome:
-    """Make one block; running it again does no harm, so dask may."""
-    plan = _plan(request)
-    writer = CacheWriter(request.store, plan.recipe, plan.layout)
-    if not writer.exists():
-        raise CacheNotFoundError(f"{request.store} isn't there on a worker: all workers must see the store's folder")
-    with writer.writing(), writer.claim(block) as claimed:
-        if not claimed:
-            return "busy"
-        if writer.is_committed(block):
-            return "present"
-        began = datetime.now(UTC)
-        states = sample_block(plan, block, _reporting(request, block))
-        commit_block(writer, plan, block, states, began, request.command)
-        return "made"
-
-
-class _WorkerReporter(SilentReporter):
-    """Sends on what a build in a worker says of its progress."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        """Send it on."""
-        self._advance(amount)

@@ -3,14 +3,20 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from advkd.cache.compare import block_distances, tolerance_of, within
 from advkd.cache.errors import LockedError, MismatchError, TeacherError, UsageError
+from advkd.cache.layout import chunk_path
 from advkd.cache.noise import standard_normal
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.writer import CacheWriter
@@ -53,14 +59,61 @@ def test_resuming_and_extending_give_the_bytes_of_one_build(pipeline_folder: Pat
     assert (again.num_blocks, again.num_present) == (0, 3)
 
 
+def check_equivalent(store: Path, reference: Path) -> None:
+    """The same noise to the bit, and the same states within what the reference says of other machines."""
+    one, other = TrajectoryCache.open(store), TrajectoryCache.open(reference)
+    assert (one.recipe, one.layout, one.blocks) == (other.recipe, other.layout, other.blocks)
+    for block in one.blocks:
+        noise = chunk_path("states/0000", block, 3)
+        assert (store / noise).read_bytes() == (reference / noise).read_bytes()
+        assert within(block_distances(one, other, block), tolerance_of(other))
+
+
 def test_batch_size_moves_states_by_rounding_only(pipeline_folder: Path, tmp_path: Path) -> None:
-    stores = [tmp_path / "five.zarr", tmp_path / "eight.zarr"]
-    for store, batch_size in zip(stores, (5, 8), strict=True):
-        build(plan_for(pipeline_folder, store, batch_size=batch_size))
-    one, other = (TrajectoryCache.open(store) for store in stores)
-    assert one.recipe.fingerprint == other.recipe.fingerprint
-    np.testing.assert_array_equal(one.rows(0, range(24)), other.rows(0, range(24)))
-    np.testing.assert_allclose(one.rows(4, range(24)), other.rows(4, range(24)), atol=2e-3)
+    build(plan_for(pipeline_folder, tmp_path / "eight.zarr", batch_size=8, dtype="float32"))
+    for batch_size in (1, 3, 5, 100):
+        build(plan_for(pipeline_folder, tmp_path / f"{batch_size}.zarr", batch_size=batch_size, dtype="float32"))
+        check_equivalent(tmp_path / f"{batch_size}.zarr", tmp_path / "eight.zarr")
+    # A batch never reaches beyond its block, so that more is the same.
+    assert tree(tmp_path / "100.zarr") == tree(tmp_path / "eight.zarr")
+
+
+def test_threads_move_states_by_rounding_only(pipeline_folder: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for name in ("a", "b"):
+                build(plan_for(pipeline_folder, tmp_path / f"{name}{threads}.zarr", dtype="float32"))
+            assert tree(tmp_path / f"a{threads}.zarr") == tree(tmp_path / f"b{threads}.zarr")
+            check_equivalent(tmp_path / f"a{threads}.zarr", tmp_path / "a1.zarr")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_another_machines_arithmetic_moves_states_by_rounding_only(pipeline_folder: Path, tmp_path: Path) -> None:
+    """A process without this CPU's vector instructions, and with other threads, as an older machine has."""
+    old = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "3"}
+    settings = ("--seeds", "0:24", "--record", "2", "--block-size", "8", "--steps", "4", "--dtype", "float32")
+    command = (Path(sys.executable).parent / "advkd-cache", "build", "--teacher", pipeline_folder, *settings)
+    subprocess.run([*command, "--out", tmp_path / "old.zarr"], env=os.environ | old, capture_output=True, check=True)
+    build(plan_for(pipeline_folder, tmp_path / "new.zarr", dtype="float32"))
+    check_equivalent(tmp_path / "old.zarr", tmp_path / "new.zarr")
+
+
+def test_builds_in_threads_of_one_process_keep_their_noise_apart(pipeline_folder: Path, tmp_path: Path) -> None:
+    """An ancestral sampler draws in every step; what one thread draws never reaches another's states."""
+    sampler = SamplerConfig(name="ddpm", steps=25)
+    config = dataclasses.replace(CACHE, batch_size=8, seeds="0:64")
+
+    def run(name: str) -> dict[str, bytes]:
+        build(make_plan(TeacherConfig(source=str(pipeline_folder)), sampler, config, tmp_path / name))
+        return tree(tmp_path / name)
+
+    alone = run("alone")
+    with ThreadPoolExecutor() as executor:
+        together = [executor.submit(run, name) for name in ("one", "other", "one")]
+    assert [future.result() for future in together] == [alone] * 3
 
 
 def test_another_teacher_is_recognised_by_its_weights(pipeline_folder: Path, tmp_path: Path) -> None:

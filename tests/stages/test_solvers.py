@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from advkd.cache.errors import ConfigError
 from advkd.cache.noise import standard_normal
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig, recorded_steps
+from advkd.stages.teacher.levels import alpha_bars, sigmas
 from advkd.stages.teacher.loader import Teacher, load_teacher, make_scheduler
 from advkd.stages.teacher.sampling import initial_noise, sample
 from advkd.stages.teacher.solvers import SOLVERS, is_deterministic, trajectory_states
@@ -127,6 +128,55 @@ def test_noise_only_falls_and_stored_states_have_unit_variance(teacher: Teacher,
     for state in states[1:]:
         assert state.stored_alpha**2 + state.stored_sigma**2 == pytest.approx(1.0)
     assert states[-1].timestep == -1.0
+
+
+BETAS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "sigmoid": {"beta_schedule": "sigmoid"},
+    "trained": {"trained_betas": [0.001 + 0.00001 * t for t in range(1000)]},
+    "zero_snr": {"rescale_betas_zero_snr": True},
+}
+
+
+def has_levels(sampler: SamplerConfig, betas: str) -> bool:
+    """diffusers has the sigmoid for DDPM only; without any signal in x_T its sigma is not finite."""
+    if betas == "zero_snr":
+        return sampler.name in ("ddim", "ddpm")
+    return betas != "sigmoid" or sampler.name == "ddpm"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "betas"),
+    [(sampler, betas) for betas in BETAS for sampler in SAMPLERS if has_levels(sampler, betas)],
+    ids=lambda value: value if isinstance(value, str) else label(value),
+)
+def test_levels_are_diffusers_own_and_the_same_on_every_machine(
+    teacher: Teacher, sampler: SamplerConfig, betas: str
+) -> None:
+    """Another CPU's torch rounds the levels otherwise, and what identifies a store must not notice."""
+    scheduler = make_scheduler(dict(teacher.scheduler_config) | BETAS[betas], sampler)
+    states = trajectory_states(sampler, scheduler)
+    np.testing.assert_allclose(alpha_bars(scheduler), scheduler.alphas_cumprod, rtol=1e-3)
+    if hasattr(scheduler, "sigmas"):
+        np.testing.assert_allclose(sigmas(scheduler), scheduler.sigmas, rtol=1e-3)
+    assert states[0].scale == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
+    if betas != "sigmoid":
+        generator = torch.Generator().manual_seed(0)
+        for name in ("alphas_cumprod", "sigmas"):
+            if hasattr(scheduler, name):
+                values = getattr(scheduler, name)
+                noise = torch.rand(values.shape, generator=generator) - 0.5
+                setattr(scheduler, name, values * (1 + 3e-7 * noise))
+        assert trajectory_states(sampler, scheduler) == states
+
+
+def test_levels_keep_their_golden_values(teacher: Teacher) -> None:
+    """√ᾱ of plain DDPM betas by exact decimal arithmetic; a change here would be another layout of every store."""
+    sampler = SamplerConfig(name="ddim", steps=4)
+    states = trajectory_states(sampler, make_scheduler(teacher.scheduler_config, sampler))
+    assert [state.alpha for state in states] == [0.006352818088, 0.05788393939, 0.2803341629, 0.7239374102, 1.0]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
