@@ -234,7 +234,7 @@ class _Verification:
             note = self._unseal(path)
             if path == TOLERANCE_FILE:
                 tolerance_of(self.cache)
-            elif note.keys() & {"arrays", "block", "rms"}:
+            elif note.keys() & {"arrays", "block", "rms"} or not isinstance(note.get("teacher", {}), dict):
                 raise ValueError("it is another file's")
         except FileNotFoundError:
             pass

@@ -253,7 +253,7 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
     """Processes of our own. When something ends the build early they are killed: no block is hurt by that."""
     from distributed import LocalCluster
 
-    with _deaf_to_ctrl_c():
+    with _undisturbed():
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -274,10 +274,10 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Threads that begin here, and processes that they start, don't hear Ctrl-C: it is for us to stop them."""
-    resource_tracker.ensure_running()  # starting it later would unblock the signal again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _undisturbed() -> Iterator[None]:
+    """Hear Ctrl-C and SIGTERM only afterwards; threads that begin here, and what they start, never: we stop them."""
+    resource_tracker.ensure_running()  # starting it later would unblock the signals again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

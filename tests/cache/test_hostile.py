@@ -636,8 +636,8 @@ def commands(store: Path, like: Path) -> Iterator[tuple[str, ...]]:
 
 @pytest.fixture
 def run_command(request: pytest.FixtureRequest) -> Invoke:
-    """Where the command line is installed."""
-    pytest.importorskip("click")
+    """Where what the command line needs is installed."""
+    pytest.importorskip("rich")
     invoke: Invoke = request.getfixturevalue("invoke")
     return invoke
 

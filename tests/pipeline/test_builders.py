@@ -15,7 +15,7 @@ from advkd.cache.verify import verify
 from advkd.stages.teacher.build import build
 from tests.pipeline.processes import Process, committed, finish, makers, num_built, start, wait_until
 from tests.pipeline.test_workers import Listener, _one_thread, plan_for  # noqa: F401 – a fixture that all tests here use
-from tests.stores import tree
+from tests.stores import block_states, tree, write_store
 
 STEPS = 100
 
@@ -104,6 +104,21 @@ def line_of(builder: Process) -> str:
         assert line, said
         said += line
     return said
+
+
+def test_a_store_too_large_to_sweep_is_swept_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builders that begin together don't wait for one that walks a million files."""
+    store = tmp_path / "toy.zarr"
+    writer = write_store(store, "0:64")
+    before = tree(store)
+    (store / "blocks/000002.json").unlink()
+    left = store / "states/0002/c/2/0/0/0.0123456789ab.partial"
+    left.write_bytes(b"half")
+    monkeypatch.setattr("advkd.cache.writer.SWEEP_SECONDS", 0.0)
+    with writer.writing():
+        assert left.exists()
+        writer.commit(2, block_states(writer.layout, 2))
+    assert tree(store) == before
 
 
 @pytest.mark.slow

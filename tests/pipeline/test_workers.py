@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +121,25 @@ def making(pid: int, store: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_while_workers_start_leaves_nothing_behind(
+    tmp_path: Path, pipeline_folder: Path, number: signal.Signals
+) -> None:
+    for tenths in range(0, 10, 2):
+        command = ("advkd-cache", "build", "--teacher", pipeline_folder, *SETTINGS, "--seeds", "0:40", "--workers", 2)
+        process = start(tmp_path, *command, session=True)
+        family = psutil.Process(process.pid)
+        wait_until(lambda family=family: family.children(recursive=True), process)
+        time.sleep(tenths / 10)
+        children = family.children(recursive=True)
+        os.killpg(process.pid, number)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert error.startswith("\nstopped; what was committed is kept.") and error.count("\n") == 2
+        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
 def test_a_useless_teacher_is_one_line_and_nothing_is_made(tmp_path: Path, pipeline_folder: Path) -> None:
     with_other_weights(pipeline_folder, tmp_path / "nan", lambda weights: weights["conv_in.bias"].fill_(float("nan")))
     command = ("advkd-cache", "build", "--teacher", "nan", *SETTINGS, "--steps", 6, "--seeds", "0:40")
@@ -189,7 +208,7 @@ def count_samples() -> None:
         original = getattr(original, "original", original)
 
         def counting(*args: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
-            counted.append(name)
+            counted.append("loaded" if name == "make_plan" else f"{args[0].store.stem} {args[1]}")
             return original(*args)
 
         counting.original = original  # type: ignore[attr-defined]
@@ -220,13 +239,25 @@ def test_a_cluster_builds_the_same_bytes_and_loads_each_teacher_once(
         counted = client.run(samples).values()
     assert (built.num_blocks, built.num_present, built.preview) == (10, 0, tmp_path / "toy.png")
     assert tree(store) == tree(tmp_path / "whole.zarr")
-    assert [names.count("make_plan") for names in counted] == [1, 1]
-    assert sum(names.count("sample_block") for names in counted) == 9  # the first is made by a build of its own
+    assert [seen.count("loaded") for seen in counted] == [1, 1]
+    made = [entry for seen in counted for entry in seen if entry != "loaded"]
+    assert sorted(made) == [f"toy {block}" for block in range(1, 10)]  # the first is made by a build of its own
     assert {maker["command"] for maker in makers(store).values()} == {"a cluster"}
     assert len({maker["pid"] for maker in makers(store).values()}) == 2
     assert reporter.heard[0] == "start cache 0 of 240"
     assert reporter.heard[1].startswith("first block, seeds 0:4: x_0 mean")
     assert (reporter.heard[2:], reporter.done, reporter.most) == (["finish"], 240, 240)
+
+
+def test_two_commands_on_one_cluster_divide_the_blocks(cluster: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Each has its own tasks, though they ask the same."""
+    build(plan_for(pipeline_folder, tmp_path / "whole.zarr"))
+    plans = [plan_for(pipeline_folder, tmp_path / "toy.zarr") for _ in range(2)]
+    teacher = TeacherConfig(source=str(pipeline_folder))
+    with ThreadPoolExecutor() as executor:
+        running = [executor.submit(build_with_workers, plan, teacher, scheduler=cluster) for plan in plans]
+    assert sum(future.result().num_blocks for future in running) == 10
+    assert tree(tmp_path / "toy.zarr") == tree(tmp_path / "whole.zarr")
 
 
 class Listener(SilentReporter):
@@ -295,27 +326,24 @@ def test_an_error_that_would_come_again_is_not_tried_again(cluster: str, pipelin
         failing.original = original.original  # type: ignore[attr-defined]
         tasks.sample_block = failing
 
-    def attempt(kind: str) -> int:
-        store = tmp_path / f"{kind}.zarr"
+    def attempt(kind: str) -> None:
         client.run(fail, kind)
-        try:
-            build_with_workers(
-                plan_for(pipeline_folder, store, seeds="0:32"),
-                TeacherConfig(source=str(pipeline_folder)),
-                scheduler=cluster,
-            )
-        finally:
-            blocks = committed(store)
-        assert blocks == list(range(8))
-        return sum(names.count("sample_block") for names in client.run(samples).values())
+        plan = plan_for(pipeline_folder, tmp_path / f"{kind}.zarr", seeds="0:32")
+        build_with_workers(plan, TeacherConfig(source=str(pipeline_folder)), scheduler=cluster)
+
+    def tries(kind: str) -> int:
+        return sum(seen.count(f"{kind} 5") for seen in client.run(samples).values())
 
     with Client(cluster, set_as_default=False) as client:
         with pytest.raises(errors.TeacherError, match=r"^a useless block$"):
             attempt("useless")
+        assert tries("useless") == 1
         with pytest.raises(OSError, match="No space left on device: 'states/0002'"):
             attempt("full")
-        assert sum(names.count("sample_block") for names in client.run(samples).values()) <= 7
-        assert attempt("flaky") == 8
+        assert tries("full") == 1
+        attempt("flaky")
+        assert tries("flaky") == 2
+        assert committed(tmp_path / "flaky.zarr") == list(range(8))
         client.run(count_samples)
 
 
@@ -348,10 +376,15 @@ def test_a_cluster_with_another_teacher_is_refused(cluster: str, pipeline_folder
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
 
 
-def test_a_scheduler_that_goes_away_is_one_line(tmp_path: Path, pipeline_folder: Path, invoke: Invoke) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_scheduler_that_goes_away_is_one_line(
+    tmp_path: Path, pipeline_folder: Path, invoke: Invoke, begun: bool
+) -> None:
+    if begun:
+        build(plan_for(pipeline_folder, tmp_path / "toy.zarr", seeds="0:4"))
     alone = processes(tmp_path)
     with alone as address:
-        arguments = ("build", "--teacher", pipeline_folder, *SETTINGS, "--steps", 6, "--scheduler", address)
+        arguments = ("build", "--teacher", pipeline_folder, *SETTINGS, "--steps", 6, "--seeds", "0:40")
 
         def stop() -> None:
             with Client(address, set_as_default=False) as watching:
@@ -360,13 +393,14 @@ def test_a_scheduler_that_goes_away_is_one_line(tmp_path: Path, pipeline_folder:
 
         killer = threading.Thread(target=stop)
         killer.start()
-        result = invoke(cache_command, *arguments)
+        result = invoke(cache_command, *arguments, "--out", tmp_path / "toy.zarr", "--scheduler", address)
         killer.join()
     assert result.exit_code == 1
     assert result.output == (
         f"no worker has joined the cluster at {address} yet; the build begins when one does\n"
         "error: the dask scheduler went away; what was committed is kept: run the command again once it is back\n"
     )
+    assert committed(tmp_path / "toy.zarr") == ([0] if begun else [])
 
 
 def wait(condition: Callable[[], object]) -> None:
