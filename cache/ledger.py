@@ -37,6 +37,11 @@ def crc32c(data: bytes | memoryview) -> int:
     return int(google_crc32c.value(bytes(data)))
 
 
+def num_segments(body_bytes: int) -> int:
+    """How many segments a chunk's values have."""
+    return -(-body_bytes // SEGMENT_BYTES)
+
+
 def segment_crcs(body: memoryview) -> str:
     """CRC-32C of each MiB of a chunk's values, eight hex digits each, without the CRC that ends the file.
 

@@ -71,10 +71,10 @@ def gaps(blocks: Sequence[int], num_blocks: int) -> list[tuple[int, int]]:
 def _read_ledger(cache: TrajectoryCache, sampled: Sequence[int]) -> tuple[str, list[BlockRecord]]:
     """The content digest, and the records of some blocks: each file is read once."""
     chosen, seals, records = set(sampled), [], []
-    for block, raw in cache.raw_records(cache.blocks):
-        seals.append((block, cache.seal(block, raw)))
+    for block, raw in cache.records.raw(cache.blocks):
+        seals.append((block, cache.records.seal(block, raw)))
         if block in chosen:
-            records.append(cache.parse_record(block, raw))
+            records.append(cache.records.parse(block, raw))
     return content_digest(seals), records
 
 

@@ -25,9 +25,10 @@ from advkd.cache.layout import (
 )
 from advkd.cache.ledger import ArrayRecord, BlockRecord
 from advkd.cache.locks import NOTE_FILE, StoreLocks
+from advkd.cache.metadata import read_metadata
 from advkd.cache.parse import in_line, parse_json
 from advkd.cache.paths import safe_target
-from advkd.cache.reader import TrajectoryCache, read_metadata
+from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import MAX_BLOCK_BYTES, Layout, Recipe, digest
 from advkd.cache.seal import seal
 from advkd.cache.source import LocalSource, check_num_blocks, open_source

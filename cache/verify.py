@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +17,8 @@ from typing import Any, Literal
 import google_crc32c
 
 from advkd.cache.compare import TOLERANCE_FILE, tolerance_of
-from advkd.cache.durable import PARTIAL_SUFFIX, pretty_json, write_atomically
+from advkd.cache.declared import declared_seeds, expected_num_seeds, listed_blocks
+from advkd.cache.durable import PARTIAL_SUFFIX, pretty_json
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
 from advkd.cache.layout import (
     CRC_BYTES,
@@ -27,7 +26,6 @@ from advkd.cache.layout import (
     array_metadata,
     chunk_path,
     group_metadata,
-    metadata_files,
     metadata_path,
     provenance_path,
     record_path,
@@ -36,9 +34,8 @@ from advkd.cache.layout import (
 )
 from advkd.cache.ledger import ArrayRecord, crc32c
 from advkd.cache.locks import LOCK_FILE, NOTE_FILE, StoreLocks
-from advkd.cache.parse import parse_json
-from advkd.cache.paths import open_file, safe_target, walk
-from advkd.cache.reader import TrajectoryCache, local_root
+from advkd.cache.paths import open_file, walk
+from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import State
 from advkd.cache.seal import unseal
 from advkd.cache.source import LocalSource
@@ -109,7 +106,7 @@ class _Verification:
 
     def run(self) -> Verified:
         cache = self.cache
-        blocks = _listed_blocks(cache)  # before anything else: what is added meanwhile is no finding
+        blocks = listed_blocks(cache)  # before anything else: what is added meanwhile is no finding
         self._metadata(blocks)
         for block in blocks:
             self._block(block)
@@ -126,8 +123,8 @@ class _Verification:
         self.findings.append(Finding(kind=kind, file=file, problem=problem, block=block, state=state))
 
     def _metadata(self, blocks: Sequence[int]) -> None:
-        cache, declared = self.cache, _declared(self.cache)
-        expected = _expected_num_seeds(cache, blocks, declared.values())
+        cache, declared = self.cache, declared_seeds(self.cache)
+        expected = expected_num_seeds(cache, blocks, declared.values())
         names = {metadata_path(states_path(state)): state.name for state in self.states}
         for path, value in {
             "zarr.json": root_metadata(cache.recipe, cache.layout),
@@ -282,85 +279,6 @@ class _Verification:
                 return not free
         except (OSError, CacheError):  # a read-only copy
             return False
-
-
-def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
-    """Remove what is provably damaged, so that the next build makes it again; metadata is written anew.
-
-    A block loses its ledger record and the file that is damaged; its other files stay until the build replaces them.
-    A block of which files are only missing loses its record too. Stray files are left alone.
-
-    Returns:
-        What was done, one line each.
-
-    Raises:
-        LockedError: somebody writes to the store.
-        CacheError: the store is remote.
-    """
-    root = local_root(cache)
-    done: list[str] = []
-    with StoreLocks(root).alone():
-        wrong = [found for found in findings if found.kind != "stray"]
-        for block in sorted({found.block for found in wrong if found.block is not None}):
-            of_block = [found for found in wrong if found.block == block]
-            if any(not found.file.startswith("provenance/") for found in of_block):
-                _remove(root, record_path(block), done)  # first: without it nothing of the block counts
-                done.append(f"block {block} is no longer recorded: the next build makes it again")
-        for found in wrong:
-            if found.kind == "damage" and not found.file.endswith("zarr.json"):
-                _remove(root, found.file, done)
-        blocks = _listed_blocks(TrajectoryCache.open(root))
-        num_seeds = _expected_num_seeds(TrajectoryCache.open(root), blocks, _declared(cache).values())
-        expected = {
-            name: pretty_json(value) for name, value in metadata_files(cache.recipe, cache.layout, num_seeds).items()
-        }
-        for file in sorted({found.file for found in wrong} & expected.keys()):
-            write_atomically(safe_target(root, file), [expected[file]])
-            done.append(f"{file} is written anew from the recipe")
-    return done
-
-
-def _remove(root: Path, file: str, done: list[str]) -> None:
-    """Remove a file, or the symlink that its path leads through: what is outside of the store is never touched."""
-    path = root
-    for part in file.split("/"):
-        path = path / part
-        if path.is_symlink():
-            break
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        done.append(f"{file} can't be removed ({error.strerror}): remove it yourself")
-
-
-def _listed_blocks(cache: TrajectoryCache) -> tuple[int, ...]:
-    """Blocks that have a record; where they can be listed, also those beyond what the arrays declare."""
-    return cache.source.blocks(sys.maxsize) if isinstance(cache.source, LocalSource) else cache.blocks
-
-
-def _declared(cache: TrajectoryCache) -> dict[int, int]:
-    """Seeds that each array declares, by solver steps done; one that can't be read is named by its bytes."""
-    declared = {}
-    for step, state in cache.states.items():
-        with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            declared[step] = int(parse_json(cache.source.read(metadata_path(states_path(state))))["shape"][0])
-    return declared
-
-
-def _expected_num_seeds(cache: TrajectoryCache, blocks: Sequence[int], declared: Iterable[int]) -> int:
-    """What all arrays should declare: what most do, if it has room for the ledger's last block."""
-    last = next((block for block in reversed(blocks) if block < MAX_BLOCKS and _is_recorded(cache, block)), -1)
-    needed = (last + 1) * cache.layout.block_size
-    enough = sorted(num_seeds for num_seeds in declared if num_seeds >= needed)
-    return max(enough, key=enough.count, default=needed)
-
-
-def _is_recorded(cache: TrajectoryCache, block: int) -> bool:
-    try:
-        cache.record(block)
-    except (DamagedError, NotCachedError):
-        return False
-    return True
 
 
 def _has_files(cache: TrajectoryCache, state: State) -> bool:

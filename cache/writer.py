@@ -41,8 +41,9 @@ from advkd.cache.layout import (
 )
 from advkd.cache.ledger import ArrayRecord, BlockRecord, checked_seal, crc32c
 from advkd.cache.locks import StoreLocks
+from advkd.cache.metadata import read_metadata
 from advkd.cache.paths import safe_target, walk
-from advkd.cache.reader import TrajectoryCache, read_metadata
+from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import Layout, Recipe, differences
 from advkd.cache.source import LocalSource, check_num_blocks
 

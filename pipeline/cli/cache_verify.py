@@ -40,8 +40,8 @@ def verify(
     STORE is a folder or a URL. Exit code 1 if anything is wrong; each finding names file, block and state.
     """
     from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.repair import repair as run_repair
     from advkd.cache.verify import bytes_to_verify
-    from advkd.cache.verify import repair as run_repair
     from advkd.cache.verify import verify as run_verify
     from advkd.pipeline.progress import TerminalReporter
 

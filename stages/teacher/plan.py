@@ -13,8 +13,8 @@ import torch
 from advkd.cache.durable import holds_something
 from advkd.cache.errors import UsageError
 from advkd.cache.layout import MAX_BLOCKS, blocks_of, parse_seed_range
+from advkd.cache.metadata import read_metadata
 from advkd.cache.noise import NOISE_RULE
-from advkd.cache.reader import read_metadata
 from advkd.cache.recipe import Layout, Recipe
 from advkd.cache.source import LocalSource
 from advkd.cache.writer import CacheWriter

@@ -14,9 +14,10 @@ from advkd.cache.compare import compare, tolerance_of
 from advkd.cache.errors import CacheError
 from advkd.cache.locks import StoreLocks
 from advkd.cache.reader import TrajectoryCache
+from advkd.cache.repair import repair
 from advkd.cache.summary import summarize
 from advkd.cache.upgrade import upgrade
-from advkd.cache.verify import repair, verify
+from advkd.cache.verify import verify
 from advkd.cache.writer import CacheWriter
 from tests.stores import block_states, make_layout, make_recipe
 

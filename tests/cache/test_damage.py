@@ -11,13 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from advkd.cache import ledger, reader
+from advkd.cache import chunks, ledger
 from advkd.cache import verify as verification
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
 from advkd.cache.layout import provenance_path
 from advkd.cache.reader import TrajectoryCache
+from advkd.cache.repair import repair
 from advkd.cache.seal import seal
-from advkd.cache.verify import Finding, repair, verify
+from advkd.cache.verify import Finding, verify
 from advkd.cache.writer import CacheWriter
 from tests.cache.harm import (
     NOTES_OF_NOW,
@@ -65,7 +66,7 @@ quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthC
 def pristine(fast_folder: Path) -> Iterator[Pristine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "SEGMENT_BYTES", SEGMENT_BYTES)
-        patch.setattr(reader, "SEGMENT_BYTES", SEGMENT_BYTES)
+        patch.setattr(chunks, "SEGMENT_BYTES", SEGMENT_BYTES)
         yield Pristine(fast_folder / "toy.zarr")
 
 
@@ -268,7 +269,7 @@ def test_a_flipped_bit_spoils_the_rows_of_its_segment_and_no_others(pristine: Pr
 
 def test_a_file_that_was_replaced_is_checked_again(pristine: Pristine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open reader keeps few maps: a file that it opens again may be another one."""
-    monkeypatch.setattr(reader, "MAX_OPEN_MAPS", 1)
+    monkeypatch.setattr(chunks, "MAX_MAPPED_FILES", 1)
     path = "states/0002/c/1/0/0/0"
     seeds = range(BLOCK_SIZE, 2 * BLOCK_SIZE)
     with pristine.harmed({}) as store:

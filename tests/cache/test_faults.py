@@ -18,7 +18,8 @@ from advkd.cache.combine import merge, subset
 from advkd.cache.errors import DamagedError
 from advkd.cache.layout import record_path
 from advkd.cache.reader import TrajectoryCache
-from advkd.cache.verify import repair, verify
+from advkd.cache.repair import repair
+from advkd.cache.verify import verify
 from advkd.cache.writer import CacheWriter
 from tests.cache.harm import content, files_of, flipped, put
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, write_store

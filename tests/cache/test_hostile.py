@@ -26,9 +26,10 @@ from advkd.cache.ledger import ArrayRecord, crc32c
 from advkd.cache.locks import StoreLocks
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import digest
+from advkd.cache.repair import repair
 from advkd.cache.seal import seal
 from advkd.cache.upgrade import upgrade
-from advkd.cache.verify import repair, verify
+from advkd.cache.verify import verify
 from advkd.cache.writer import CacheWriter
 from tests.cache import golden
 from tests.cache.exercise import Attempts, adopt_into, read_everything, write_everything

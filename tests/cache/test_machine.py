@@ -25,7 +25,8 @@ from advkd.cache.errors import CacheError, MismatchError, NotCachedError, UsageE
 from advkd.cache.layout import chunk_path, record_path, states_path
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.recipe import Layout
-from advkd.cache.verify import repair, verify
+from advkd.cache.repair import repair
+from advkd.cache.verify import verify
 from advkd.cache.writer import CacheWriter
 from tests.cache.conftest import MEMORY
 from tests.cache.harm import content, files_of, flipped, put

@@ -1,0 +1,105 @@
+"""The ledger records of one store, read when they are asked for and checked against the recipe."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from advkd.cache.errors import DamagedError, NotCachedError
+from advkd.cache.layout import CRC_BYTES, chunk_path, record_path, seeds_of, states_path
+from advkd.cache.ledger import ArrayRecord, BlockRecord, checked_seal, content_digest, num_segments
+from advkd.cache.recipe import Layout, Recipe, State
+from advkd.cache.source import Source
+
+HOW_TO_MEND = "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
+MAX_RECORDS = 512
+"""Kept in memory; one is some kilobytes."""
+
+
+class Records:
+    """Ledger records by block."""
+
+    def __init__(self, source: Source, recipe: Recipe, layout: Layout) -> None:
+        self._source = source
+        self._recipe = recipe
+        self._layout = layout
+        self._kept: OrderedDict[int, BlockRecord] = OrderedDict()
+
+    def __getitem__(self, block: int) -> BlockRecord:
+        """The record of a committed block.
+
+        Raises:
+            NotCachedError: the block was never committed.
+            DamagedError: its record is torn, altered or of another cache.
+        """
+        if block not in self._kept:
+            try:
+                raw = self._source.read(record_path(block))
+            except FileNotFoundError:
+                raise self._not_committed(block) from None
+            self._kept[block] = self.parse(block, raw)
+            if len(self._kept) > MAX_RECORDS:
+                self._kept.popitem(last=False)
+        return self._kept[block]
+
+    def chunk(self, state: State, block: int) -> tuple[str, ArrayRecord]:
+        """Path and ledger entry of one block of one state."""
+        array = states_path(state)
+        return chunk_path(array, block, len(self._recipe.item_shape)), self[block].arrays[array]
+
+    def parse(self, block: int, raw: bytes) -> BlockRecord:
+        """Read a block's record.
+
+        Raises:
+            DamagedError: it is torn, altered or of another block or cache.
+        """
+        address = self._source.address
+        record = BlockRecord.parse(raw, block, f"{address}/{record_path(block)}")
+        if (record.fingerprint, record.layout_hash) != (self._recipe.fingerprint, self._layout.layout_hash):
+            raise DamagedError(f"{address}: the ledger record of block {block} belongs to another cache")
+        body_bytes = self._layout.block_bytes(self._recipe.item_shape)
+        for state in self._layout.states:
+            array = record.arrays.get(states_path(state))
+            expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
+            if array is None or (array.num_bytes, len(array.segments)) != expected:
+                raise DamagedError(
+                    f"{address}: the ledger record of block {block} doesn't fit the layout; {HOW_TO_MEND}"
+                )
+        return record
+
+    def raw(self, blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """The records of some committed blocks, as they are in their files.
+
+        Raises:
+            NotCachedError: a block was never committed.
+        """
+        raws = self._source.read_many([record_path(block) for block in blocks])
+        for block, raw in zip(blocks, raws, strict=True):
+            if raw is None:
+                raise self._not_committed(block)
+            yield block, raw
+
+    def seal(self, block: int, raw: bytes) -> str:
+        """The hash that a block's record carries, checked without parsing it.
+
+        Raises:
+            DamagedError: the record is torn, altered or of another block or cache.
+        """
+        where = f"{self._source.address}/{record_path(block)}"
+        return checked_seal(raw, block, self._recipe.fingerprint, self._layout.layout_hash, where)
+
+    def digest_of(self, blocks: Sequence[int]) -> str:
+        """The content digest of some committed blocks, each record checked against its own hash.
+
+        Raises:
+            NotCachedError: a block was never committed.
+            DamagedError: a record is torn or altered.
+        """
+        return content_digest([(block, self.seal(block, raw)) for block, raw in self.raw(blocks)])
+
+    def _not_committed(self, block: int) -> NotCachedError:
+        seeds = seeds_of(block, self._layout.block_size)
+        return NotCachedError(
+            f"{self._source.address} does not hold seeds {seeds.start}:{seeds.stop}; "
+            f"`advkd-cache build --seeds {seeds.start}:{seeds.stop}` adds them"
+        )

@@ -1,0 +1,62 @@
+"""Mending a store after a verification: what is provably damaged goes, so that the next build makes it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from advkd.cache.declared import declared_seeds, expected_num_seeds, listed_blocks
+from advkd.cache.durable import pretty_json, write_atomically
+from advkd.cache.layout import metadata_files, record_path
+from advkd.cache.locks import StoreLocks
+from advkd.cache.paths import safe_target
+from advkd.cache.reader import TrajectoryCache, local_root
+from advkd.cache.verify import Finding
+
+
+def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
+    """Remove what is provably damaged, so that the next build makes it again; metadata is written anew.
+
+    A block loses its ledger record and the file that is damaged; its other files stay until the build replaces them.
+    A block of which files are only missing loses its record too. Stray files are left alone.
+
+    Returns:
+        What was done, one line each.
+
+    Raises:
+        LockedError: somebody writes to the store.
+        CacheError: the store is remote.
+    """
+    root = local_root(cache)
+    done: list[str] = []
+    with StoreLocks(root).alone():
+        wrong = [found for found in findings if found.kind != "stray"]
+        for block in sorted({found.block for found in wrong if found.block is not None}):
+            of_block = [found for found in wrong if found.block == block]
+            if any(not found.file.startswith("provenance/") for found in of_block):
+                _remove(root, record_path(block), done)  # first: without it nothing of the block counts
+                done.append(f"block {block} is no longer recorded: the next build makes it again")
+        for found in wrong:
+            if found.kind == "damage" and not found.file.endswith("zarr.json"):
+                _remove(root, found.file, done)
+        blocks = listed_blocks(TrajectoryCache.open(root))
+        num_seeds = expected_num_seeds(TrajectoryCache.open(root), blocks, declared_seeds(cache).values())
+        expected = {
+            name: pretty_json(value) for name, value in metadata_files(cache.recipe, cache.layout, num_seeds).items()
+        }
+        for file in sorted({found.file for found in wrong} & expected.keys()):
+            write_atomically(safe_target(root, file), [expected[file]])
+            done.append(f"{file} is written anew from the recipe")
+    return done
+
+
+def _remove(root: Path, file: str, done: list[str]) -> None:
+    """Remove a file, or the symlink that its path leads through: what is outside of the store is never touched."""
+    path = root
+    for part in file.split("/"):
+        path = path / part
+        if path.is_symlink():
+            break
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        done.append(f"{file} can't be removed ({error.strerror}): remove it yourself")

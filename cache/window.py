@@ -1,0 +1,67 @@
+"""Many files of one size, mapped one behind the other, so that NumPy sees a single array of rows.
+
+Random mini-batches touch dozens of files. Indexing them one by one costs more than copying the rows does; in one array
+`numpy.take` gathers a batch at a large memory map's own speed. Python's `mmap` cannot map a file at a chosen address,
+so the one call that does is made to the C library. A map made this way also holds no file descriptor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_MAP_FIXED = 0x10  # the same on Linux and macOS
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class Window:
+    """Address space for some files of equal size, each of whole rows and a few bytes more.
+
+    Attributes:
+        rows: uint8, shape (num_slots · rows_per_slot, row_bytes), read-only; zeros where nothing was mapped.
+        rows_per_slot: from the first row of one file to that of the next.
+    """
+
+    def __init__(self, num_slots: int, file_bytes: int, row_bytes: int) -> None:
+        self._file_bytes = file_bytes
+        unit = math.lcm(mmap.PAGESIZE, row_bytes)
+        self._stride = -(-file_bytes // unit) * unit
+        self.rows_per_slot = self._stride // row_bytes
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._reserved = mmap.mmap(-1, num_slots * self._stride, flags=flags, prot=mmap.PROT_READ)
+        flat: npt.NDArray[np.uint8] = np.frombuffer(self._reserved, dtype=np.uint8)
+        self._address: int = flat.__array_interface__["data"][0]
+        self.rows = flat.reshape(-1, row_bytes)
+
+    def put(self, slot: int, descriptor: int) -> None:
+        """Map a file read-only in place of what was there; the descriptor may be closed afterwards.
+
+        Raises:
+            OSError: the system refuses, for it allows no more maps.
+        """
+        address = self._address + slot * self._stride
+        found = _libc().mmap(address, self._file_bytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0)
+        if found == _FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, f"can't map a file ({os.strerror(number)})")
+
+    def file(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a mapped file. A later `put` changes what it shows: look, and let go."""
+        start = slot * self._stride
+        return self.rows.reshape(-1)[start : start + self._file_bytes]
+
+
+@cache
+def _libc() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    number, size = ctypes.c_int, ctypes.c_size_t
+    library.mmap.argtypes = (ctypes.c_void_p, size, number, number, number, ctypes.c_longlong)
+    library.mmap.restype = ctypes.c_void_p
+    return library
