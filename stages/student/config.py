@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from advkd.cache.errors import ConfigError
+from advkd.stages.student.objective_config import ObjectiveConfig
 
 STUDENTS = ("unrolled", "progressive")
-HEAD_TARGETS = ("jump", "x0")
-MIXED_PRECISIONS = ("no", "bf16")
+OPTIMIZERS = ("muon", "adamw")
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
 MAX_SEED = 2**31
+MAX_EMA_WIDTH = 0.28
+"""Of power-function averages, the plain mean's is 1/√12."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,55 +39,6 @@ class StudentConfig:
         for key in ("width", "depth", "patch", "base_channels", "max_channels"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"student.{key}: {getattr(self, key)} is not positive")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveConfig:
-    """Weights of the unrolled student's losses."""
-
-    x0: float = 1.0
-    """Pseudo-Huber of the final x̂_0 against the teacher's x_0."""
-    heads: float = 0.5
-    """The same of every earlier submodule's x̂_0, against its `head_target`."""
-    head_target: str = "jump"
-    """`jump`: the x̂_0 that leads from one cached state to the next (x_0 where they are too close); `x0`: x_0."""
-    huber_width: float = 0.03
-    state: float = 0.3
-    """Mean square of every submodule's state against the cached one."""
-    adversarial: float = 0.1
-    """Relativistic GAN on the final x̂_0; 0 trains by regression alone."""
-    adversarial_start: float = 0.4
-    """Fraction of the steps after which the critic joins."""
-    adversarial_ramp: float = 0.05
-    """Fraction of the steps over which its weight rises to the full."""
-    fresh: int = 32
-    """Images a step, from noise that is in no cache, that the critic judges; 0 takes the batch's own."""
-    conditional: bool = False
-    """Whether the critic sees the noise too."""
-    penalty: float = 0.05
-    """γ of the zero-centred gradient penalties R1 and R2."""
-    penalty_every: int = 4
-    """Steps between penalties, which are weighted up accordingly (Karras et al. 2020, §3.1)."""
-    critic_width: int = 48
-    critic_learning_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.adversarial_start <= 1.0:
-            raise ConfigError(f"objective.adversarial_start: {self.adversarial_start} is no fraction of the steps")
-        if self.head_target not in HEAD_TARGETS:
-            raise ConfigError(f"objective.head_target: {self.head_target!r} is none of {', '.join(HEAD_TARGETS)}")
-        weights = (self.x0, self.heads, self.state, self.adversarial, self.adversarial_ramp, self.penalty)
-        if min(weights) < 0.0 or self.huber_width <= 0.0 or self.critic_learning_rate <= 0.0:
-            raise ConfigError(
-                "objective: weights must not be negative, huber_width and critic_learning_rate be positive"
-            )
-        if self.penalty_every < 1 or self.critic_width < 1 or self.fresh < 0:
-            raise ConfigError("objective: penalty_every and critic_width must be positive, fresh not negative")
-
-    @property
-    def paired(self) -> bool:
-        """Whether a loss assumes that x_T determines x_0."""
-        return max(self.x0, self.heads, self.state) > 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,14 +77,28 @@ class TrainConfig:
     steps: int = 100_000
     """unrolled: optimiser steps. (progressive counts epochs: `stages`.)"""
     batch_size: int = 128
+    """Seeds a step in each process, in as many passes as `accumulate` says."""
+    accumulate: int = 1
+    """Passes whose gradients make one optimiser step; divides the batch."""
+    optimizer: str = "muon"
+    """`muon` for the kernels inside the student and AdamW for the rest, or `adamw` for all."""
     learning_rate: float = 1e-3
+    """AdamW's."""
+    kernel_learning_rate: float = 0.02
+    """Muon's."""
     weight_decay: float = 0.01
     warmup: float = 0.1
     """unrolled: fraction of the steps in which the learning rate rises; then it falls as a cosine."""
     gradient_clip: float = 1.0
     ema: float = 0.9995
+    """Decay per step of the weights' average, which is what is kept and scored."""
+    ema_width: float | None = None
+    """Instead: the relative width of a power-function average (Karras et al. 2024, §3), 0.05 for instance."""
     seed: int = 0
     mixed_precision: str = "no"
+    """`bf16`, or `fp16` on a GPU."""
+    compile: bool = False
+    """Whether torch.compile makes the student's and critics' passes faster; the first steps take a minute."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
     log_every: int = 50
@@ -138,16 +106,26 @@ class TrainConfig:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "log_every", "preview_every", "checkpoint_every"):
+        for key in ("steps", "batch_size", "accumulate", "log_every", "preview_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"train.{key}: {getattr(self, key)} is not positive")
         if self.mixed_precision not in MIXED_PRECISIONS:
             raise ConfigError(
                 f"train.mixed_precision: {self.mixed_precision!r} is none of {', '.join(MIXED_PRECISIONS)}"
             )
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"train.optimizer: {self.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
         if not 0 <= self.seed < MAX_SEED:
             raise ConfigError(f"train.seed: {self.seed} is not in [0, 2^31)")
-        if self.learning_rate <= 0.0 or self.weight_decay < 0.0 or self.gradient_clip < 0.0:
-            raise ConfigError("train: learning_rate must be positive, weight_decay and gradient_clip not negative")
+        if (
+            min(self.learning_rate, self.kernel_learning_rate) <= 0.0
+            or self.weight_decay < 0.0
+            or self.gradient_clip < 0.0
+        ):
+            raise ConfigError("train: learning rates must be positive, weight_decay and gradient_clip not negative")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(f"train.accumulate: {self.accumulate} doesn't divide train.batch_size {self.batch_size}")
+        if self.ema_width is not None and not 0.0 < self.ema_width < MAX_EMA_WIDTH:
+            raise ConfigError(f"train.ema_width: {self.ema_width} is not in (0, {MAX_EMA_WIDTH})")
         if not 0.0 <= self.ema < 1.0 or not 0.0 <= self.warmup < 1.0:
             raise ConfigError("train.ema and train.warmup are in [0, 1)")

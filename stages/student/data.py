@@ -60,6 +60,7 @@ class TrajectoryBatches(Sampler[list[int]]):
         root_seed: of the order.
         phase: of training; each has its own order.
         steps: which steps of the phase to yield, so that resuming begins in the middle.
+        share: (rank, processes) of a team, each of which takes every so-manieth seed of batches as many times as large.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class TrajectoryBatches(Sampler[list[int]]):
         root_seed: int,
         phase: int,
         steps: range,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.seeds = seeds
-        self.batch_size = batch_size
+        self.batch_size = batch_size * share[1]
+        self.share = share
         self.root_seed = root_seed
         self.phase = phase
         self.steps = steps
@@ -90,7 +93,7 @@ class TrajectoryBatches(Sampler[list[int]]):
             if epoch != current:
                 current, order = epoch, epoch_order(self.seeds, self.root_seed, self.phase, epoch)
             batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            yield batch.tolist()
+            yield batch[self.share[0] :: self.share[1]].tolist()
 
 
 def make_loader(cache: TrajectoryCache, steps: Sequence[int], batches: TrajectoryBatches) -> DataLoader[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -18,6 +20,11 @@ def pseudo_huber(prediction: Tensor, target: Tensor, width: float) -> Tensor:
     return (torch.sqrt((prediction - target).square() + width**2) - width).mean()
 
 
+def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
+    """(p − t)² averaged over values."""
+    return (prediction - target).square().mean()
+
+
 def relativistic_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(D(real) − D(fake)): a fake should look more real than its pair (R3GAN, Huang et al. 2024, eq. 2)."""
     return F.softplus(real_logits - fake_logits).mean()
@@ -28,14 +35,24 @@ def relativistic_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tens
     return F.softplus(fake_logits - real_logits).mean()
 
 
-def non_saturating_generator(fake_logits: Tensor) -> Tensor:
-    """softplus(−D(fake)) (Goodfellow et al. 2014, §3)."""
+def non_saturating_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """softplus(−D(fake)) (Goodfellow et al. 2014, §3); the real logits play no part."""
     return F.softplus(-fake_logits).mean()
 
 
 def non_saturating_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(−D(real)) + softplus(D(fake))."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def hinge_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """−D(fake) (Lim and Ye 2017, eq. 12); the real logits play no part."""
+    return -fake_logits.mean()
+
+
+def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """max(0, 1 − D(real)) + max(0, 1 + D(fake)) (Lim and Ye 2017, eq. 11)."""
+    return F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean()
 
 
 def squared_gradient(logits: Tensor, images: Tensor) -> Tensor:
@@ -55,3 +72,12 @@ def unit_gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     squared: Tensor = (gradient.flatten(1).norm(dim=1) - 1.0).square()
     return squared.mean()
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+ADVERSARIAL: dict[str, tuple[Loss, Loss]] = {
+    "relativistic": (relativistic_generator, relativistic_discriminator),
+    "hinge": (hinge_generator, hinge_discriminator),
+    "non-saturating": (non_saturating_generator, non_saturating_discriminator),
+}
+"""By name: the generator's and the discriminator's loss, of real and fake logits."""

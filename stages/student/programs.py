@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 Metrics = dict[str, Tensor]
@@ -42,16 +41,9 @@ class Program(Protocol):
         """The same for optimisers."""
 
 
-def descend(
-    accelerator: Accelerator,
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    clip: float,
-) -> None:
-    """One optimiser step on a loss, gradients clipped to a norm (0 doesn't clip)."""
-    optimizer.zero_grad(set_to_none=True)
-    accelerator.backward(loss)
-    if clip:
-        accelerator.clip_grad_norm_(parameters, clip)
-    optimizer.step()
+def mean_metrics(readings: Sequence[Metrics]) -> Metrics:
+    """By name, the mean of several readings."""
+    names = sorted({name for reading in readings for name in reading})
+    return {
+        name: torch.stack([reading[name].float() for reading in readings if name in reading]).mean() for name in names
+    }

@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from advkd.stages.student.config import TrainConfig
+from advkd.stages.student.descent import Descent
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.objectives import (
     non_saturating_discriminator,
     non_saturating_generator,
     unit_gradient_penalty,
 )
-from advkd.stages.student.programs import Metrics, Phase, descend
+from advkd.stages.student.programs import Metrics, Phase
 from advkd.stages.student.progressive import ConditionalDiscriminator, ProgressiveStudent, resize
 
 
@@ -67,6 +68,10 @@ class ProgressiveProgram:
         self.discriminator_optimizer = torch.optim.Adam(
             self.discriminator.parameters(), lr=config.learning_rate, betas=betas, fused=True
         )
+        self._descent = Descent(self.accelerator, self.trained, [self.optimizer])
+        self._critic_descent = Descent(
+            self.accelerator, self.discriminator.parameters(), [self.discriminator_optimizer]
+        )
 
     def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> Metrics:
         """Train the discriminator, then the student."""
@@ -86,16 +91,17 @@ class ProgressiveProgram:
             between = (mix * real + (1 - mix) * fake.detach()).requires_grad_(True)
             penalty = unit_gradient_penalty(self.discriminator(between, noise), between)
             critic_loss = critic_loss + config.gradient_penalty * penalty
-        parameters = list(self.discriminator.parameters())
-        descend(self.accelerator, critic_loss, self.discriminator_optimizer, parameters, 0.0)
+        self._critic_descent.backward(critic_loss)
+        self._critic_descent.step()
         if config.weight_clip:
             with torch.no_grad():
-                for parameter in parameters:
+                for parameter in self.discriminator.parameters():
                     parameter.clamp_(-config.weight_clip, config.weight_clip)
         self.discriminator.requires_grad_(False)
-        loss = non_saturating_generator(self.discriminator(fake, noise))
+        loss = non_saturating_generator(real_logits, self.discriminator(fake, noise))
         self.discriminator.requires_grad_(True)
-        descend(self.accelerator, loss, self.optimizer, self.trained, 0.0)
+        self._descent.backward(loss)
+        self._descent.step()
         return {
             **metrics,
             "generator": loss.detach(),

@@ -3,6 +3,7 @@
 runs/NAME/
   run.json        identity: configuration, cache, seeds, versions; status
   student/        config.json and model.safetensors: the average of the weights, what is used afterwards
+  best/           the same, of the step with the smallest error on held-out seeds
   checkpoint/     last.safetensors, to go on from
   log/            DVCLive's metrics.json and plots
   preview/        the same held-out seeds every time, teacher beside student
@@ -78,10 +79,11 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
     return SeedSplit(blocks=tuple(blocks), training=seeds[~held_out], held_out=seeds[held_out])
 
 
-def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit) -> dict[str, Any]:
+def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_processes: int = 1) -> dict[str, Any]:
     """What makes a run this run and no other."""
     return {
         "config": asdict(config),
+        "processes": num_processes,
         "cache": {
             "fingerprint": cache.recipe.fingerprint,
             "layout_hash": cache.layout.layout_hash,
@@ -97,6 +99,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.student = path / "student"
+        self.best = path / "best"
         self.checkpoint = path / "checkpoint" / "last.safetensors"
         self.log = path / "log"
         self.preview = path / "preview"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -144,36 +143,3 @@ class UnrolledStudent(nn.Module):
     def deployed_parameters(self) -> int:
         """Parameters that a sample needs: all."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-class Critic(nn.Module):
-    """A small convolutional discriminator of x_0, conditioned on the noise it came from if asked to; no normalisation.
-
-    Args:
-        channels: of an image.
-        width: of the first convolutions, which see patches of 2×2 pixels; doubles when they halve.
-        conditional: whether it sees the noise.
-    """
-
-    def __init__(self, channels: int, width: int, conditional: bool) -> None:
-        super().__init__()
-        self.conditional = conditional
-        self.layers = nn.Sequential(
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(4 * channels * (2 if conditional else 1), width, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(2 * width * 16, 1),
-        )
-
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Logits, shape (N,)."""
-        logits: Tensor = self.layers(torch.cat([images, noise], dim=1) if self.conditional else images)
-        return logits.squeeze(1)

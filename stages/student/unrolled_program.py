@@ -1,31 +1,30 @@
-"""Training the unrolled student: regression first, the adversarial term later."""
+"""Training the unrolled student: all submodules together, by regression first and critics later."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from advkd.cache.noise import mix64
 from advkd.stages.schedules import one_cycle
+from advkd.stages.student.adversary import Adversary, Judged
 from advkd.stages.student.config import TrainConfig
+from advkd.stages.student.descent import Descent
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.objectives import (
-    pseudo_huber,
-    relativistic_discriminator,
-    relativistic_generator,
-    squared_gradient,
-)
-from advkd.stages.student.programs import Metrics, Phase, descend
-from advkd.stages.student.unrolled import MIN_REACH, Critic, UnrolledStudent, jump_target, reach
+from advkd.stages.student.optimizers import make_optimizers
+from advkd.stages.student.perceptual import PerceptualDistance
+from advkd.stages.student.programs import Metrics, Phase, mean_metrics
+from advkd.stages.student.regression import Regression, head_targets
+from advkd.stages.student.unrolled import UnrolledStudent
+
+States = Mapping[int, Tensor]
 
 
 class UnrolledProgram:
-    """One phase: all submodules together."""
+    """One phase."""
 
     def __init__(
         self, config: TrainConfig, student: UnrolledStudent, geometry: Geometry, accelerator: Accelerator
@@ -33,116 +32,98 @@ class UnrolledProgram:
         objective = config.objective
         self.config = config
         self.accelerator = accelerator
-        self.steps = geometry.steps
+        self.geometry = geometry
         self.student: nn.Module = student
-        self._unrolled = student
-        self.levels = geometry.levels
-        ends_suffice = not objective.state and (not objective.heads or objective.head_target == "x0")
-        states = (geometry.steps[0], geometry.steps[-1]) if ends_suffice else geometry.steps
+        self._unroll: Any = torch.compile(student.unroll) if config.compile else student.unroll
+        self.regression = Regression(objective, geometry)
+        self.adversary = Adversary(
+            objective.adversarial, geometry, config.steps, config.seed, accelerator, compiled=config.compile
+        )
+        wants_all = objective.adversarial.weight and objective.adversarial.judged != "last"
+        states = geometry.steps if wants_all else self.regression.states
         self.phases = [Phase(num_steps=config.steps, batch_size=config.batch_size, states=tuple(states))]
-        self.critic = Critic(geometry.item_shape[0], objective.critic_width, objective.conditional)
+        self.perceptual = None
+        if objective.perceptual and objective.perceptual_features == "lpips":
+            self.perceptual = PerceptualDistance(geometry.item_shape, accelerator.device)
 
     def begin(self, phase: int) -> None:
         """Make the optimisers."""
-        config = self.config
-        self.critic = self.critic.to(self.accelerator.device)
-        self.optimizer = torch.optim.AdamW(
-            self.student.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self.critic_optimizer = torch.optim.AdamW(
-            self.critic.parameters(),
-            lr=config.objective.critic_learning_rate,
-            betas=(0.0, 0.99),
-            weight_decay=0.0,
-            fused=True,
+        self.adversary.begin()
+        self._optimizers = make_optimizers(self.student, self.config)
+        self.descent = Descent(
+            self.accelerator, self.student.parameters(), list(self._optimizers.values()), self.config.gradient_clip
         )
 
-    def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> Metrics:
-        """Train the student on one batch, then the critic on what the student made."""
-        objective, factor = self.config.objective, one_cycle(step, self.config.steps, self.config.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor
-        noise, real = batch[self.steps[0]], batch[self.steps[-1]]
-        weight = self._adversarial_weight(step)
-        fresh = self._fresh_noise(step, noise) if weight else noise[:0]
+    def step(self, batch: States, phase: int, step: int) -> Metrics:
+        """Train the student on one batch, then the critics on what the student made of it."""
+        passes, judged, metrics = self.config.accumulate, [], []
+        # Every so-manieth row, as processes take theirs: what a pass sees first is what the whole batch has first.
+        parts = [{at: states[index::passes] for at, states in batch.items()} for index in range(passes)]
+        fresh = self._fresh_noise(parts[0][self.geometry.steps[0]], step)
+        for index, part in enumerate(parts):
+            loss, shown, readings = self._student_pass(part, fresh[index::passes], step, index)
+            self.descent.backward(loss / passes)
+            judged.append(shown)
+            metrics.append(readings)
+        self.descent.step(one_cycle(step, self.config.steps, self.config.warmup))
+        if self.adversary.learns(step):
+            for index, (real, fake) in enumerate(judged):
+                metrics.append(self.adversary.learn(real, fake.detached(), step, index, passes))
+            self.adversary.descent.step()
+        return mean_metrics(metrics)
+
+    def _fresh_noise(self, like: Tensor, step: int) -> Tensor:
+        passes, wanted = self.config.accumulate, self.config.objective.adversarial.fresh
+        if not wanted or not self.adversary.learns(step):
+            return like[:0]
+        return self.adversary.fresh_noise(step, passes * min(-(-wanted // passes), len(like)), like)
+
+    def _student_pass(
+        self, batch: States, fresh: Tensor, step: int, index: int
+    ) -> tuple[Tensor, tuple[Judged, Judged], Metrics]:
+        objective, adversary = self.config.objective, self.adversary
+        noise, count = batch[self.geometry.steps[0]], len(batch[self.geometry.steps[0]])
         with self.accelerator.autocast():
-            predictions, states = self._unrolled.unroll(torch.cat([noise, fresh]))
-        count = len(noise)
-        final = pseudo_huber(predictions[-1][:count].float(), real, objective.huber_width)
-        loss = objective.x0 * final
-        if objective.heads and len(predictions) > 1:
-            pairs = zip(predictions[:-1], self._head_targets(batch), strict=True)
-            errors = [pseudo_huber(x0[:count].float(), target, objective.huber_width) for x0, target in pairs]
-            loss = loss + objective.heads * torch.stack(errors).sum()
-        made = predictions[-1].float()
-        metrics: Metrics = {"x0": final.detach(), "mse": (made[:count] - real).detach().square().mean()}
-        if objective.state and len(states) > 1:
-            reached = zip(states[:-1], self.steps[1:-1], strict=True)
-            error = torch.stack([(state[:count].float() - batch[at]).square().mean() for state, at in reached]).sum()
-            metrics["state"] = error.detach()
-            loss = loss + objective.state * error
-        # The critic judges images from fresh noise where there are any: it then can't learn which pairs are cached.
-        fake, origin = (made[count:], fresh) if len(fresh) else (made, noise)
+            predictions, states = self._unroll(torch.cat([noise, fresh]))
+        predictions = [x0.float() for x0 in predictions]
+        on_batch = [x0[:count] for x0 in predictions]
+        loss, metrics = self.regression(on_batch, [state[:count].float() for state in states], batch)
+        real, fake = self._judged(predictions, noise, fresh, batch)
+        weight = adversary.weight(step)
         if weight:
-            self.critic.requires_grad_(False)
-            with torch.no_grad():
-                real_logits = self.critic(real[: len(fake)], noise[: len(fake)])
-            gain = relativistic_generator(real_logits, self.critic(fake, origin))
-            self.critic.requires_grad_(True)
+            gain = adversary.student_loss(real, fake, step, index)
             metrics["generator"] = gain.detach()
             loss = loss + weight * gain
-        metrics["loss"] = loss.detach()
-        descend(self.accelerator, loss, self.optimizer, list(self.student.parameters()), self.config.gradient_clip)
-        if weight:
-            metrics |= self._train_critic((real[: len(fake)], noise[: len(fake)]), (fake.detach(), origin), step)
-        return metrics
+        if objective.perceptual:
+            distance = self._perceptual(on_batch, batch, noise, step)
+            if distance is not None:
+                metrics["perceptual"] = distance.detach()
+                loss = loss + objective.perceptual * distance
+        return loss, (real, fake), {**metrics, "loss": loss.detach()}
 
-    def _head_targets(self, batch: Mapping[int, Tensor]) -> list[Tensor]:
-        """What the submodules before the last should predict."""
-        if self.config.objective.head_target == "x0":
-            return [batch[self.steps[-1]]] * (len(self.steps) - 2)
-        states, targets = [batch[step] for step in self.steps[:-1]], []
-        for k, (before, after) in enumerate(itertools.pairwise(self.levels[:-1])):
-            close = reach(before, after) < MIN_REACH
-            targets.append(batch[self.steps[-1]] if close else jump_target(states[k], states[k + 1], before, after))
-        return targets
+    def _judged(self, predictions: list[Tensor], noise: Tensor, fresh: Tensor, batch: States) -> tuple[Judged, Judged]:
+        """What the critics see: images from fresh noise where there are any, so that knowing the cache is no help."""
+        last = self.adversary.num_judged == 1
+        made = predictions[-1:] if last else predictions
+        truth = [batch[self.geometry.steps[-1]]]
+        if not last:
+            truth = [*head_targets(batch, self.geometry.steps, self.geometry.levels, "jump"), *truth]
+        origin, shown = (fresh, [x0[len(noise) :] for x0 in made]) if len(fresh) else (noise, made)
+        return Judged.of(truth, noise, len(origin)), Judged.of(shown, origin, len(origin))
 
-    def _adversarial_weight(self, step: int) -> float:
-        objective, position = self.config.objective, (step + 1) / self.config.steps
-        if position <= objective.adversarial_start:
-            return 0.0
-        ramp = (position - objective.adversarial_start) / max(objective.adversarial_ramp, 1e-9)
-        return objective.adversarial * min(1.0, ramp)
-
-    def _fresh_noise(self, step: int, noise: Tensor) -> Tensor:
-        """Noise of this step, a function of (seed, step) alone; at most as many images as the batch has."""
-        count = min(self.config.objective.fresh, len(noise))
-        generator = torch.Generator().manual_seed(int(mix64(mix64(self.config.seed) ^ np.uint64(step)) >> np.uint64(1)))
-        return torch.randn(count, *noise.shape[1:], generator=generator).to(noise.device)
-
-    def _train_critic(self, real: tuple[Tensor, Tensor], fake: tuple[Tensor, Tensor], step: int) -> Metrics:
-        """One step of the critic on (images, noise) of either kind."""
-        objective = self.config.objective
-        penalise = step % objective.penalty_every == 0 and objective.penalty > 0.0
-        real_images = real[0].detach().requires_grad_(penalise)
-        fake_images = fake[0].detach().requires_grad_(penalise)
-        real_logits, fake_logits = self.critic(real_images, real[1]), self.critic(fake_images, fake[1])
-        loss = relativistic_discriminator(real_logits, fake_logits)
-        metrics = {"critic": loss.detach(), "ahead": (real_logits > fake_logits).float().mean().detach()}
-        if penalise:
-            penalty = squared_gradient(real_logits, real_images) + squared_gradient(fake_logits, fake_images)
-            loss = loss + 0.5 * objective.penalty * objective.penalty_every * penalty
-        descend(self.accelerator, loss, self.critic_optimizer, list(self.critic.parameters()), 0.0)
-        return metrics
+    def _perceptual(self, predictions: list[Tensor], batch: States, noise: Tensor, step: int) -> Tensor | None:
+        made, truth = predictions[-1], batch[self.geometry.steps[-1]]
+        if self.perceptual is not None:
+            return self.perceptual(made, truth)
+        if not self.adversary.weight(step):  # a critic that has learnt nothing yet has no features
+            return None
+        pairs = [Judged.of([images], noise, len(noise)) for images in (made, truth)]
+        return self.adversary.feature_distance(*pairs)
 
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint must hold."""
-        return {"student": self.student, "critic": self.critic}
+        return {"student": self.student, "critic": self.adversary.critic}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The same for optimisers."""
-        return {"student-optimizer": self.optimizer, "critic-optimizer": self.critic_optimizer}
+        return {**self._optimizers, "critic-optimizer": self.adversary.optimizer}

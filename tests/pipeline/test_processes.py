@@ -294,7 +294,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     write_store(tmp_path / "toy.zarr", "0:256")
     (tmp_path / "toy.yaml").write_text(
         "name: toy\nteacher: {source: none}\ntrain: {student: {width: 8, depth: 1}, steps: 300, batch_size: 16,\n"
-        "  log_every: 10, preview_every: 300, checkpoint_every: 50, objective: {critic_width: 4}}\n"
+        "  log_every: 10, preview_every: 300, checkpoint_every: 50, objective: {adversarial: {width: 4}}}\n"
     )
     command = ("advkd-train", "--cache", "toy.zarr", "--config", "toy.yaml")
     finish(start(tmp_path, *command, "--run", "whole"))

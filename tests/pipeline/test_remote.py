@@ -22,7 +22,7 @@ from tests.stores import BLOCK_SIZE, tree
 
 TRAIN = (
     "name: toy\nteacher: {source: none}\ntrain: {student: {width: 8, depth: 1}, steps: 4, batch_size: 16,\n"
-    "  log_every: 2, preview_every: 4, checkpoint_every: 2, objective: {critic_width: 4}}\n"
+    "  log_every: 2, preview_every: 4, checkpoint_every: 2, objective: {adversarial: {width: 4}}}\n"
 )
 
 

@@ -33,7 +33,7 @@ def test_relativistic_losses_are_each_others_mirror() -> None:
 
 def test_non_saturating_losses() -> None:
     logits = torch.zeros(3)
-    assert float(objectives.non_saturating_generator(logits)) == pytest.approx(math.log(2))
+    assert float(objectives.non_saturating_generator(logits, logits)) == pytest.approx(math.log(2))
     assert float(objectives.non_saturating_discriminator(logits, logits)) == pytest.approx(2 * math.log(2))
 
 

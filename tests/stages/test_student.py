@@ -18,7 +18,7 @@ from advkd.stages.student.progressive import (
     upsampling_submodules,
 )
 from advkd.stages.student.student import build_student, generate, load_student, noise_of, save_student
-from advkd.stages.student.unrolled import Critic, UnrolledStudent, jump, jump_target
+from advkd.stages.student.unrolled import UnrolledStudent, jump, jump_target
 
 
 def geometry(channels: int = 1, size: int = 16, submodules: int = 4) -> Geometry:
@@ -128,16 +128,6 @@ def test_unrolled_shapes_and_gradients(attention: bool) -> None:
     assert all(p.grad is not None for name, p in student.named_parameters() if "submodules.1" in name)
     with pytest.raises(TrainingError, match="patches of 3"):
         UnrolledStudent(geometry(), patch=3)
-
-
-def test_critic_sees_images_and_noise_only_if_asked_to() -> None:
-    images, noise = torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
-    for conditional in (False, True):
-        critic = Critic(1, 4, conditional)
-        logits = critic(images, noise)
-        assert logits.shape == (4,)
-        assert torch.allclose(logits, critic(images, noise.roll(1, 0))) is not conditional
-        assert not torch.allclose(logits, critic(images.roll(1, 0), noise))
 
 
 @pytest.mark.parametrize("kind", ["unrolled", "progressive"])

@@ -13,15 +13,17 @@ import torch
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
-from advkd.stages.student.config import ObjectiveConfig, StagesConfig, StudentConfig, TrainConfig
-from advkd.stages.student.data import TrajectoryBatches, epoch_order, make_loader
+from advkd.stages.student.config import StagesConfig, StudentConfig, TrainConfig
+from advkd.stages.student.data import TrajectoryBatches, epoch_order, make_loader, read_float
+from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
 from advkd.stages.student.run import Run, split_seeds
+from advkd.stages.student.student import generate, load_student
 from advkd.stages.student.train import train
 from tests.stores import make_recipe, write_store
 
 UNROLLED = TrainConfig(
     student=StudentConfig(width=8, depth=1),
-    objective=ObjectiveConfig(critic_width=4, adversarial_start=0.4, penalty_every=2),
+    objective=ObjectiveConfig(adversarial=AdversarialConfig(width=4, start=0.4, penalty_every=2)),
     steps=12,
     batch_size=16,
     log_every=2,
@@ -145,11 +147,11 @@ def test_an_unfinished_run_ends_on_the_seeds_it_began_with(store: Path, tmp_path
 
 def test_divergence_stops_with_the_last_good_checkpoint_named(store: Path, tmp_path: Path) -> None:
     wild = dataclasses.replace(UNROLLED, learning_rate=1e30, gradient_clip=0.0, warmup=0.0)
-    with pytest.raises(TrainingError, match=r"diverged: .*not finite by step \d+.*lower train.learning_rate"):
+    with pytest.raises(TrainingError, match=r"diverged: .*nan by step \d+; the last good .*lower the learning rates"):
         train(store, wild, tmp_path / "run")
     # Checkpoints come more often than logs here: what is not finite is still never kept.
     rare = dataclasses.replace(wild, log_every=10, checkpoint_every=2)
-    with pytest.raises(TrainingError, match=r"weights of the student not finite by step 2; .* none yet"):
+    with pytest.raises(TrainingError, match=r"weights of the student are not finite by step 2; .* none yet"):
         train(store, rare, tmp_path / "rare")
     assert not Run(tmp_path / "rare").checkpoint.exists()
 
@@ -278,12 +280,68 @@ print(any("diffusers" in name for name in sys.modules), any("teachers/" in path 
     assert result.stdout.split() == ["True", "False", "False"], result.stderr
 
 
-def test_several_processes_are_refused_rather_than_trained_apart(
+def test_a_student_that_normalises_over_its_batch_is_trained_in_one_process(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    with pytest.raises(UsageError, match="2 processes is not there yet"):
-        train(store, UNROLLED, tmp_path / "run")
+    monkeypatch.setattr("advkd.stages.student.team.Team.size", 2)
+    monkeypatch.setattr("advkd.stages.student.team.Team.told", lambda self, value: value)
+    with pytest.raises(UsageError, match="2 would train another student"):
+        train(store, PROGRESSIVE, tmp_path / "run")
+
+
+def test_half_precision_without_a_gpu_is_refused(store: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        assert train(store, dataclasses.replace(UNROLLED, mixed_precision="fp16"), tmp_path / "run").complete
+        return
+    with pytest.raises(UsageError, match="fp16 doesn't work here"):
+        train(store, dataclasses.replace(UNROLLED, mixed_precision="fp16"), tmp_path / "run")
+
+
+def test_an_exploded_error_stops_the_run(store: Path, tmp_path: Path) -> None:
+    wild = dataclasses.replace(UNROLLED, learning_rate=30.0, gradient_clip=0.0, warmup=0.0, optimizer="adamw")
+    with pytest.raises(TrainingError, match=r"diverged: .*by step \d+; the last good"):
+        train(store, wild, tmp_path / "run")
+
+
+def test_the_best_student_is_kept_beside_the_last(store: Path, tmp_path: Path) -> None:
+    """The best on held-out seeds, also where a run was stopped after it."""
+    config = dataclasses.replace(UNROLLED, preview_every=2)
+    train(store, config, tmp_path / "run", max_steps=7)
+    train(store, config, tmp_path / "run")
+    rows = (tmp_path / "run/log/plots/metrics/held_out/mse.tsv").read_text().splitlines()[1:]
+    scores = {int(step): float(value) for step, value in (row.split("\t") for row in rows)}
+    assert sorted(scores) == [2, 4, 6, 8, 10, 12]
+    cache, run = TrajectoryCache.open(store), Run(tmp_path / "run")
+    held_out = split_seeds(cache, None).held_out[:256]
+    real = read_float(cache, 4, held_out)
+    best = generate(load_student(run.best)[0], read_float(cache, 0, held_out))
+    assert float((best - real).square().mean()) == pytest.approx(min(scores.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ObjectiveConfig(regression="mse", head_weighting="snr", perceptual=0.1, adversarial=AdversarialConfig(width=4)),
+        ObjectiveConfig(adversarial=AdversarialConfig(width=4, judged="shared", scales=2, conditional=True, fresh=0)),
+        ObjectiveConfig(state=0.0, heads=0.0, adversarial=AdversarialConfig(width=4, judged="each", loss="hinge")),
+    ],
+    ids=["mse-snr-perceptual", "shared", "each"],
+)
+def test_every_objective_trains_and_resumes(store: Path, tmp_path: Path, objective: ObjectiveConfig) -> None:
+    config = dataclasses.replace(UNROLLED, objective=objective, ema_width=0.1)
+    train(store, config, tmp_path / "whole")
+    train(store, config, tmp_path / "parts", max_steps=8)
+    train(store, config, tmp_path / "parts")
+    assert outcome(tmp_path / "whole")[1] == outcome(tmp_path / "parts")[1]
+    metrics_now = json.loads((tmp_path / "whole/log/metrics.json").read_text())["train"]
+    assert {"generator", "critic", "x0"} <= metrics_now.keys()
+    assert ("perceptual" in metrics_now) is (objective.perceptual > 0)
+
+
+def test_lpips_is_for_colour_images(store: Path, tmp_path: Path) -> None:
+    objective = ObjectiveConfig(perceptual=1.0, perceptual_features="lpips")
+    with pytest.raises(UsageError, match="colour images of at least 32 pixels, these are 1×8×8"):
+        train(store, dataclasses.replace(UNROLLED, objective=objective), tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_structure_is_refused(store: Path, tmp_path: Path) -> None:

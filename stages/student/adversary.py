@@ -1,0 +1,174 @@
+"""The unrolled student's adversarial losses, and the training of the critics that they ask.
+
+What is judged is denoised: every submodule's x̂_0 against the x̂_0 that leads from one cached state to the next, since an
+early state itself is nearly all noise and the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from advkd.cache.noise import mix64
+from advkd.stages.student.augment import augment
+from advkd.stages.student.critics import Critic, CriticOfEach
+from advkd.stages.student.descent import Descent
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.objective_config import AdversarialConfig
+from advkd.stages.student.objectives import ADVERSARIAL, squared_gradient
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What critics look at: images of one point of the denoising after another, equally many of each."""
+
+    images: Tensor
+    noise: Tensor
+    """The x_T that each came from."""
+    time: Tensor
+    """Which submodule's each is, int64."""
+
+    @classmethod
+    def of(cls, by_time: Sequence[Tensor], noise: Tensor, count: int) -> Judged:
+        """The first `count` images of each time."""
+        time = torch.arange(len(by_time), device=noise.device).repeat_interleave(count)
+        return cls(
+            images=torch.cat([images[:count].float() for images in by_time]),
+            noise=noise[:count].repeat(len(by_time), 1, 1, 1),
+            time=time,
+        )
+
+    def detached(self) -> Judged:
+        """Without the graph that made the images."""
+        return Judged(images=self.images.detach(), noise=self.noise, time=self.time)
+
+
+class Adversary:
+    """The critics.
+
+    Args:
+        config: what is asked of them.
+        geometry: of the cache.
+        num_steps: of the training.
+        seed: of every random draw.
+        accelerator: device, precision and the other processes.
+        compiled: whether torch.compile makes their passes faster.
+    """
+
+    def __init__(
+        self,
+        config: AdversarialConfig,
+        geometry: Geometry,
+        num_steps: int,
+        seed: int,
+        accelerator: Accelerator,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.config = config
+        self._num_steps = num_steps
+        self._seed = seed
+        self._accelerator = accelerator
+        self._generator_loss, self._critic_loss = ADVERSARIAL[config.loss]
+        self.num_judged = 1 if config.judged == "last" else len(geometry.levels) - 1
+        channels, shared = geometry.item_shape[0], config.judged == "shared"
+
+        def critic(num_times: int) -> Critic:
+            return Critic(channels, config.width, config.scales, conditional=config.conditional, num_times=num_times)
+
+        self.critic: nn.Module = (
+            CriticOfEach([critic(1) for _ in range(self.num_judged)])
+            if config.judged == "each"
+            else critic(self.num_judged if shared else 1)
+        )
+        self._logits: Any = torch.compile(self.critic) if compiled else self.critic
+
+    def begin(self) -> None:
+        """Make the optimiser."""
+        self.critic = self.critic.to(self._accelerator.device)
+        self.optimizer = torch.optim.AdamW(
+            self.critic.parameters(), lr=self.config.learning_rate, betas=(0.0, 0.99), weight_decay=0.0, fused=True
+        )
+        self.descent = Descent(self._accelerator, self.critic.parameters(), [self.optimizer])
+
+    def weight(self, step: int) -> float:
+        """What the student's adversarial loss counts at a step."""
+        config, position = self.config, (step + 1) / self._num_steps
+        if position <= config.start:
+            return 0.0
+        return config.weight * min(1.0, (position - config.start) / max(config.ramp, 1e-9))
+
+    def learns(self, step: int) -> bool:
+        """Whether the critics are trained at a step."""
+        return self.config.weight > 0.0 and (step + 1) / self._num_steps > self.config.start - self.config.lead
+
+    def fresh_noise(self, step: int, count: int, like: Tensor) -> Tensor:
+        """x_T from no cache: a function of (seed, step) alone, this process's share of it."""
+        return self._share(torch.randn, step, 0)(count, *like.shape[1:]).to(like.device)
+
+    def student_loss(self, real: Judged, fake: Judged, step: int, passed: int = 0) -> Tensor:
+        """What the student hears in a step's pass number `passed`."""
+        self.critic.requires_grad_(False)
+        with torch.no_grad():
+            real_logits = self._look(real, step, 4 * passed + 1)
+        loss = self._generator_loss(real_logits, self._look(fake, step, 4 * passed + 2))
+        self.critic.requires_grad_(True)
+        return loss
+
+    def feature_distance(self, made: Judged, real: Judged) -> Tensor:
+        """Mean square distance of pairs in every layer of the critic, in units of the layer's own mean square."""
+        critic = self.critic.critics[-1] if isinstance(self.critic, CriticOfEach) else self.critic
+        assert isinstance(critic, Critic)
+        self.critic.requires_grad_(False)
+        with torch.no_grad():
+            theirs = critic.features(real.images, real.noise, real.time)
+        ours = critic.features(made.images, made.noise, made.time)
+        self.critic.requires_grad_(True)
+        parts = [
+            (one - other).square().mean() / (other.square().mean() + 1e-6)
+            for one, other in zip(ours, theirs, strict=True)
+        ]
+        return torch.stack(parts).mean()
+
+    def learn(self, real: Judged, fake: Judged, step: int, passed: int, passes: int) -> Metrics:
+        """Add the critics' gradients of one of a step's passes."""
+        config = self.config
+        penalise = step % config.penalty_every == 0 and max(config.r1, config.r2) > 0.0
+        real_images = real.images.detach().requires_grad_(penalise and config.r1 > 0.0)
+        fake_images = fake.images.detach().requires_grad_(penalise and config.r2 > 0.0)
+        real_logits = self._look(Judged(images=real_images, noise=real.noise, time=real.time), step, 4 * passed + 3)
+        fake_logits = self._look(Judged(images=fake_images, noise=fake.noise, time=fake.time), step, 4 * passed + 4)
+        loss = self._critic_loss(real_logits, fake_logits)
+        metrics = {"critic": loss.detach(), "ahead": (real_logits > fake_logits).float().mean().detach()}
+        for gamma, logits, images in ((config.r1, real_logits, real_images), (config.r2, fake_logits, fake_images)):
+            if images.requires_grad:
+                loss = loss + 0.5 * gamma * config.penalty_every * squared_gradient(logits, images)
+        self.descent.backward(loss / passes)
+        return metrics
+
+    def _look(self, judged: Judged, step: int, stream: int) -> Tensor:
+        images, noise = judged.images, judged.noise
+        if self.config.augment:
+            images, noise = augment(self.config.augment, images, noise, self._share(torch.rand, step, stream))
+        logits: Tensor = self._logits(images, noise, judged.time)
+        return logits
+
+    def _share(self, draw: Any, step: int, stream: int) -> Callable[..., Tensor]:
+        """Draws of (seed, step, stream), of which every process takes its share as it does of the seeds."""
+        key = mix64(mix64(self._seed) ^ np.uint64(step)) ^ np.uint64(stream)
+        generator = torch.Generator().manual_seed(int((mix64(key) if stream else key) >> np.uint64(1)))
+        processes, rank = self._accelerator.num_processes, self._accelerator.process_index
+
+        def share(count: int, *shape: int) -> Tensor:
+            drawn: Tensor = draw(count * processes, *shape, generator=generator)
+            return drawn[rank::processes]
+
+        return share

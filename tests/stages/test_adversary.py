@@ -1,0 +1,160 @@
+"""Critics, what they see, and what the student hears of them."""
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from advkd.stages.student.adversary import Adversary, Judged
+from advkd.stages.student.augment import augment
+from advkd.stages.student.critics import Critic, CriticOfEach
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.objective_config import ADVERSARIAL_LOSSES, AUGMENTATIONS, JUDGED, AdversarialConfig
+
+GEOMETRY = Geometry(
+    item_shape=(1, 8, 8),
+    levels=((0.0, 1.0), (0.5, 0.8), (0.9, 0.4), (1.0, 0.0)),
+    timesteps=(999.0, 600.0, 200.0, -1.0),
+    steps=(0, 2, 4, 6),
+    root_seed=0,
+    noise_dtype="float16",
+)
+SETTINGS = AdversarialConfig(width=4, start=0.5, ramp=0.2, lead=0.1, fresh=4)
+
+
+def adversary(config: AdversarialConfig = SETTINGS) -> Adversary:
+    torch.manual_seed(0)
+    made = Adversary(config, GEOMETRY, num_steps=100, seed=3, accelerator=Accelerator())
+    made.begin()
+    return made
+
+
+def judged(num_times: int, level: float, count: int = 6) -> Judged:
+    generator = torch.Generator().manual_seed(int(level * 10) + 5)
+    images = [level + 0.1 * torch.randn(count, 1, 8, 8, generator=generator) for _ in range(num_times)]
+    return Judged.of(images, torch.randn(count, 1, 8, 8, generator=generator), count)
+
+
+@pytest.mark.parametrize("scales", [1, 2])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_critic_sees_the_noise_only_if_asked(conditional: bool, scales: int) -> None:
+    critic = Critic(1, 4, scales, conditional=conditional)
+    images, noise = torch.randn(3, 1, 16, 16), torch.randn(3, 1, 16, 16)
+    logits = critic(images, noise)
+    assert logits.shape == (3, scales)
+    assert torch.equal(logits, critic(images, -noise)) is not conditional
+    assert not torch.equal(logits, critic(-images, noise))
+
+
+def test_a_shared_critic_tells_times_apart_once_it_has_learnt_to() -> None:
+    critic = Critic(1, 4, conditional=False, num_times=3)
+    images = torch.randn(1, 1, 16, 16).expand(3, 1, 16, 16)
+    time = torch.arange(3)
+    torch.testing.assert_close(critic(images, images, time), critic(images, images, time.flip(0)))
+    assert critic.time is not None
+    torch.nn.init.normal_(critic.time.weight)
+    assert not torch.allclose(critic(images, images, time), critic(images, images, time.flip(0)))
+
+
+def test_a_critic_of_each_time_judges_its_own() -> None:
+    members = [Critic(1, 4, conditional=False) for _ in range(3)]
+    both = judged(3, 0.0)
+    logits = CriticOfEach(members)(both.images, both.noise, both.time)
+    for index, member in enumerate(members):
+        here = both.time == index
+        torch.testing.assert_close(logits[here], member(both.images[here], both.noise[here]))
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+@pytest.mark.parametrize("kind", JUDGED)
+def test_a_critic_learns_to_tell_and_a_student_hears_the_way(loss: str, kind: str) -> None:
+    """Real images are bright and the student's dark: soon the critic is ahead, and its gradient says "brighter"."""
+    ours = adversary(dataclasses.replace(SETTINGS, loss=loss, judged=kind))
+    times = ours.num_judged
+    assert times == (1 if kind == "last" else 3)
+    for step in range(40):
+        readings = ours.learn(judged(times, 0.5), judged(times, -0.5), step, 0, 1)
+        ours.descent.step()
+    assert float(readings["ahead"]) == 1.0
+    images = judged(times, -0.5).images.requires_grad_(True)
+    fake = dataclasses.replace(judged(times, -0.5), images=images)
+    ours.student_loss(judged(times, 0.5), fake, 0).backward()
+    assert images.grad is not None
+    assert float(images.grad.mean()) < 0.0
+    assert all(weight.grad is None for weight in ours.critic.parameters())
+    assert all(weight.requires_grad for weight in ours.critic.parameters())
+
+
+def test_penalties_are_lazy_and_each_has_its_side() -> None:
+    """R1 alone flattens the critic where the images are real; without either nothing is added."""
+
+    def gradients(step: int, **changes: float) -> torch.Tensor:
+        ours = adversary(dataclasses.replace(SETTINGS, penalty_every=2, **changes))
+        ours.learn(judged(1, 0.5), judged(1, -0.5), step, 0, 1)
+        return torch.cat([weight.grad.flatten() for weight in ours.critic.parameters() if weight.grad is not None])
+
+    none = gradients(0, r1=0.0, r2=0.0)
+    assert torch.equal(none, gradients(1))
+    first, second, both = gradients(0, r2=0.0), gradients(0, r1=0.0), gradients(0)
+    assert not torch.equal(first, none) and not torch.equal(second, none)
+    torch.testing.assert_close(first + second - none, both)
+    torch.testing.assert_close(gradients(0, r1=0.1, r2=0.0) - none, 2 * (first - none))
+
+
+def test_when_critics_learn_and_when_they_are_heard() -> None:
+    ours = adversary()
+    assert [ours.learns(step) for step in (38, 40, 99)] == [False, True, True]
+    assert [round(ours.weight(step), 6) for step in (48, 59, 69, 99)] == [0.0, 0.05, 0.1, 0.1]
+    assert not adversary(dataclasses.replace(SETTINGS, weight=0.0)).learns(99)
+
+
+def test_the_distance_in_the_critics_layers_is_of_pairs() -> None:
+    ours, truth = adversary(), judged(1, 0.5)
+    assert float(ours.feature_distance(truth, truth)) == 0.0
+    near = dataclasses.replace(truth, images=truth.images + 0.01)
+    far = dataclasses.replace(truth, images=truth.images.roll(1, 0))
+    assert 0.0 < float(ours.feature_distance(near, truth)) < float(ours.feature_distance(far, truth))
+
+
+def test_fresh_noise_is_of_the_step_alone() -> None:
+    like = torch.zeros(1, 1, 8, 8)
+    first = adversary().fresh_noise(5, 4, like)
+    assert torch.equal(first, adversary().fresh_noise(5, 4, like))
+    assert not torch.equal(first, adversary().fresh_noise(6, 4, like))
+
+
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+def test_augmentation_changes_each_image_by_itself_and_passes_gradients(kind: str) -> None:
+    images = torch.randn(64, 1, 16, 16).requires_grad_(True)
+    noise = torch.randn(64, 1, 16, 16)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    changed, moved = augment([kind], images, noise, lambda *shape: torch.rand(shape, generator=draws[0]))
+    again, _ = augment([kind], images, noise, lambda *shape: torch.rand(shape, generator=draws[1]))
+    assert torch.equal(changed, again)
+    assert changed.shape == images.shape
+    assert not torch.equal(changed, images)
+    differences = (changed - images).detach().flatten(1).abs().sum(1)
+    assert len(differences.unique()) > 3
+    changed.sum().backward()
+    assert images.grad is not None and bool(images.grad.abs().sum() > 0)
+    assert torch.equal(moved, noise) is (kind in ("brightness", "contrast"))
+
+
+def test_noise_moves_with_its_image() -> None:
+    images = torch.randn(32, 2, 16, 16)
+    changed, moved = augment(["flip", "translate", "cutout"], images, images.clone(), lambda *shape: torch.rand(shape))
+    assert torch.equal(changed, moved)
+    assert not torch.equal(changed, images)
+
+
+def test_flips_and_shifts_are_what_they_say() -> None:
+    images = torch.arange(256.0).reshape(1, 1, 16, 16)
+    always, never = (lambda *shape, value=value: torch.full(shape, value) for value in (0.0, 0.99))
+    assert torch.equal(augment(["flip"], images, images, always)[0], images.flip(-1))
+    assert torch.equal(augment(["flip"], images, images, never)[0], images)
+    up_left = augment(["translate"], images, images, always)[0]
+    assert torch.equal(up_left[..., 2:, 2:], images[..., :-2, :-2])
+    assert torch.equal(up_left[..., 0, 0], images[..., 0, 0])
+    down_right = augment(["translate"], images, images, never)[0]
+    assert torch.equal(down_right[..., :-2, :-2], images[..., 2:, 2:])
