@@ -52,6 +52,8 @@ class StagesConfig:
     learning_rate: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.5, 0.999])
     gradient_penalty: float = 10.0
+    eight_bit: bool = False
+    """Whether states are clipped to [−1, 1] and rounded to 256 values, as the reference's PNG files keep them."""
     weight_clip: float = 0.1
     """Bound on each of the discriminator's weights; 0 doesn't clip."""
 

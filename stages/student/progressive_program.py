@@ -29,6 +29,11 @@ def value_of(values: Sequence[int], stage: int) -> int:
     return values[min(stage, len(values) - 1)]
 
 
+def as_eight_bit(states: Tensor) -> Tensor:
+    """What is left of states in 8-bit image files: 256 values in [−1, 1]."""
+    return ((states.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
+
+
 class ProgressiveProgram:
     """One phase a submodule."""
 
@@ -77,6 +82,8 @@ class ProgressiveProgram:
         """Train the discriminator, then the student."""
         config = self.config.stages
         noise_step, target_step = self.phases[phase].states
+        if config.eight_bit:
+            batch = {at: as_eight_bit(states) for at, states in batch.items()}
         noise = batch[noise_step]
         real = resize(batch[target_step], self._progressive.sizes[phase])
         fake = self.student(noise, phase)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from advkd.cache.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
+from advkd.pipeline.cli.compare import main as compare_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.teacher import main as teacher_command
@@ -34,6 +35,7 @@ COMMANDS = {
     "advkd-train": train_command,
     "advkd-sample": sample_command,
     "advkd-evaluate": evaluate_command,
+    "advkd-compare": compare_command,
 }
 FLAGS = {
     "advkd-cache build": {
@@ -53,6 +55,7 @@ FLAGS = {
     "advkd-evaluate": {
         "--run", "--cache", "--config", "--teacher", "--features", "--inception-weights", "--real", "--full",
     },
+    "advkd-compare": {"--out"},
 }  # fmt: skip
 SMALL = ("--seeds", "0:16", "--block-size", "8", "--batch-size", "8", "--record", "2", "--steps", "4")
 

@@ -1,0 +1,29 @@
+"""`advkd-compare`: evaluated runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from advkd.pipeline.cli.common import example, guarded
+
+
+@click.command(
+    epilog=example("advkd-compare runs/digits runs/digits.old-1 --out comparison"),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", metavar="NAME", type=click.Path(path_type=Path), help="Writes NAME.md and NAME.png as well.")
+@guarded
+def main(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Compare evaluated runs of one cache, each with the one before.
+
+    Differences are paired: all students were scored on the same fresh seeds.
+    """
+    from advkd.stages.evaluate.compare import read_rungs, table_lines, write_ladder
+
+    rungs = read_rungs(runs)
+    click.echo("\n".join(table_lines(rungs)))
+    if out is not None:
+        click.echo("look: " + "  ".join(map(str, write_ladder(rungs, out))))

@@ -1,0 +1,139 @@
+"""Evaluated runs side by side, one after another: what each change was worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from advkd.cache.durable import write_atomically
+from advkd.cache.errors import TrainingError, UsageError
+from advkd.stages.evaluate.frechet import Interval, paired_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One run's scores."""
+
+    name: str
+    distances: list[float]
+    """Fréchet distance to the teacher, one a set of fresh seeds."""
+    held_out_mse: float | None
+    num_parameters: int
+    """Of the deployed student."""
+    macs: float
+    teacher: list[float] | None
+    """The teacher's own distances on the same seeds, where they were measured."""
+    protocol: dict[str, Any]
+    gain: Interval | None = None
+    """Its distances minus those of the rung before."""
+
+    @property
+    def mean(self) -> float:
+        """Mean distance over the sets."""
+        return float(np.mean(self.distances))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the sets."""
+        return float(np.std(self.distances, ddof=1))
+
+
+def read_rungs(runs: Sequence[Path]) -> list[Rung]:
+    """The scores of evaluated runs, each beside the one before.
+
+    Raises:
+        TrainingError: a run was not evaluated.
+        UsageError: they were not evaluated alike, so that comparing them says nothing.
+    """
+    rungs: list[Rung] = []
+    for run in runs:
+        rung = _read(run)
+        if rungs and rung.protocol != rungs[0].protocol:
+            raise UsageError(
+                f"{run} was evaluated otherwise than {runs[0]} ({rung.protocol} against {rungs[0].protocol}): evaluate "
+                "all of them alike"
+            )
+        if rungs:
+            rung = dataclasses.replace(rung, gain=paired_difference(rung.distances, rungs[-1].distances))
+        rungs.append(rung)
+    return rungs
+
+
+def _read(run: Path) -> Rung:
+    path = run / "evaluation" / "scores.json"
+    try:
+        value = json.loads(path.read_bytes())
+        protocol = {key: value["protocol"][key] for key in ("features", "num_sets", "set_size", "num_reference")}
+        protocol["cache"] = value["student"]["cache"]["fingerprint"][:12]
+        cost = value["cost"]["student"]
+        teachers = [scores["frechet"] for name, scores in value["samplers"].items() if name.startswith("teacher")]
+        return Rung(
+            name=run.name,
+            distances=[float(distance) for distance in value["samplers"]["student"]["frechet"]],
+            held_out_mse=value["held_out_mse"],
+            num_parameters=int(cost["deployed_parameters"]),
+            macs=float(cost["macs"]),
+            teacher=teachers[0] if teachers else None,
+            protocol=protocol,
+        )
+    except FileNotFoundError:
+        raise TrainingError(f"{run} was not evaluated (no {path}): `advkd-evaluate --run {run}` comes first") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} is not what advkd-evaluate writes ({type(error).__name__}: {error})") from None
+
+
+def write_ladder(rungs: Sequence[Rung], out: Path) -> list[Path]:
+    """A Markdown table, `out`.md, and a plot, `out`.png; their paths come back."""
+    table, plot = out.with_name(out.name + ".md"), out.with_name(out.name + ".png")
+    write_atomically(table, ["\n".join([*table_lines(rungs), ""]).encode()])
+    _plot(rungs, plot)
+    return [table, plot]
+
+
+def table_lines(rungs: Sequence[Rung]) -> list[str]:
+    """The table as Markdown."""
+    protocol = rungs[0].protocol
+    lines = [
+        f"Fréchet distance to the teacher's cached x_0, mean ± sd over {protocol['num_sets']} sets of "
+        f"{protocol['set_size']:,} fresh seeds; {protocol['features']} features, reference of "
+        f"{protocol['num_reference']:,} seeds.",
+        "",
+        "| run | distance | minus the run before, 95 % | held-out MSE | parameters | M MACs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rung in rungs:
+        gain = f"{rung.gain.mean:+.1f} [{rung.gain.low:+.1f}, {rung.gain.high:+.1f}]" if rung.gain else ""
+        mse = "" if rung.held_out_mse is None else f"{rung.held_out_mse:.4f}"
+        lines.append(
+            f"| {rung.name} | {rung.mean:.1f} ± {rung.deviation:.1f} | {gain} | {mse} | {rung.num_parameters:,} | "
+            f"{rung.macs / 1e6:.1f} |"
+        )
+    if rungs[0].teacher:
+        teacher = rungs[0].teacher
+        lines.append(f"| the teacher itself | {np.mean(teacher):.1f} ± {np.std(teacher, ddof=1):.1f} | | | | |")
+    return lines
+
+
+def _plot(rungs: Sequence[Rung], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 0.45 * len(rungs) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(rungs))
+    means, spreads = [rung.mean for rung in rungs], [rung.deviation for rung in rungs]
+    axes.barh(places, means, xerr=spreads, capsize=3)
+    axes.set_yticks(places, [rung.name for rung in rungs])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="Fréchet distance to the teacher")
+    axes.xaxis.set_major_formatter("{x:g}")
+    if rungs[0].teacher:
+        axes.axvline(float(np.mean(rungs[0].teacher)), color="black", linestyle="--", label="the teacher itself")
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
