@@ -78,8 +78,11 @@ def main(
             should_stop=stop,
         )
     if stop.requested and not trained.complete:
-        click.echo(f"stopped at step {trained.step}, checkpoint saved. To go on: {command_line()}", err=True)
+        if trained.is_first:
+            click.echo(f"stopped at step {trained.step}, checkpoint saved. To go on: {command_line()}", err=True)
         sys.exit(INTERRUPTED)
+    if not trained.is_first:
+        return
     where = f"; look: {trained.preview}" if trained.preview else ""
     click.echo(
         f"{folder}: step {trained.step} of {trained.num_steps}, "

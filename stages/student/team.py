@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
@@ -26,8 +27,10 @@ class Team:
     """
 
     def __init__(self, mixed_precision: str) -> None:
+        # Without being told so, processes on CPUs would each believe to be alone.
+        on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
         try:
-            self.accelerator = Accelerator(mixed_precision=mixed_precision)
+            self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpus)
         except ValueError as error:
             raise UsageError(f"train.mixed_precision: {mixed_precision} doesn't work here ({error})") from None
 

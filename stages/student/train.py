@@ -41,6 +41,8 @@ class Trained:
     num_steps: int
     held_out_mse: float
     preview: Path | None
+    is_first: bool
+    """Whether this process is the one of its team that speaks."""
 
     @property
     def complete(self) -> bool:
@@ -126,6 +128,7 @@ def _trained(trainer: Trainer, student: nn.Module, step: int) -> Trained:
         num_steps=trainer.num_steps,
         held_out_mse=trainer.held_out_mse(student.to(trainer.team.accelerator.device)),
         preview=previews[-1] if previews else None,
+        is_first=trainer.team.is_first,
     )
 
 

@@ -64,7 +64,7 @@ def launch(store: Path, config: TrainConfig, run: Path, steps: int) -> str:
     script.write_text(TRAIN)
     # What `accelerate launch` calls for several processes of one machine; on CPUs too.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     arguments = [str(store), json.dumps(dataclasses.asdict(config)), str(run), str(steps)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,101 @@
+"""docs/training.md and docs/ablation.md: their commands run as they stand there, on small students."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from advkd.stages.student.config import TrainConfig
+from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
+from tests.conftest import ROOT
+from tests.pipeline.clones import ENVIRONMENT, new_clone, repro, run
+from tests.pipeline.readme import shell_blocks
+from tests.stores import write_store
+
+TRAINING = (ROOT / "docs/training.md").read_text()
+ABLATION = (ROOT / "docs/ablation.md").read_text()
+SMALL = """
+teacher: {source: nowhere}
+train:
+  student: {width: 8, depth: 1}
+  steps: 4
+  batch_size: 16
+  log_every: 2
+  preview_every: 2
+  checkpoint_every: 2
+  objective: {adversarial: {width: 4}}
+"""
+
+
+def test_the_commands_that_train(tmp_path: Path) -> None:
+    """Alone, and in four processes that `accelerate launch` starts; one of them speaks."""
+    (tmp_path / "configs").mkdir()
+    for name in ("digits", "cifar10"):
+        (tmp_path / f"configs/{name}.yaml").write_text(f"name: {name}\n{SMALL}")
+    for name in ("digits", "cifar"):
+        write_store(tmp_path / f"cache/{name}.zarr", "0:256")
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    commands = [command for block in shell_blocks(TRAINING) for command in block]
+    assert len(commands) == 2
+    for command, name, processes in zip(commands, ("digits", "cifar"), (1, 4), strict=True):
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count(f"runs/{name}: step 4 of 4") == 1
+        record = json.loads((tmp_path / f"runs/{name}/run.json").read_text())
+        assert record["identity"]["processes"] == processes
+
+
+def test_every_key_that_the_page_names_exists() -> None:
+    known = {**TrainConfig.__dataclass_fields__, **ObjectiveConfig.__dataclass_fields__}
+    table = TRAINING.split("## What teaches the unrolled student")[1].split("## ")[0]
+    keys = re.findall(
+        r"`([a-z0-9_.]+)(?:: \w+)?`", " ".join(row.split("|")[1] for row in table.splitlines() if row[:1] == "|")
+    )
+    inner = [key for key in keys if key in AdversarialConfig.__dataclass_fields__]
+    assert len(keys) > 12 and len(inner) > 5
+    for key in keys:
+        name = key.removeprefix("adversarial.").removeprefix("train.")
+        assert name in known or name in AdversarialConfig.__dataclass_fields__, key
+    for key in re.findall(r"`train\.([a-z_]+)`", TRAINING):
+        assert key in TrainConfig.__dataclass_fields__, key
+
+
+def test_links_are_there() -> None:
+    for text in (TRAINING, ABLATION):
+        assert all((ROOT / "docs" / target).is_file() for target in re.findall(r"\]\((?!http)([^)#]+)\)", text))
+
+
+@pytest.mark.slow
+def test_the_ladder_runs_from_one_command(tmp_path: Path) -> None:
+    """As it stands in the repository, with the smallest students on the smallest teacher."""
+    clone = new_clone(tmp_path / "advkd")
+    smoke = (clone / "configs/smoke.yaml").read_text().replace("smoke", "digits")
+    (clone / "configs/digits.yaml").write_text(smoke)
+    pipeline = (
+        (clone / "dvc.yaml")
+        .read_text()
+        .replace("name: smoke", "name: digits")
+        .replace("config: smoke", "config: digits")
+    )
+    (clone / "dvc.yaml").write_text(pipeline)
+    for path in (clone / "configs/ablation").glob("[0-9]*.yaml"):
+        rung = yaml.safe_load(path.read_text())
+        rung["train"]["student"] |= {"width": 8, "depth": 1, "base_channels": 4, "max_channels": 8}
+        rung["train"] |= {"steps": 4, "batch_size": 16}
+        if "stages" in rung["train"]:
+            rung["train"]["stages"] |= {"epochs": [1], "batch_sizes": [64]}
+        rung["evaluate"] |= {"num_sets": 2, "set_size": 64}
+        path.write_text(yaml.safe_dump(rung))
+    assert repro(clone) == ["teacher", "cache", "train", "evaluate"]
+    (command,) = [line for block in shell_blocks(ABLATION) for line in block]
+    assert command.startswith("dvc repro ")
+    run(clone, *command.split())
+    table = (clone / "runs/ablation/ladder.md").read_text()
+    assert all(f"| {name} | " in table for name in ("0-faithful", "3-average", "6-augmented"))
+    assert (clone / "runs/ablation/ladder.png").is_file()
+    assert run(clone, "git", "status", "--porcelain", "--", "runs") == ""
