@@ -28,6 +28,8 @@ class StudentConfig:
     """unrolled: the trunk works on patches of this many pixels squared."""
     attention: bool = True
     """unrolled: self-attention over the trunk's positions, once a submodule."""
+    shared: bool = False
+    """unrolled: one set of weights for all submodules, but for a scale and a shift in every block."""
     base_channels: int = 16
     """progressive: width of the first submodule."""
     max_channels: int = 128

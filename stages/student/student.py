@@ -48,7 +48,7 @@ def build_student(config: StudentConfig, geometry: Geometry) -> UnrolledStudent 
     """
     if config.kind == "progressive":
         return ProgressiveStudent(geometry, config.base_channels, config.max_channels)
-    return UnrolledStudent(geometry, config.width, config.depth, config.patch, config.attention)
+    return UnrolledStudent(geometry, config.width, config.depth, config.patch, config.attention, config.shared)
 
 
 def save_student(folder: Path, student: nn.Module, config: StudentConfig, geometry: Geometry) -> None:

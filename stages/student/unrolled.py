@@ -10,8 +10,10 @@ The last submodule returns x̂_0. All (α, σ) are in the cache's stored units, 
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -43,20 +45,29 @@ def jump_target(state: Tensor, reached: Tensor, before: Level, after: Level) -> 
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm → SiLU → 3×3 convolution, twice, around a skip; starts as the identity."""
+    """GroupNorm → SiLU → 3×3 convolution, twice, around a skip; starts as the identity.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: channels.
+        num_times: points of the denoising that share the convolutions; each has a scale and a shift of its own then.
+    """
+
+    def __init__(self, width: int, num_times: int = 1) -> None:
         super().__init__()
-        groups = math.gcd(8, width)
-        self.norm_in, self.norm_out = nn.GroupNorm(groups, width), nn.GroupNorm(groups, width)
+        groups, shared = math.gcd(8, width), num_times > 1
+        self.norm_in, self.norm_out = nn.GroupNorm(groups, width), nn.GroupNorm(groups, width, affine=not shared)
         self.conv_in = nn.Conv2d(width, width, 3, padding=1)
         self.conv_out = nn.Conv2d(width, width, 3, padding=1)
+        self.modulation = nn.Parameter(torch.zeros(num_times, 2, width)) if shared else None
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: int = 0) -> Tensor:
         """Shape (N, width, h, w) in and out."""
-        hidden = self.conv_in(F.silu(self.norm_in(x)))
-        return x + self.conv_out(F.silu(self.norm_out(hidden)))  # type: ignore[no-any-return]
+        hidden = self.norm_out(self.conv_in(F.silu(self.norm_in(x))))
+        if self.modulation is not None:
+            scale, shift = self.modulation[time, :, :, None, None]
+            hidden = hidden * (1.0 + scale) + shift
+        return x + self.conv_out(F.silu(hidden))  # type: ignore[no-any-return]
 
 
 class SelfAttention(nn.Module):
@@ -80,25 +91,28 @@ class SelfAttention(nn.Module):
 class Submodule(nn.Module):
     """One small denoiser: (features, state) → (features, x̂_0)."""
 
-    def __init__(self, channels: int, width: int, depth: int, patch: int, attention: bool) -> None:
+    def __init__(self, channels: int, width: int, depth: int, patch: int, attention: bool, num_times: int = 1) -> None:
         super().__init__()
         self.patch = patch
         self.embed = nn.Conv2d(channels * patch**2, width, 3, padding=1)
-        self.blocks = nn.Sequential(*[ResidualBlock(width) for _ in range(depth)])
+        self.blocks = nn.ModuleList(ResidualBlock(width, num_times) for _ in range(depth))
         self.attention = SelfAttention(width) if attention else nn.Identity()
         self.norm = nn.GroupNorm(math.gcd(8, width), width)
         self.read = nn.Conv2d(width, channels * patch**2, 3, padding=1)
 
-    def forward(self, features: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor | None, state: Tensor, time: int = 0) -> tuple[Tensor, Tensor]:
         """States are (N, C, H, W); features (N, width, H / patch, W / patch), None before the first submodule."""
         seen = self.embed(F.pixel_unshuffle(state, self.patch))
-        features = self.attention(self.blocks(seen if features is None else features + seen))
+        features = seen if features is None else features + seen
+        for block in self.blocks:
+            features = block(features, time)
+        features = self.attention(features)
         x0 = F.pixel_shuffle(self.read(F.silu(self.norm(features))), self.patch)
         return features, x0
 
 
 class UnrolledStudent(nn.Module):
-    """One submodule for each recorded state after x_T.
+    """A submodule for each recorded state after x_T.
 
     Args:
         geometry: item shape and noise levels of the cache.
@@ -106,18 +120,27 @@ class UnrolledStudent(nn.Module):
         depth: residual blocks of a submodule.
         patch: side of the pixel patches that the trunk sees as one position.
         attention: whether each submodule attends over positions.
+        shared: whether all submodules have the same weights, but for a scale and a shift in every block.
     """
 
     def __init__(
-        self, geometry: Geometry, width: int = 64, depth: int = 2, patch: int = 2, attention: bool = True
+        self,
+        geometry: Geometry,
+        width: int = 64,
+        depth: int = 2,
+        patch: int = 2,
+        attention: bool = True,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         channels, size, _ = geometry.item_shape
         if size % patch:
             raise TrainingError(f"items of {size} pixels can't be cut into patches of {patch}: choose student.patch")
         self.levels = geometry.levels
+        points = len(geometry.levels) - 1
         self.submodules = nn.ModuleList(
-            Submodule(channels, width, depth, patch, attention) for _ in range(len(geometry.levels) - 1)
+            Submodule(channels, width, depth, patch, attention, num_times=points if shared else 1)
+            for _ in range(1 if shared else points)
         )
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -128,9 +151,9 @@ class UnrolledStudent(nn.Module):
         """Every submodule's x̂_0, and every state after x_T; stored units."""
         features, state = None, noise
         predictions, states = [], []
-        for k, submodule in enumerate(self.submodules, start=1):
-            features, x0 = submodule(features, state)
-            state = jump(state, x0, self.levels[k - 1], self.levels[k])
+        for k, (before, after) in enumerate(itertools.pairwise(self.levels)):
+            features, x0 = self.submodules[k % len(self.submodules)](features, state, k)
+            state = jump(state, x0, before, after)
             predictions.append(x0)
             states.append(state)
         states[-1] = predictions[-1]

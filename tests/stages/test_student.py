@@ -91,7 +91,9 @@ class Truth(nn.Module):
         super().__init__()
         self.x0 = x0
 
-    def forward(self, features: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, features: torch.Tensor | None, state: torch.Tensor, time: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return state, self.x0
 
 
@@ -115,6 +117,26 @@ def test_a_jump_to_its_target_lands() -> None:
     for before, after in (((0.01, 0.99), (0.6, 0.8)), ((0.6, 0.8), (1.0, 0.0))):
         x0 = jump_target(state, reached, before, after)
         torch.testing.assert_close(jump(state, x0, before, after), reached)
+
+
+def test_shared_weights_are_told_the_point_of_the_denoising() -> None:
+    """A fraction of the parameters; each point has a scale and a shift of its own, from which it learns."""
+    torch.manual_seed(0)
+    three = geometry(channels=1, size=8, submodules=3)
+    student, separate = UnrolledStudent(three, 8, 1, shared=True), UnrolledStudent(three, 8, 1)
+    assert student.deployed_parameters() < separate.deployed_parameters() / 2.5
+    noise = torch.randn(2, 1, 8, 8)
+    for weight in student.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    before = student.unroll(noise)[0]
+    modulation = student.submodules[0].blocks[0].modulation
+    with torch.no_grad():
+        modulation[1] += 0.5
+    after = student.unroll(noise)[0]
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1]) and not torch.equal(before[2], after[2])
+    student(noise).square().mean().backward()
+    assert all(bool(part.abs().sum() > 0) for part in modulation.grad)
 
 
 @pytest.mark.parametrize("attention", [True, False])
