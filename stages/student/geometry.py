@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -76,6 +77,7 @@ class Geometry:
         sizes_fit = 1 <= channels <= MAX_CHANNELS and 1 <= height == width <= MAX_SIDE
         levels_fit = 2 <= len(value["levels"]) <= MAX_LEVELS and all(sigma > 0 for _, sigma in value["levels"][:-1])
         noise_fits = value["noise_dtype"] in DTYPES and 0 <= int(value["root_seed"]) < 1 << 63
+        levels_fit = levels_fit and all(math.isfinite(float(number)) for level in value["levels"] for number in level)
         if not (sizes_fit and levels_fit and noise_fits):
             raise ValueError("its shape, noise levels or noise can't be a cache's")
         return cls(

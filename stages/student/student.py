@@ -1,6 +1,7 @@
-"""A student as a thing to keep: built from a configuration, saved and loaded without running anyone's code.
+"""A student's network: built from a configuration, saved and loaded without running anyone's code.
 
-Folder layout: `config.json` (kind, options, geometry) and `model.safetensors`.
+Folder layout: `config.json` (kind, options, geometry) and `model.safetensors`. `advkd.stages.student.hub` adds where it
+comes from, and the Hub.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy.typing as npt
 import torch
@@ -27,20 +28,15 @@ from advkd.stages.student.unrolled import UnrolledStudent
 FORMAT = 1
 
 
-class Student(Protocol):
-    """What every student offers besides being a module."""
+MAX_BLOCKS = 4096
+"""Residual blocks in all that a loaded configuration may ask for: it is believed before the weights are read."""
 
-    def __call__(self, noise: Tensor) -> Tensor:
-        """x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]."""
-
-    def heads(self, noise: Tensor) -> list[Tensor]:
-        """One prediction per recorded state after x_T."""
-
-    def deployed_parameters(self) -> int:
-        """Parameters that a sample needs."""
+StudentNetwork = UnrolledStudent | ProgressiveStudent
+"""`network(noise)`: x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]; `network.heads(noise)`: one
+prediction per recorded state after x_T."""
 
 
-def build_student(config: StudentConfig, geometry: Geometry) -> UnrolledStudent | ProgressiveStudent:
+def build_student(config: StudentConfig, geometry: Geometry) -> StudentNetwork:
     """A student with fresh weights.
 
     Raises:
@@ -58,8 +54,18 @@ def save_student(folder: Path, student: nn.Module, config: StudentConfig, geomet
     write_json(folder / "config.json", {"format": FORMAT, "student": asdict(config), "geometry": geometry.to_json()})
 
 
-def load_student(folder: Path) -> tuple[UnrolledStudent | ProgressiveStudent, Geometry]:
+def load_student(folder: Path) -> tuple[StudentNetwork, Geometry]:
     """Load what `save_student` wrote, ready to evaluate.
+
+    Raises:
+        TrainingError: it is not there, or not a student.
+    """
+    network, _, geometry = read_student(folder)
+    return network, geometry
+
+
+def read_student(folder: Path) -> tuple[StudentNetwork, StudentConfig, Geometry]:
+    """Load what `save_student` wrote, with its configuration; float32, ready to evaluate.
 
     Raises:
         TrainingError: it is not there, or not a student.
@@ -68,11 +74,15 @@ def load_student(folder: Path) -> tuple[UnrolledStudent | ProgressiveStudent, Ge
         raise TrainingError(f"no student in {folder}: train one with `advkd-train --cache STORE`")
     try:
         value: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-        geometry = Geometry.from_json(value["geometry"])
+        if value["format"] != FORMAT:
+            raise ValueError(f"format {str(value['format'])[:20]}, this advkd reads {FORMAT}")
+        config, geometry = StudentConfig(**value["student"]), Geometry.from_json(value["geometry"])
+        if config.depth * (len(geometry.levels) - 1) > MAX_BLOCKS:
+            raise ValueError(f"more than {MAX_BLOCKS} residual blocks")
         # Without storage until the weights are there: a configuration from someone else can't claim memory.
         with torch.device("meta"):
-            student = build_student(StudentConfig(**value["student"]), geometry)
-        student.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+            network = build_student(config, geometry)
+        network.load_state_dict(_fitting(load_file(folder / "model.safetensors"), network), assign=True)
     except (
         OSError,
         ValueError,
@@ -85,7 +95,19 @@ def load_student(folder: Path) -> tuple[UnrolledStudent | ProgressiveStudent, Ge
         AdvkdError,
     ) as error:
         raise TrainingError(f"{folder} holds no student that this advkd can load ({error})") from None
-    return student.eval().requires_grad_(False), geometry
+    return network.eval().requires_grad_(False), config, geometry
+
+
+def _fitting(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights in the types that the network was trained in, wherever they were stored in shorter floats."""
+    kept = {}
+    expected = network.state_dict()
+    for name, tensor in weights.items():
+        wanted = expected[name].dtype if name in expected else tensor.dtype
+        if tensor.is_floating_point() != wanted.is_floating_point or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"weights {name!r} are {tensor.dtype}, or not finite; expected {wanted}")
+        kept[name] = tensor.to(wanted)
+    return kept
 
 
 def noise_of(geometry: Geometry, seeds: npt.ArrayLike) -> Tensor:

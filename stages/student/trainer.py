@@ -21,6 +21,7 @@ from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.data import TrajectoryBatches, make_loader, read_float
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.metrics import MetricsLog, forget_metrics_after
+from advkd.stages.student.origin import describe, write_provenance
 from advkd.stages.student.programs import Program, mean_metrics
 from advkd.stages.student.run import Run, SeedSplit
 from advkd.stages.student.student import generate, save_student
@@ -72,6 +73,7 @@ class Trainer:
         self.reporter = reporter
         self.identity = identity
         self.identity_digest = identity_digest
+        self.provenance = describe(cache, identity, split)
         self.average = ExponentialMovingAverage(program.student, config.ema, config.ema_width)
         self.step = 0
         self.phase = 0
@@ -174,7 +176,7 @@ class Trainer:
             log.log(self.step, {"held_out/mse": mse})
             if mse < self.best and self.phase == len(self.program.phases) - 1:
                 self.best = mse
-                save_student(self.run.best, self.average.model, self.config.student, self.geometry)
+                self._keep(self.run.best)
         self._preview()
 
     def held_out_mse(self, student: nn.Module) -> float:
@@ -205,7 +207,11 @@ class Trainer:
         best = self.best if math.isfinite(self.best) else None
         scalars = {"step": self.step, "identity": self.identity_digest, "best": best}
         save_checkpoint(self.run.checkpoint, self._modules(), self.program.optimizers(), scalars)
-        save_student(self.run.student, self.average.model, self.config.student, self.geometry)
+        self._keep(self.run.student)
+
+    def _keep(self, folder: Path) -> None:
+        save_student(folder, self.average.model, self.config.student, self.geometry)
+        write_provenance(folder, {**self.provenance, "step": self.step})
 
     def _diverged(self, what: str) -> NoReturn:
         good = self.run.checkpoint if self.run.checkpoint.is_file() else "none yet"

@@ -6,8 +6,10 @@ from __future__ import annotations
 import functools
 import json
 import urllib.parse
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -105,3 +107,90 @@ def hub(folder: Path) -> Iterator[str]:
     """The endpoint of a Hub with one repository, whose files are those of a folder."""
     with serving(type("Handler", (HubHandler,), {"folder": folder})) as address:
         yield address
+
+
+class ModelHubHandler(BaseHTTPRequestHandler):
+    """Model repositories, each a folder: made, committed to, listed and read. Nobody may write to `refused/`."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    address: str
+    commits: list[dict[str, object]]
+
+    _send = HubHandler._send
+    _json = HubHandler._json
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def do_POST(self) -> None:
+        path, body = urllib.parse.unquote(self.path).split("?")[0], self._body()
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if self.headers.get("Authorization") != "Bearer hf_secret" or b"refused" in body:
+            return self._send(403, b'{"error": "you may not"}')
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            return self._json({"url": f"{self.address}/{name}"})
+        name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+        if path.endswith("/preupload/main"):
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return self._json({"files": [{**file, "shouldIgnore": False} for file in files]})
+        if path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    self.commits.append(line["value"])
+                else:
+                    (self.folder / name / line["value"]["path"]).write_bytes(b64decode(line["value"]["content"]))
+            url = f"{self.address}/{name}/commit/{COMMIT}"
+            return self._json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+        return self._send(404, b'{"error": "no such page"}')
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path).split("?")[0]
+        name = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
+        _, _, resolved = path.partition("/resolve/")
+        repository, file = self.folder / name, self.folder / name / resolved.partition("/")[2]
+        if not repository.is_dir():
+            return self._send(404, b'{"error": "Repository not found"}', X_Error_Code="RepoNotFound")
+        if path.startswith("/api/models/") and "/tree/" in path:
+            entries = [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": COMMIT} for p in listed(repository)
+            ]
+            return self._json(entries)
+        if path.startswith("/api/models/"):
+            siblings = [{"rfilename": child.name} for child in listed(repository)]
+            return self._json(
+                {"_id": "1", "id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+            )
+        if resolved and file.is_file():
+            data = file.read_bytes()
+            return self._send(200, data, ETag=f'"{sha256(data).hexdigest()}"', X_Repo_Commit=COMMIT)
+        return self._send(404, b'{"error": "Entry not found"}', X_Error_Code="EntryNotFound")
+
+    do_HEAD = do_GET  # noqa: N815 – the library's name
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+@contextmanager
+def model_hub(folder: Path) -> Iterator[tuple[str, list[dict[str, object]]]]:
+    """The endpoint of a Hub whose model repositories are folders, and the headers of its commits."""
+    handler = type("Handler", (ModelHubHandler,), {"folder": folder, "commits": []})
+    with serving(handler) as address:
+        handler.address = address
+        yield address, handler.commits

@@ -1,0 +1,176 @@
+"""A student's model card, written from what its run recorded; says of everything unknown that it is not recorded.
+
+What a card quotes may come from someone else's folder: text is cut to one plain line, numbers must be numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from advkd.stages.student.hub import Student
+
+PAPER = "https://arxiv.org/abs/2405.20675"
+MAX_ROWS = 40
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]{1,39}")
+_MARKUP = re.compile(r"[\\`*_|<>\[\]#]")
+
+
+def model_card(student: Student, name: str) -> str:
+    """The card as Markdown with the Hub's metadata in front.
+
+    Args:
+        student: what it describes.
+        name: of the repository or folder.
+    """
+    known = student.provenance
+    parts = [
+        f"---\n{yaml.safe_dump(_metadata(known), sort_keys=False)}---",
+        f"# {_plain(name.split('/')[-1])}",
+        _summary(student),
+        _use(student, name),
+        _scores(_mapping(known.get("scores"))),
+        _provenance(student),
+        "## Limits\n\nIt makes what its teacher makes, faults and biases included, and nothing else; it was trained on "
+        "its teacher's samples alone, never on the teacher's data. Whether the teacher's licence asks something of "
+        "those who use its samples, and so this student, stands in that licence.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(known: dict[str, Any]) -> dict[str, Any]:
+    teacher = _mapping(known.get("teacher"))
+    value: dict[str, Any] = {
+        "library_name": "advkd",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["advkd", "diffusion-distillation", "one-step"],
+    }
+    license_id = str(teacher.get("license", "")).lower()
+    if _LICENSE_ID.fullmatch(license_id):
+        value["license"] = license_id
+    if teacher.get("commit") and _HUB_ID.fullmatch(str(teacher.get("source"))):
+        value["base_model"] = str(teacher["source"])
+    return value
+
+
+def _summary(student: Student) -> str:
+    channels, height, width = student.geometry.item_shape
+    steps = student.geometry.steps[-1]
+    colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
+    return (
+        f"A one-pass student of a diffusion model: **one** network evaluation makes a {height}×{width} {colours} image "
+        f"where its teacher's sampler took {steps} steps. Kind `{student.config.kind}`, "
+        f"{student.deployed_parameters():,} parameters, {len(student.geometry.levels) - 1} submodules, one for each "
+        f"recorded state of the teacher's trajectories; trained with advkd after [Adv-KD]({PAPER})."
+    )
+
+
+def _use(student: Student, name: str) -> str:
+    channels, height, width = student.geometry.item_shape
+    return (
+        "## Use\n\n```python\nfrom advkd.stages.student.pipeline import StudentPipeline\n\n"
+        f'pipe = StudentPipeline.from_pretrained("{_quoted(name)}")\n'
+        "images = pipe(batch_size=4).images  # PIL images; takes a DDPMPipeline's arguments\n"
+        "same = pipe(seeds=[0, 1, 2, 3]).images  # from the noise that the teacher had for these seeds\n```\n\n"
+        "Or as a network:\n\n```python\nfrom advkd.stages.student.hub import Student\n\n"
+        f'student = Student.from_pretrained("{_quoted(name)}")\n'
+        f"x_0 = student(student.noise([0, 1]))  # (2, {channels}, {height}, {width}), about [-1, 1]\n```\n\n"
+        "Loading runs no code: the architecture is named in config.json, the weights are safetensors."
+    )
+
+
+def _provenance(student: Student) -> str:
+    known, teacher = student.provenance, _mapping(student.provenance.get("teacher"))
+    cache, seeds = _mapping(known.get("cache")), _mapping(known.get("seeds"))
+    sampler, versions = _mapping(known.get("sampler")), _mapping(known.get("versions"))
+    commit = f", commit {_plain(teacher['commit'])}" if teacher.get("commit") else ""
+    rows = {
+        "teacher": f"{_plain(teacher.get('source', ''))}{commit}",
+        "teacher's licence": _plain(teacher.get("license", "")),
+        "teacher's weights, SHA-256": _code(teacher.get("tensors_sha256")),
+        "sampler": f"{_plain(sampler['name'])}, {_plain(sampler.get('steps'))} steps" if sampler.get("name") else "",
+        "cache's fingerprint": _code(cache.get("fingerprint")),
+        "digest of the blocks used": _code(cache.get("digest")),
+        "seeds": _seeds(seeds, cache),
+        "noise": f"root seed {student.geometry.root_seed}, {student.geometry.noise_dtype}",
+        "training steps": _plain(known.get("step", "")),
+        "training's own seed": _plain(_mapping(known.get("config")).get("seed", "")),
+        "versions": ", ".join(f"{_plain(package)} {_plain(number)}" for package, number in sorted(versions.items())),
+    }
+    lines = [f"| {label} | {value or 'not recorded'} |" for label, value in rows.items()]
+    return (
+        "## Where it comes from\n\n| | |\n|---|---|\n"
+        + "\n".join(lines)
+        + ("\n\nThe resolved configuration stands in `provenance.json`." if known.get("config") else "")
+    )
+
+
+def _seeds(seeds: dict[str, Any], cache: dict[str, Any]) -> str:
+    if {"first", "last", "num_training", "num_held_out"} <= seeds.keys():
+        return (
+            f"{_plain(seeds['first'])} to {_plain(seeds['last'])}: {_plain(seeds['num_training'])} to train on, "
+            f"{_plain(seeds['num_held_out'])} held out"
+        )
+    blocks = cache.get("blocks")
+    return f"blocks {_plain(blocks[0])}:{_plain(blocks[-1])}" if isinstance(blocks, list) and blocks else ""
+
+
+def _scores(scores: dict[str, Any]) -> str:
+    rows = [(str(name), _mapping(row)) for name, row in _mapping(scores.get("samplers")).items()][:MAX_ROWS]
+    if not rows:
+        return ""
+    rows.sort(key=lambda item: (item[0] != "student", not item[0].startswith("teacher")))
+    protocol = _mapping(scores.get("protocol"))
+    lines = [
+        f"| {_plain(name)} | {_plain(row.get('evaluations'))} | {_measured(row)} | {_interval(row)} |"
+        for name, row in rows
+    ]
+    held_out = _number(scores.get("held_out_mse"), ".4f")
+    return (
+        "## Scores\n\nFréchet distance to the teacher's own samples, mean ± standard deviation over "
+        f"{_plain(protocol.get('num_sets'))} sets of {_plain(protocol.get('set_size'))} fresh seeds, against "
+        f"{_plain(protocol.get('num_reference'))} reference seeds, {_plain(protocol.get('features'))} features; every "
+        "sampler from the same noise.\n\n| sampler | network evaluations | Fréchet distance | student minus this, "
+        "95 % |\n|---|---|---|---|\n"
+        + "\n".join(lines)
+        + (f"\n\nMean squared error to the teacher's images on held-out seeds: {held_out}." if held_out else "")
+    )
+
+
+def _measured(row: dict[str, Any]) -> str:
+    mean, deviation = _number(row.get("frechet_mean"), ".1f"), _number(row.get("frechet_sd"), ".1f")
+    return f"{mean} ± {deviation}" if mean and deviation else mean or "not measured"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    difference = _mapping(row.get("student_minus_this"))
+    mean, low, high = (_number(difference.get(key), "+.1f") for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]" if mean and low and high else ""
+
+
+def _number(value: object, form: str) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return format(value, form) if is_number and math.isfinite(value) else ""  # type: ignore[arg-type]
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _plain(text: object) -> str:
+    """One short line without markup or control characters."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text)[:200])
+    return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(line.split()))
+
+
+def _code(text: object) -> str:
+    return f"`{text}`" if isinstance(text, str) and re.fullmatch(r"[0-9a-f]{8,128}", text) else ""
+
+
+def _quoted(name: str) -> str:
+    return "".join(letter for letter in name if letter.isprintable() and letter not in '"\\')

@@ -1,0 +1,203 @@
+"""A student where a diffusers `DDPMPipeline` was: the same call, the same result, one network evaluation.
+
+    pipe = StudentPipeline.from_pretrained("runs/digits")        # a folder, a run, a Hub id, or a .onnx of advkd-export
+    images = pipe(batch_size=4, generator=torch.manual_seed(0)).images
+
+Needs no diffusers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from advkd.cache.errors import UsageError
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.hub import Student
+from advkd.stages.student.student import noise_of
+
+OutputType = Literal["pil", "np", "pt"]
+Images = list[Image.Image] | npt.NDArray[np.float32] | Tensor
+Generators = torch.Generator | list[torch.Generator] | None
+MAX_BATCH = 256
+
+
+class OnePass(Protocol):
+    """What a pipeline samples from: a `Student`, or an exported one."""
+
+    geometry: Geometry
+
+    def __call__(self, noise: Tensor) -> Tensor:
+        """x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]."""
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call returns; diffusers' `ImagePipelineOutput` to those who use one."""
+
+    images: Images
+    """PIL images; or float32 in [0, 1], an array (N, H, W, C) or a tensor (N, C, H, W)."""
+
+    def __getitem__(self, key: str | int) -> Images:
+        """`output["images"]` and `output[0]`, as diffusers has them."""
+        if key in ("images", 0):
+            return self.images
+        raise KeyError(key) if isinstance(key, str) else IndexError(key)
+
+
+class StudentPipeline:
+    """Noise in, images out.
+
+    Args:
+        student: a `Student`, or anything that maps noise to images and has a `geometry`.
+    """
+
+    def __init__(self, student: OnePass) -> None:
+        self.student = student
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a student.
+
+        Args:
+            pretrained_model_name_or_path: a student's folder, a run's folder, the id of a Hub repository, or a file
+                that `advkd-export` made.
+            torch_dtype: of the weights; float32 if not given.
+            options: for the Hub, as `Student.from_pretrained` has them.
+
+        Raises:
+            TrainingError: it is not there, or no student.
+        """
+        if str(pretrained_model_name_or_path).endswith(".onnx"):
+            from advkd.stages.student.onnx_student import OnnxStudent
+
+            return cls(OnnxStudent(Path(pretrained_model_name_or_path)))
+        student = Student.from_pretrained(pretrained_model_name_or_path, **options)
+        return cls(student.to(torch_dtype) if torch_dtype else student)
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """Move to a device or another dtype, as `nn.Module.to` does; an exported student stays on the CPU."""
+        if isinstance(self.student, nn.Module):
+            self.student.to(*arguments, **options)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return self._parameter.dtype
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameters = self.student.parameters() if isinstance(self.student, nn.Module) else iter(())
+        return next(parameters, torch.empty(0))
+
+    def set_progress_bar_config(self, **_: Any) -> None:
+        """For programs that call it: there is no progress to show."""
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As `Student.save_pretrained`."""
+        self._whole().save_pretrained(save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """As `Student.push_to_hub`."""
+        return self._whole().push_to_hub(repo_id, **options)
+
+    def _whole(self) -> Student:
+        if not isinstance(self.student, Student):
+            raise UsageError("an exported student can't be saved again: take the folder that it was exported from")
+        return self.student
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> PipelineOutput | tuple[Images]:
+        """Make images.
+
+        Args:
+            batch_size: how many; with `seeds`, as many as these.
+            generator: draws the noise, as in diffusers: one, or one for each image.
+            num_inference_steps: accepted and not needed: it is always one.
+            output_type: "pil", "np" or "pt".
+            return_dict: False returns a tuple of the images alone.
+            seeds: start from the noise that the teacher had for these seeds of the cache, instead of `generator`.
+
+        Raises:
+            UsageError: the request contradicts itself.
+        """
+        if num_inference_steps != 1:
+            warnings.warn(f"num_inference_steps={num_inference_steps}: a student takes one", stacklevel=3)
+        if output_type not in ("pil", "np", "pt"):
+            raise UsageError(f"output_type {output_type!r}: expected 'pil', 'np' or 'pt'")
+        noise = self._noise(batch_size, generator, seeds)
+        made = torch.cat([self._pass(part) for part in torch.split(noise, MAX_BATCH)])
+        images = to_output(made, cast("OutputType", output_type))
+        return PipelineOutput(images) if return_dict else (images,)
+
+    def _pass(self, noise: Tensor) -> Tensor:
+        return self.student(noise.to(device=self.device, dtype=self.dtype)).float()
+
+    def _noise(self, batch_size: int, generator: Generators, seeds: Sequence[int] | None) -> Tensor:
+        shape = self.student.geometry.item_shape
+        if seeds is not None:
+            if generator is not None or batch_size not in (1, len(seeds)):
+                raise UsageError(f"{len(seeds)} seeds, batch_size {batch_size}: give seeds alone, or no seeds")
+            if not seeds or not all(0 <= int(seed) < 1 << 63 for seed in seeds):
+                raise UsageError("seeds: expected one or more whole numbers from 0 to 2^63 − 1")
+            return noise_of(self.student.geometry, list(seeds))
+        if batch_size < 1:
+            raise UsageError(f"batch_size {batch_size} is not positive")
+        if not isinstance(generator, list):
+            return _draw((batch_size, *shape), generator)
+        if len(generator) != batch_size:
+            raise UsageError(f"{len(generator)} generators for batch_size {batch_size}: one, or one for each image")
+        return torch.cat([_draw((1, *shape), one) for one in generator])
+
+
+def _draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Unit normal noise on the generator's own device, so that it is the same wherever the student is."""
+    return torch.randn(shape, generator=generator, device=generator.device if generator else "cpu")
+
+
+def to_output(images: Tensor, output_type: OutputType) -> Images:
+    """x_0 (N, C, H, W), about [−1, 1], as diffusers gives images: clipped, [0, 1], channels last but for tensors.
+
+    Raises:
+        UsageError: PIL has no images of so many channels.
+    """
+    unit = (images / 2.0 + 0.5).clamp(0.0, 1.0)
+    if output_type == "pt":
+        return unit
+    array: npt.NDArray[np.float32] = unit.cpu().permute(0, 2, 3, 1).numpy()
+    if output_type == "np":
+        return array
+    if array.shape[-1] not in (1, 3, 4):
+        raise UsageError(f"images of {array.shape[-1]} channels are no PIL images: give output_type 'np' or 'pt'")
+    pixels = (array * 255.0).round().astype(np.uint8)
+    return [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pixels]
