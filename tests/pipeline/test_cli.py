@@ -16,6 +16,7 @@ from advkd.cache.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
 from advkd.pipeline.cli.compare import main as compare_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
+from advkd.pipeline.cli.export import main as export_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.teacher import main as teacher_command
 from advkd.pipeline.cli.train import main as train_command
@@ -36,6 +37,7 @@ COMMANDS = {
     "advkd-sample": sample_command,
     "advkd-evaluate": evaluate_command,
     "advkd-compare": compare_command,
+    "advkd-export": export_command,
 }
 FLAGS = {
     "advkd-cache build": {
@@ -56,6 +58,9 @@ FLAGS = {
         "--run", "--cache", "--config", "--teacher", "--features", "--inception-weights", "--real", "--full",
     },
     "advkd-compare": {"--out"},
+    "advkd-export": {
+        "--onnx", "--int8", "--max-error", "--cache", "--features", "--time", "--folder", "--push",
+    },
 }  # fmt: skip
 SMALL = ("--seeds", "0:16", "--block-size", "8", "--batch-size", "8", "--record", "2", "--steps", "4")
 

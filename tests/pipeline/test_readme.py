@@ -22,7 +22,7 @@ from advkd.pipeline.config import load_experiment, to_plain
 from advkd.stages.evaluate import config as evaluate_config
 from advkd.stages.student import config as student_config
 from tests.conftest import ROOT, Invoke, save_random_inception
-from tests.pipeline.readme import TEXT, readme_commands
+from tests.pipeline.readme import TEXT, below, python_blocks, readme_commands
 from tests.stores import write_store
 
 COMMANDS = {
@@ -35,7 +35,7 @@ COMMANDS = {
 
 def test_no_command_is_forgotten() -> None:
     """All shell blocks stand below the headings that these tests run."""
-    headings = ("Two commands", "With your own teacher", "Looking after a cache", "Sharing a cache")
+    headings = ("Two commands", "With your own teacher", "Use the student", "Looking after a cache", "Sharing a cache")
     assert TEXT.count("```sh") == sum(len(readme_commands(heading)) for heading in headings)
 
 
@@ -107,7 +107,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """With a store whose states stand where the example looks."""
     monkeypatch.chdir(tmp_path)
     write_store(tmp_path / "cache/digits.zarr", "0:64")
-    (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    (example,) = python_blocks(below(TEXT, "How it fits together"))
     names: dict[str, object] = {}
     exec(example.replace("rows(50,", "rows(4,").replace("[0, 50]", "[0, 4]"), names)
     assert isinstance(names["cache"], TrajectoryCache)

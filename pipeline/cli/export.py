@@ -1,0 +1,135 @@
+"""`advkd-export`: a student to use elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from advkd.pipeline.cli.common import example, guarded
+
+if TYPE_CHECKING:
+    from advkd.stages.evaluate.deployed import Form, FormScore
+    from advkd.stages.student.export import Deviation
+    from advkd.stages.student.hub import Student
+
+PYTORCH = "PyTorch"
+
+
+@click.command(
+    epilog=example("advkd-export runs/digits --onnx digits.onnx --int8"),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("source", metavar="RUN")
+@click.option("--onnx", metavar="FILE", type=click.Path(path_type=Path), help="Write it as ONNX, checked.")
+@click.option("--int8", is_flag=True, help="With int8 convolutions too: FILE.onnx → FILE.int8.onnx.")
+@click.option("--max-error", type=click.FloatRange(min=0.0), default=1e-3, show_default=True, help="Bound on --onnx.")
+@click.option("--cache", "store", metavar="STORE", help="Score what was exported, against this cache.")
+@click.option("--features", metavar="NAME|FOLDER", help="What to score with, as advkd-evaluate has it.")
+@click.option("--time", "timed", is_flag=True, help="Time what was exported, beside PyTorch.")
+@click.option("--folder", metavar="FOLDER", type=click.Path(path_type=Path), help="Save it here, with a model card.")
+@click.option("--push", metavar="REPO", help="Publish it as this repository of the Hub, with a model card.")
+@guarded
+def main(
+    source: str,
+    onnx: Path | None,
+    int8: bool,
+    max_error: float,
+    store: str | None,
+    features: str | None,
+    timed: bool,
+    folder: Path | None,
+    push: str | None,
+) -> None:
+    """Take a student elsewhere: as ONNX, as a folder, to the Hub.
+
+    RUN is a run's folder, a student's, or the id of a Hub repository. ONNX files are checked against PyTorch on real
+    noise, and are not written if they deviate by more than --max-error; the deviation of int8 is printed, and scored
+    with --cache and --features.
+    """
+    from advkd.cache.errors import UsageError
+
+    if not (onnx or folder or push):
+        raise UsageError("nothing to do: give --onnx FILE, --folder FOLDER or --push REPO")
+    if not onnx and (int8 or store or features or timed):
+        raise UsageError("--int8, --cache, --features and --time are about --onnx FILE, which is missing")
+    if onnx and onnx.suffix != ".onnx":
+        raise UsageError(f"--onnx {onnx}: expected a name that ends in .onnx")
+    if bool(store) != bool(features):
+        raise UsageError("a score needs both --cache STORE and --features NAME|FOLDER")
+    if onnx:
+        from advkd.stages.student.export import check_packages
+
+        check_packages()
+    from advkd.stages.student.hub import Student
+
+    student = Student.from_pretrained(source)
+    if folder:
+        student.save_pretrained(folder)
+        click.echo(f"{folder}: weights, configuration, model card")
+    if onnx:
+        forms = _export(student, onnx, int8, max_error)
+        if store and features:
+            _score(forms, student, store, features)
+        if timed:
+            _time(forms, student)
+    if push:
+        click.echo(student.push_to_hub(push))
+
+
+def _export(student: Student, path: Path, int8: bool, max_error: float) -> dict[str, Form]:
+    from advkd.stages.student.export import export_int8, export_onnx
+    from advkd.stages.student.onnx_student import OnnxStudent
+
+    _say(path, "float32", export_onnx(student, path, max_error=max_error))
+    forms: dict[str, Form] = {PYTORCH: student, "ONNX": OnnxStudent(path)}
+    if int8:
+        smaller = path.with_suffix(".int8.onnx")
+        _say(smaller, "int8 convolutions", export_int8(student, path, smaller))
+        forms["ONNX int8"] = OnnxStudent(smaller)
+    return forms
+
+
+def _say(path: Path, form: str, deviation: Deviation) -> None:
+    from advkd.stages.student.export import NUM_CHECKED
+
+    click.echo(
+        f"{path}: {form}, {path.stat().st_size / 1e6:.2f} MB; deviation from PyTorch on {NUM_CHECKED} seeds: largest "
+        f"{deviation.largest:.2g}, root mean square {deviation.rms:.2g}"
+    )
+
+
+def _score(forms: dict[str, Form], student: Student, store: str, features: str) -> None:
+    from advkd.cache.reader import TrajectoryCache
+    from advkd.pipeline.progress import TerminalReporter
+    from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_SET_SIZE, EvaluateConfig
+    from advkd.stages.evaluate.deployed import score_forms
+
+    cache = TrajectoryCache.open(store)
+    config = EvaluateConfig(features=features, num_sets=FULL_NUM_SETS, set_size=FULL_SET_SIZE)
+    with TerminalReporter() as reporter:
+        scores = score_forms(forms, student, cache, config, reporter)
+    click.echo(
+        f"Fréchet distance to the teacher's cached x_0, mean ± sd over {config.num_sets} sets of {config.set_size} "
+        f"fresh seeds (reference {len(cache.seeds())} seeds):"
+    )
+    for score in scores:
+        click.echo(f"  {score.name:<10}{score.mean:.2f} ± {score.deviation:.2f}{_difference(score)}")
+
+
+def _difference(score: FormScore) -> str:
+    if score.difference is None:
+        return ""
+    interval = score.difference
+    verdict = "not distinguishable" if not interval.excludes_zero else "ahead" if interval.mean < 0 else "behind"
+    return f"   minus PyTorch {interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}], 95 %: {verdict}"
+
+
+def _time(forms: dict[str, Form], student: Student) -> None:
+    from advkd.stages.evaluate.deployed import time_forms
+
+    click.echo("median latency on this machine's CPU:")
+    for batch, seconds in time_forms(forms, student).items():
+        parts = [f"{name} {taken * 1e3:.2f} ms ({seconds[PYTORCH] / taken:.2f}×)" for name, taken in seconds.items()]
+        click.echo(f"  batch {batch:<4}" + ", ".join(parts))
