@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from advkd.pipeline.cli.common import CONFIG_OPTION, example, guarded
-
-if TYPE_CHECKING:
-    from advkd.stages.evaluate.evaluate import Evaluation
 
 
 @click.command(
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--teacher", metavar="PATH_OR_HUB_ID", help="The cache's teacher; where the cache says if not given.")
 @click.option("--features", metavar="NAME|FOLDER", help="`inception`, or the folder of a small classifier.")
 @click.option("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where they can't be fetched.")
-@click.option("--real", metavar="NAME|FOLDER", help="Real images to compare with: `digits`, or a folder.")
+@click.option("--real", metavar="NAME|FOLDER", help="Real images to compare with: `digits`, `mnist`, or a folder.")
 @click.option("--full", is_flag=True, help="The whole protocol: five sets of 2,048 seeds, reference of 8,192.")
 @guarded
 def main(
@@ -43,6 +40,7 @@ def main(
     """
     from advkd.cache.reader import TrajectoryCache
     from advkd.cache.summary import origin_of
+    from advkd.pipeline.cli.evaluate_tables import print_evaluation
     from advkd.pipeline.config import load_experiment
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.evaluate.config import EvaluateConfig
@@ -70,47 +68,5 @@ def main(
             reporter=reporter,
         )
     pictures = write_report(run / "evaluation", evaluation, cache)
-    _print(evaluation)
+    print_evaluation(evaluation)
     click.echo("look: " + "  ".join(map(str, pictures)))
-
-
-def _print(evaluation: Evaluation) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    form = "the whole protocol" if evaluation.full else "a short form of the protocol, see --full"
-    table = Table(
-        title=f"Fréchet distance to the teacher's cached x_0, mean ± sd over {evaluation.num_sets} sets of "
-        f"{evaluation.set_size} fresh seeds\n({form}; reference {evaluation.num_reference} seeds; "
-        f"{evaluation.features} features)",
-        title_justify="left",
-    )
-    for name in ("sampler", "evaluations", "to teacher", "to real", "student minus this, 95 %", "student is"):
-        table.add_column(name, justify="left" if name in ("sampler", "student is") else "right")
-    for row in evaluation.rows:
-        difference, verdict = "", ""
-        if row.difference:
-            difference = f"{row.difference.mean:+.1f} [{row.difference.low:+.1f}, {row.difference.high:+.1f}]"
-            verdict = "not distinguishable"
-            if row.difference.excludes_zero:
-                verdict = "ahead" if row.difference.mean < 0 else "behind"
-        measured = f"{row.mean:.1f} ± {row.deviation or 0.0:.1f}" if row.mean is not None else "not measured"
-        real = f"{row.to_real:.1f}" if row.to_real is not None else "–"
-        table.add_row(row.name, str(row.evaluations), measured, real, difference, verdict)
-    Console(highlight=False, width=None if Console().is_terminal else 120).print(table)
-    student, teacher = evaluation.student, evaluation.teacher
-    click.echo(
-        f"student: {student.num_parameters:,} parameters ({evaluation.deployed_parameters:,} deployed), "
-        f"{student.macs / 1e6:.1f} M multiply-accumulates, "
-        + ", ".join(f"{seconds * 1e3:.1f} ms at batch {batch}" for batch, seconds in student.latency.items())
-        + f" ({evaluation.device})"
-    )
-    if teacher:
-        ratios = ", ".join(f"{evaluation.latency_ratio(batch):.2f} at batch {batch}" for batch in student.latency)
-        click.echo(
-            f"one evaluation of the teacher: {teacher.num_parameters:,} parameters, "
-            f"{teacher.macs / 1e6:.1f} M multiply-accumulates; latency of the student's pass in them: {ratios}"
-        )
-    else:
-        click.echo(f"teacher: not measured ({evaluation.without_teacher})")
-    click.echo(f"mean squared error to the teacher's x_0 on held-out seeds: {evaluation.held_out_mse:.4f}")

@@ -7,10 +7,26 @@ from dataclasses import dataclass, field
 from advkd.cache.errors import ConfigError
 
 INCEPTION = "inception"
+FEATURES = "features"
+LPIPS = "lpips"
 FULL_SOLVER_STEPS = [5, 10, 20]
 FULL_NUM_SETS = 5
 FULL_SET_SIZE = 2048
 FULL_REFERENCE = 8192
+DATASETS = {"digits": 4, "mnist": 28}
+"""Labelled real images that a package ships, and the fewest pixels a side that they can be had in."""
+
+
+def check_dataset(name: str, size: int) -> None:
+    """Refuse what can't be had, without loading anything.
+
+    Raises:
+        ConfigError: no such data set, or not in that size.
+    """
+    if name not in DATASETS:
+        raise ConfigError(f"data {name!r} is unknown; known are {', '.join(DATASETS)}")
+    if size < DATASETS[name]:
+        raise ConfigError(f"data {name}: its images have {DATASETS[name]} pixels a side, {size} are too few")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +38,9 @@ class EvaluateConfig:
     inception_weights: str | None = None
     """pytorch-fid's weights as a local file; null takes torch's own download folder."""
     real: str | None = None
-    """Real images to compare with: `digits`, or a folder of image files; null for none."""
+    """Real images to compare with: `digits`, `mnist`, or a folder of image files; null for none."""
+    perceptual: str = FEATURES
+    """How image pairs are compared: `features`, by the layers of the network above, or `lpips`, by its package."""
     num_sets: int = 5
     """Sets of fresh seeds, the same for every sampler."""
     set_size: int = 512
@@ -36,3 +54,5 @@ class EvaluateConfig:
             raise ConfigError(f"evaluate.num_sets: {self.num_sets} gives no interval; at least 2")
         if self.set_size < 2 or self.batch_size < 1 or not all(steps > 0 for steps in self.solver_steps):
             raise ConfigError("evaluate: set_size, batch_size and solver_steps must be positive")
+        if self.perceptual not in (FEATURES, LPIPS):
+            raise ConfigError(f"evaluate.perceptual: {self.perceptual!r} is unknown; known are {FEATURES}, {LPIPS}")

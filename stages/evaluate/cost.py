@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from advkd.stages.teacher.loader import Teacher
+
 LATENCY_BATCHES = (1, 64)
+TIMESTEP = 500
 MIN_REPEATS, MAX_REPEATS = 3, 25
 SECONDS_OF_TIMING = 2.0
 
@@ -41,7 +44,7 @@ def count_macs(evaluate: Callable[[int], object]) -> float:
 
 
 @torch.no_grad()
-def interleaved_latency(evaluations: Mapping[str, Callable[[int], torch.Tensor]], batch: int) -> dict[str, float]:
+def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batch: int) -> dict[str, float]:
     """Median seconds of each evaluation at a batch size, taken in turns so that drift hits all alike."""
 
     def seconds(name: str) -> float:
@@ -53,3 +56,34 @@ def interleaved_latency(evaluations: Mapping[str, Callable[[int], torch.Tensor]]
     repeats = min(MAX_REPEATS, max(MIN_REPEATS, round(SECONDS_OF_TIMING / warm)))
     rounds = [{name: seconds(name) for name in evaluations} for _ in range(repeats)]
     return {name: statistics.median(times[name] for times in rounds) for name in evaluations}
+
+
+def compare_costs(student: nn.Module, teacher: Teacher | None, item_shape: tuple[int, ...]) -> tuple[Cost, Cost | None]:
+    """Cost of one pass of the student and of one evaluation of the teacher, timed in turns.
+
+    Args:
+        student: x_T (N, C, H, W) → x_0.
+        teacher: None where it is not here.
+        item_shape: of an image, (C, H, W).
+    """
+    device = next(student.parameters()).device
+
+    def images_of(batch: int) -> Tensor:
+        return torch.zeros(batch, *item_shape, device=device)
+
+    modules = {"student": student}
+    evaluations: dict[str, Callable[[int], Tensor]] = {"student": lambda batch: student(images_of(batch))}
+    if teacher is not None:
+        modules["teacher"] = teacher.unet
+        timestep = torch.tensor(TIMESTEP, device=device)
+        evaluations["teacher"] = lambda batch: teacher.predict(images_of(batch), timestep)
+    latency = {batch: interleaved_latency(evaluations, batch) for batch in LATENCY_BATCHES}
+    costs = {
+        name: Cost(
+            num_parameters=count_parameters(modules[name]),
+            macs=count_macs(evaluate),
+            latency={batch: seconds[name] for batch, seconds in latency.items()},
+        )
+        for name, evaluate in evaluations.items()
+    }
+    return costs["student"], costs.get("teacher")

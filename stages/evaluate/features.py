@@ -6,6 +6,8 @@ A feature network from someone else is a named architecture plus safetensors wei
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.error import URLError
@@ -23,6 +25,19 @@ from advkd.stages.evaluate.config import INCEPTION, EvaluateConfig
 
 SMALL_CNN = "small-cnn"
 MIN_INCEPTION_SIZE = 32
+LOOK_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a network sees in N images."""
+
+    features: Tensor
+    """Shape (N, D), to compare distributions with."""
+    maps: list[Tensor]
+    """Earlier layers, each of shape (N, C, H, W), to compare image pairs with."""
+    probabilities: Tensor | None
+    """Of the classes, shape (N, K), where the network is a classifier of such images."""
 
 
 class FeatureNetwork(Protocol):
@@ -33,6 +48,9 @@ class FeatureNetwork(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images in [−1, 1], shape (N, C, H, W) → features, shape (N, D)."""
+
+    def look(self, images: Tensor) -> Look:
+        """The same in one pass with layers and, of a classifier, probabilities."""
 
 
 class SmallClassifier(nn.Module):
@@ -78,6 +96,15 @@ class SmallClassifier(nn.Module):
         hidden: Tensor = self.body(images)
         return hidden
 
+    def look(self, images: Tensor) -> Look:
+        """Images in [−1, 1] → features, the four convolutions' outputs, and probabilities."""
+        hidden, maps = images, []
+        for layer in self.body:
+            hidden = layer(hidden)
+            if isinstance(layer, nn.ReLU) and hidden.dim() == 4:
+                maps.append(hidden)
+        return Look(features=hidden, maps=maps, probabilities=self.logits(hidden).softmax(1))
+
     def forward(self, images: Tensor) -> Tensor:
         """Images in [−1, 1] → logits, shape (N, num_classes)."""
         logits: Tensor = self.logits(self.dropout(self.features(images)))
@@ -121,6 +148,9 @@ class _SmallFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         return self.classifier.features(images)
 
+    def look(self, images: Tensor) -> Look:
+        return self.classifier.look(images)
+
 
 class _InceptionFeatures:
     name = INCEPTION
@@ -130,8 +160,12 @@ class _InceptionFeatures:
         self.device = device
 
     def __call__(self, images: Tensor) -> Tensor:
-        pooled: Tensor = self.network((images.clamp(-1.0, 1.0) + 1.0) / 2.0)[0]
-        return pooled.flatten(1)
+        return self.look(images).features
+
+    def look(self, images: Tensor) -> Look:
+        *maps, pooled = self.network((images.clamp(-1.0, 1.0) + 1.0) / 2.0)
+        # Inception's 1,000 classes are ImageNet's: they say nothing of these images' own.
+        return Look(features=pooled.flatten(1), maps=maps, probabilities=None)
 
 
 def load_features(
@@ -170,8 +204,8 @@ def _load_inception(weights: str | None) -> nn.Module:
     if weights is not None:
         inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
     try:
-        block = inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]
-        network: nn.Module = inception.InceptionV3([block]).eval().requires_grad_(False)
+        blocks = list(range(inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048] + 1))
+        network: nn.Module = inception.InceptionV3(blocks).eval().requires_grad_(False)
     except (OSError, URLError) as error:
         raise UsageError(
             f"inception weights are not here and can't be fetched ({error}): put pytorch-fid's "
@@ -189,3 +223,11 @@ def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 256) -> n
     """Features of images (N, C, H, W), in batches; float32, shape (N, D)."""
     parts = [network(part.to(network.device)).float().cpu().numpy() for part in torch.split(images, batch_size)]
     return np.concatenate(parts).astype(np.float32)
+
+
+@torch.no_grad()
+def observe(network: FeatureNetwork, images: Tensor) -> Iterator[tuple[slice, Look]]:
+    """What a network sees in images (N, C, H, W), in parts small enough to hold the layers of two at once."""
+    for start in range(0, len(images), LOOK_BATCH):
+        part = slice(start, min(start + LOOK_BATCH, len(images)))
+        yield part, network.look(images[part].to(network.device))

@@ -1,4 +1,4 @@
-"""Fréchet distance between Gaussians fitted to features (Heusel et al. 2017, eq. 6), and paired intervals."""
+"""Fréchet distance between Gaussians fitted to features (Heusel et al. 2017, eq. 6)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 Features = npt.NDArray[np.floating[Any]]
 
@@ -48,26 +47,3 @@ def frechet_distance(first: Gaussian, reference: Gaussian) -> float:
 def _roots(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     """Square roots of what can only be negative by rounding."""
     return np.sqrt(np.clip(np.asarray(values, dtype=np.float64), 0.0, None))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the difference is more than chance."""
-        return self.low > 0.0 or self.high < 0.0
-
-
-def paired_difference(ours: list[float], theirs: list[float]) -> Interval:
-    """Mean of ours − theirs over the same sets, with Student's t interval."""
-    differences = np.asarray(ours) - np.asarray(theirs)
-    mean = float(differences.mean())
-    spread = float(differences.std(ddof=1)) / len(differences) ** 0.5
-    reach = float(stats.t.ppf(0.975, len(differences) - 1)) * spread
-    return Interval(mean=mean, low=mean - reach, high=mean + reach)

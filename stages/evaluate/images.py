@@ -6,48 +6,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import UsageError
+from advkd.stages.evaluate.config import DATASETS
+from advkd.stages.evaluate.datasets import load_dataset
 
-DIGITS = "digits"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def load_digits(size: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-    """scikit-learn's 1,797 handwritten digits (8×8, 16 grey levels), bilinearly enlarged.
-
-    Returns:
-        Images in [−1, 1], float32, shape (1797, 1, size, size), and labels 0–9, shape (1797,).
-    """
-    from sklearn.datasets import load_digits as load
-
-    data = load()
-    images = torch.from_numpy(data.images.astype(np.float32) / 8.0 - 1.0)[:, None]
-    enlarged = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    return enlarged, data.target.astype(np.int64)
-
-
 def real_batches(source: str, item_shape: tuple[int, ...], batch_size: int = 256) -> Iterator[Tensor]:
-    """Real images by name (`digits`) or folder, in batches; float32 in [−1, 1], shape (N, *item_shape).
+    """Real images by a data set's name or from a folder, in batches; float32 in [−1, 1], shape (N, *item_shape).
 
     Raises:
         UsageError: nothing usable is there.
     """
     channels, height, _ = item_shape
-    if source == DIGITS:
+    if source in DATASETS:
         if channels != 1:
-            raise UsageError(f"real images digits: they are grey, the cache's have {channels} channels")
-        yield from torch.split(load_digits(height)[0], batch_size)
+            raise UsageError(f"real images {source}: they are grey, the cache's have {channels} channels")
+        yield from torch.split(load_dataset(source, height)[0], batch_size)
         return
     folder = Path(source)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
     if len(paths) < 2:
-        raise UsageError(f"real images {source}: expected `digits` or a folder with image files")
+        raise UsageError(
+            f"real images {source}: expected {' or '.join(f'`{name}`' for name in DATASETS)}, or a folder "
+            "with image files"
+        )
     for start in range(0, len(paths), batch_size):
         yield torch.stack([_read(path, item_shape) for path in paths[start : start + batch_size]])
 

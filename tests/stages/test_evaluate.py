@@ -12,8 +12,8 @@ from advkd.cache.errors import UsageError
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import count_macs, interleaved_latency
 from advkd.stages.evaluate.features import SmallClassifier, extract, load_features, save_classifier
-from advkd.stages.evaluate.frechet import Gaussian, frechet_distance, paired_difference
-from advkd.stages.evaluate.images import load_digits, real_batches
+from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
+from advkd.stages.evaluate.images import real_batches
 from tests.conftest import save_random_inception
 
 
@@ -52,27 +52,11 @@ def test_distance_agrees_with_pytorch_fid() -> None:
     assert frechet_distance(one, other) == pytest.approx(float(theirs), rel=1e-6)
 
 
-def test_paired_intervals() -> None:
-    apart = paired_difference([1.0, 2.0, 3.0], [11.0, 12.1, 12.9])
-    assert apart.mean == pytest.approx(-10.0)
-    assert apart.excludes_zero
-    assert not paired_difference([1.0, 9.0, 4.0], [2.0, 5.0, 6.0]).excludes_zero
-    # Student's t with 2 degrees of freedom: 4.302653 standard errors.
-    assert apart.high - apart.mean == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)
-
-
 def test_costs_are_counted() -> None:
     layer = torch.nn.Conv2d(3, 5, 3, padding=1)
     assert count_macs(lambda batch: layer(torch.zeros(batch, 3, 8, 8))) == 3 * 5 * 9 * 64
     latency = interleaved_latency({"a": lambda batch: torch.zeros(batch)}, 4)
     assert latency["a"] > 0.0
-
-
-def test_digits_are_the_real_ones() -> None:
-    images, labels = load_digits(16)
-    assert images.shape == (1797, 1, 16, 16)
-    assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
-    assert sorted(set(labels.tolist())) == list(range(10))
 
 
 def read_real(folder: Path) -> torch.Tensor:
@@ -90,7 +74,7 @@ def test_real_images_from_a_folder(tmp_path: Path) -> None:
         read_real(tmp_path)
     with pytest.raises(UsageError, match="they are grey, the cache's have 3 channels"):
         next(real_batches("digits", (3, 8, 8)))
-    with pytest.raises(UsageError, match="expected `digits` or a folder"):
+    with pytest.raises(UsageError, match="expected `digits` or `mnist`, or a folder"):
         read_real(tmp_path / "none")
 
 

@@ -1,0 +1,94 @@
+"""One picture of the scores: distances against evaluations, precision against recall, classes, paired errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from advkd.stages.evaluate.scores import Evaluation, Row
+
+STUDENT, TEACHER = 0, 1
+Draw = Callable[[Any, Evaluation], None]
+
+
+def plot_scores(path: Path, evaluation: Evaluation) -> Path:
+    """Write a PNG with a panel for everything that was measured."""
+    from matplotlib.figure import Figure
+
+    panels: list[Draw] = [_distances("frechet", "Fréchet distance to the teacher", "log"), _kernel]
+    if any("precision" in row.values for row in evaluation.rows):
+        panels.append(_manifolds)
+    if evaluation.reference_shares is not None:
+        panels.append(_classes)
+    figure = Figure(figsize=(11.0, 4.0 * -(-len(panels) // 2)), layout="constrained")
+    for position, draw in enumerate(panels):
+        axes = figure.add_subplot(-(-len(panels) // 2), 2, position + 1)
+        draw(axes, evaluation)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    sets = f"mean ± sd over {evaluation.num_sets} sets of {evaluation.set_size} fresh seeds"
+    figure.suptitle(f"{sets}; reference {evaluation.num_reference} seeds; {evaluation.features} features", fontsize=10)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _group(row: Row) -> str:
+    return row.name if row.name.startswith(("student", "teacher")) else row.name.rsplit(" ", 1)[0]
+
+
+def _distances(measure: str, label: str, scale: str) -> Draw:
+    def draw(axes: Any, evaluation: Evaluation) -> None:
+        groups: dict[str, list[tuple[int, float, float]]] = {}
+        for row in evaluation.rows:
+            mean, deviation = row.mean(measure), row.deviation(measure)
+            if mean is not None and deviation is not None:
+                groups.setdefault(_group(row), []).append((row.evaluations, mean, deviation))
+        for group, points in groups.items():
+            x, y, spread = zip(*sorted(points), strict=True)
+            axes.errorbar(x, y, yerr=spread, marker="*" if group == "student" else "o", capsize=3, label=group)
+        axes.set(xscale="log", yscale=scale, xlabel="network evaluations an image", ylabel=label)
+        axes.xaxis.set_major_formatter("{x:g}")
+        if scale == "log":
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        axes.legend(fontsize=8)
+
+    return draw
+
+
+def _kernel(axes: Any, evaluation: Evaluation) -> None:
+    _distances("kid", "kernel distance (KID) to the teacher", "linear")(axes, evaluation)
+    axes.axhline(0.0, color="black", linewidth=0.8)
+
+
+def _manifolds(axes: Any, evaluation: Evaluation) -> None:
+    for row in evaluation.rows:
+        recall, precision = row.mean("recall"), row.mean("precision")
+        if recall is not None and precision is not None:
+            axes.errorbar(
+                recall,
+                precision,
+                xerr=row.deviation("recall"),
+                yerr=row.deviation("precision"),
+                marker="*" if row is evaluation.rows[STUDENT] else "o",
+                capsize=2,
+                label=row.name,
+            )
+    axes.set(xlabel="recall", ylabel="precision")
+    axes.legend(fontsize=7)
+
+
+def _classes(axes: Any, evaluation: Evaluation) -> None:
+    shares = {row.name: row.class_shares for row in evaluation.rows[: TEACHER + 1]} | {
+        "reference": evaluation.reference_shares
+    }
+    bars = {name: values for name, values in shares.items() if values is not None}
+    width = 0.8 / len(bars)
+    for index, (name, values) in enumerate(bars.items()):
+        axes.bar(np.arange(len(values)) + (index - (len(bars) - 1) / 2) * width, values, width, label=name)
+    axes.set(xlabel="class, by the classifier", ylabel="share of samples")
+    axes.set_xticks(range(len(next(iter(bars.values())))))
+    axes.legend(fontsize=8)

