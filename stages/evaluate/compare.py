@@ -13,7 +13,7 @@ import numpy as np
 
 from advkd.cache.durable import write_atomically
 from advkd.cache.errors import TrainingError, UsageError
-from advkd.stages.evaluate.frechet import Interval, paired_difference
+from advkd.stages.evaluate.intervals import Interval, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)

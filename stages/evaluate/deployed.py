@@ -13,9 +13,10 @@ from advkd.cache.errors import UsageError
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import LATENCY_BATCHES, interleaved_latency
-from advkd.stages.evaluate.evaluate import FIRST_FRESH_SEED
 from advkd.stages.evaluate.features import FeatureNetwork, extract, load_features
-from advkd.stages.evaluate.frechet import Gaussian, Interval, frechet_distance, paired_difference
+from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
+from advkd.stages.evaluate.intervals import Interval, paired_difference
+from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.data import read_float
 from advkd.stages.student.hub import Student

@@ -52,10 +52,7 @@ class PretrainConfig:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     def __post_init__(self) -> None:
-        try:
-            check_dataset(self.data, self.size)
-        except ConfigError as error:
-            raise ConfigError(f"pretrain: {error}") from None
+        check_dataset(self.data, self.size)
         for key in ("size", "layers_per_block", "steps", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"pretrain.{key}: {getattr(self, key)} is not positive")

@@ -12,8 +12,8 @@ from advkd.pipeline.experiment import needs_pretraining, parse_record, with_flag
 MINIMAL = {"name": "x", "teacher": {"source": "somewhere"}}
 
 
-def test_all_four_ship_and_load() -> None:
-    assert shipped_experiments() == ["celebahq256", "cifar10", "digits", "smoke"]
+def test_all_of_them_ship_and_load() -> None:
+    assert shipped_experiments() == ["celebahq256", "cifar10", "digits", "mnist", "smoke"]
     for name in shipped_experiments():
         experiment = load_experiment(name)
         assert from_plain(Experiment, to_plain(experiment), "again") == experiment
@@ -56,7 +56,7 @@ def test_the_references_setting_is_as_published() -> None:
         ({"train": {"objective": {"adversarial": {"loss": "wasserstein"}}}}, "'wasserstein' is none of relativistic"),
         ({"train": {"batch_size": 10, "accumulate": 4}}, "4 doesn't divide train.batch_size 10"),
         ({"evaluate": {"num_sets": 1}}, "at least 2"),
-        ({"pretrain": {"data": "cats"}}, "stage 0 knows digits"),
+        ({"pretrain": {"data": "cats"}}, "known are digits, mnist"),
         ({"teacher": "a/b"}, "teacher: expected keys and values"),
         ({"name": "../x"}, "can't name files"),
         ({"name": ".."}, "can't name files"),

@@ -30,7 +30,7 @@ def test_mnist_is_padded_not_scaled() -> None:
     border[2:30, 2:30] = False
     assert bool((images[:, 0][:, border] == -1.0).all())
     inner = images[..., 2:30, 2:30]
-    assert bool((inner[:, 0].amax(0) > -1.0).float().mean() > 0.9)  # strokes reach almost everywhere inside
+    assert bool((inner[:, 0].amax(0) > -1.0)[4:24, 4:24].all())  # where MNIST puts its strokes, some image has one
     levels = (inner + 1.0) * 127.5
     torch.testing.assert_close(levels, levels.round(), rtol=0.0, atol=1e-4)  # 256 grey levels, none between
     assert 0.1 < float((inner > 0.0).float().mean()) < 0.2  # light strokes on a dark ground, as MNIST has them
@@ -38,7 +38,7 @@ def test_mnist_is_padded_not_scaled() -> None:
 
 
 def test_data_that_can_t_be_had() -> None:
-    with pytest.raises(ConfigError, match="pretrain: data 'mnits' is unknown; known are digits, mnist"):
+    with pytest.raises(ConfigError, match="data 'mnits' is unknown; known are digits, mnist"):
         PretrainConfig(data="mnits")
     with pytest.raises(ConfigError, match="its images have 28 pixels a side, 16 are too few"):
         PretrainConfig(data="mnist")
