@@ -24,6 +24,8 @@ class StudentConfig:
     """unrolled: channels of the trunk."""
     depth: int = 3
     """unrolled: residual blocks of a submodule."""
+    coarse: int = 0
+    """unrolled: residual blocks of a submodule at half the trunk's resolution, with twice the channels."""
     patch: int = 2
     """unrolled: the trunk works on patches of this many pixels squared."""
     attention: bool = True
@@ -38,7 +40,9 @@ class StudentConfig:
     def __post_init__(self) -> None:
         if self.kind not in STUDENTS:
             raise ConfigError(f"student.kind: {self.kind!r} is none of {', '.join(STUDENTS)}")
-        for key in ("width", "depth", "patch", "base_channels", "max_channels"):
+        if self.depth + self.coarse < 1 or min(self.depth, self.coarse) < 0:
+            raise ConfigError(f"student.depth and coarse: {self.depth} and {self.coarse} leave no blocks")
+        for key in ("width", "patch", "base_channels", "max_channels"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"student.{key}: {getattr(self, key)} is not positive")
 

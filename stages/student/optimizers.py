@@ -38,7 +38,11 @@ class KernelMuon(torch.optim.Muon):
 
 def make_optimizers(student: nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
     """The optimisers of the unrolled student, by the name that a checkpoint gives them."""
-    inner = {name for name, weight in student.named_parameters() if weight.ndim == 4 and ".blocks." in name}
+    inner = {
+        name
+        for name, weight in student.named_parameters()
+        if weight.ndim == 4 and (".blocks." in name or ".coarse." in name)
+    }
     if config.optimizer == "adamw":
         inner = set()
     optimizers: dict[str, torch.optim.Optimizer] = {}

@@ -44,7 +44,9 @@ def build_student(config: StudentConfig, geometry: Geometry) -> StudentNetwork:
     """
     if config.kind == "progressive":
         return ProgressiveStudent(geometry, config.base_channels, config.max_channels)
-    return UnrolledStudent(geometry, config.width, config.depth, config.patch, config.attention, config.shared)
+    return UnrolledStudent(
+        geometry, config.width, config.depth, config.patch, config.attention, config.shared, config.coarse
+    )
 
 
 def save_student(folder: Path, student: nn.Module, config: StudentConfig, geometry: Geometry) -> None:
@@ -77,7 +79,7 @@ def read_student(folder: Path) -> tuple[StudentNetwork, StudentConfig, Geometry]
         if value["format"] != FORMAT:
             raise ValueError(f"format {str(value['format'])[:20]}, this advkd reads {FORMAT}")
         config, geometry = StudentConfig(**value["student"]), Geometry.from_json(value["geometry"])
-        if config.depth * (len(geometry.levels) - 1) > MAX_BLOCKS:
+        if (config.depth + config.coarse) * (len(geometry.levels) - 1) > MAX_BLOCKS:
             raise ValueError(f"more than {MAX_BLOCKS} residual blocks")
         # Without storage until the weights are there: a configuration from someone else can't claim memory.
         with torch.device("meta"):

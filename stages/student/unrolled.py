@@ -70,6 +70,28 @@ class ResidualBlock(nn.Module):
         return x + self.conv_out(F.silu(hidden))  # type: ignore[no-any-return]
 
 
+class CoarsePath(nn.Module):
+    """Residual blocks at half the resolution with twice the channels, around a skip; starts as the identity.
+
+    Four positions become one, so that a block costs what it does at the full resolution and sees twice as far.
+    """
+
+    def __init__(self, width: int, depth: int, num_times: int = 1) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(ResidualBlock(2 * width, num_times) for _ in range(depth))
+        self.leave = nn.Conv2d(2 * width, 4 * width, 1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, time: int = 0) -> Tensor:
+        """Shape (N, width, h, w) in and out; h and w are even."""
+        hidden = self.enter(x)
+        for block in self.blocks:
+            hidden = block(hidden, time)
+        return x + F.pixel_shuffle(self.leave(hidden), 2)
+
+
 class SelfAttention(nn.Module):
     """Single-head attention over positions around a skip; starts as the identity."""
 
@@ -91,11 +113,21 @@ class SelfAttention(nn.Module):
 class Submodule(nn.Module):
     """One small denoiser: (features, state) → (features, x̂_0)."""
 
-    def __init__(self, channels: int, width: int, depth: int, patch: int, attention: bool, num_times: int = 1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        depth: int,
+        coarse: int,
+        patch: int,
+        attention: bool,
+        num_times: int = 1,
+    ) -> None:
         super().__init__()
         self.patch = patch
         self.embed = nn.Conv2d(channels * patch**2, width, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width, num_times) for _ in range(depth))
+        self.coarse = CoarsePath(width, coarse, num_times) if coarse else None
         self.attention = SelfAttention(width) if attention else nn.Identity()
         self.norm = nn.GroupNorm(math.gcd(8, width), width)
         self.read = nn.Conv2d(width, channels * patch**2, 3, padding=1)
@@ -106,6 +138,8 @@ class Submodule(nn.Module):
         features = seen if features is None else features + seen
         for block in self.blocks:
             features = block(features, time)
+        if self.coarse is not None:
+            features = self.coarse(features, time)
         features = self.attention(features)
         x0 = F.pixel_shuffle(self.read(F.silu(self.norm(features))), self.patch)
         return features, x0
@@ -120,6 +154,7 @@ class UnrolledStudent(nn.Module):
         depth: residual blocks of a submodule.
         patch: side of the pixel patches that the trunk sees as one position.
         attention: whether each submodule attends over positions.
+        coarse: residual blocks at half the trunk's resolution, after those at the full one.
         shared: whether all submodules have the same weights, but for a scale and a shift in every block.
     """
 
@@ -131,15 +166,20 @@ class UnrolledStudent(nn.Module):
         patch: int = 2,
         attention: bool = True,
         shared: bool = False,
+        coarse: int = 0,
     ) -> None:
         super().__init__()
         channels, size, _ = geometry.item_shape
         if size % patch:
             raise TrainingError(f"items of {size} pixels can't be cut into patches of {patch}: choose student.patch")
+        if coarse and size // patch % 2:
+            raise TrainingError(
+                f"a trunk of {size // patch} positions a side can't be halved: choose student.coarse: 0"
+            )
         self.levels = geometry.levels
         points = len(geometry.levels) - 1
         self.submodules = nn.ModuleList(
-            Submodule(channels, width, depth, patch, attention, num_times=points if shared else 1)
+            Submodule(channels, width, depth, coarse, patch, attention, num_times=points if shared else 1)
             for _ in range(1 if shared else points)
         )
 

@@ -51,6 +51,7 @@ def test_the_references_setting_is_as_published() -> None:
         ({"sampler": {"spacing": "even"}}, "'even' is none of trailing"),
         ({"sampler": {"eta": 1.0, "name": "euler"}}, "of ddim only"),
         ({"train": {"student": {"kind": "big"}}}, "'big' is none of unrolled, progressive"),
+        ({"train": {"student": {"depth": 0}}}, "leave no blocks"),
         ({"train": {"ema": 1.0}}, r"in \[0, 1\)"),
         ({"train": {"objective": {"adversarial": {"start": 2}}}}, "no fraction"),
         ({"train": {"objective": {"adversarial": {"loss": "wasserstein"}}}}, "'wasserstein' is none of relativistic"),

@@ -139,17 +139,21 @@ def test_shared_weights_are_told_the_point_of_the_denoising() -> None:
     assert all(bool(part.abs().sum() > 0) for part in modulation.grad)
 
 
-@pytest.mark.parametrize("attention", [True, False])
-def test_unrolled_shapes_and_gradients(attention: bool) -> None:
-    student = UnrolledStudent(geometry(channels=3, size=8, submodules=2), 16, 1, 2, attention)
+@pytest.mark.parametrize(("attention", "coarse", "shared"), [(True, 0, False), (False, 1, False), (True, 1, True)])
+def test_unrolled_shapes_and_gradients(attention: bool, coarse: int, shared: bool) -> None:
+    student = UnrolledStudent(geometry(channels=3, size=8, submodules=2), 16, 1, 2, attention, shared, coarse)
     noise = torch.randn(3, 3, 8, 8)
     predictions, states = student.unroll(noise)
     assert [p.shape for p in predictions] == [s.shape for s in states] == [noise.shape] * 2
     torch.testing.assert_close(student(noise), predictions[-1], rtol=0, atol=0)
     student(noise).square().mean().backward()
-    assert all(p.grad is not None for name, p in student.named_parameters() if "submodules.1" in name)
+    last = f"submodules.{len(student.submodules) - 1}."
+    assert all(p.grad is not None for name, p in student.named_parameters() if name.startswith(last))
+    assert len(list(student.submodules)) == (1 if shared else 2)
     with pytest.raises(TrainingError, match="patches of 3"):
         UnrolledStudent(geometry(), patch=3)
+    with pytest.raises(TrainingError, match="1 positions a side can't be halved"):
+        UnrolledStudent(geometry(channels=1, size=2), patch=2, coarse=1)
 
 
 @pytest.mark.parametrize("kind", ["unrolled", "progressive"])
