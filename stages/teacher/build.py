@@ -1,9 +1,13 @@
-"""Build or extend a cache in this process: block by block, beside others who build the same store."""
+"""Build or extend a cache in this process: block by block, beside others who build the same store.
+
+A block is written in a thread of its own while the next one is sampled.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +19,7 @@ from advkd.cache.seal import seal
 from advkd.cache.writer import CacheWriter, OnMismatch
 from advkd.stages.pictures import save_trajectories
 from advkd.stages.reporter import Reporter, SilentReporter
+from advkd.stages.teacher.behind import Behind
 from advkd.stages.teacher.block import States, check_images, commit_block, sample_block
 from advkd.stages.teacher.plan import Plan, check_disk, missing_blocks, origin
 from advkd.stages.teacher.tolerance import record_tolerance
@@ -69,24 +74,31 @@ def build(
     check_whole(writer, plan)
     made: list[int] = []
     preview: Path | None = None
-    with writer.writing():
+    with writer.writing(), Behind() as behind:
         begin_store(writer, plan)
 
-        def make(block: int) -> None:
+        def make(block: int, claim: ExitStack) -> None:
             nonlocal preview
-            first = not made
             if block in ready:
                 began, states = ready.pop(block)
-            elif first:
+            elif not made:
                 began, states = _sample_first(plan, block, reporter)
             else:
-                began, states = _sample(plan, block, reporter)
-            commit_block(writer, plan, block, states, began, command)
+                began, states = _sample(plan, block, reporter, behind.check)
+            behind.wait()
             made.append(block)
-            if first:
+            held = claim.pop_all()  # given up when the block is committed
+
+            def commit() -> None:
+                with held:
+                    commit_block(writer, plan, block, states, began, command)
+
+            behind.submit(commit)
+            if len(made) == 1:  # somebody waits to see it
+                behind.wait()
                 preview = _show(plan, block, states, reporter)
 
-        divide(writer, writer.missing(plan.seeds), make, lambda block: reporter.advance(work), reporter)
+        divide(writer, writer.missing(plan.seeds), make, lambda block: reporter.advance(work), behind.wait, reporter)
     reporter.finish()
     return Built(
         store=plan.store,
@@ -125,8 +137,9 @@ def check_whole(writer: CacheWriter, plan: Plan) -> None:
 def divide(
     writer: CacheWriter,
     blocks: list[int],
-    make: Callable[[int], None],
+    make: Callable[[int, ExitStack], None],
     present: Callable[[int], None],
+    settle: Callable[[], None],
     reporter: Reporter,
 ) -> None:
     """Make blocks that nobody else makes, and wait for the others.
@@ -134,21 +147,23 @@ def divide(
     Args:
         writer: the store.
         blocks: to be made, in this order.
-        make: makes one block, which is claimed meanwhile.
+        make: makes one block; it gets the block's claim too, and may keep it longer than the call.
         present: hears of a block that somebody else made.
+        settle: waits until all that was made is committed.
         reporter: hears of waiting.
     """
     pending, waiting = list(blocks), False
     while pending:
         left = []
         for block in pending:
-            with writer.claim(block) as claimed:
-                if not claimed:
+            with ExitStack() as claim:
+                if not claim.enter_context(writer.claim(block)):
                     left.append(block)
                 elif writer.is_committed(block):
                     present(block)
                 else:
-                    make(block)
+                    make(block, claim)
+        settle()
         if len(left) == len(pending):
             if not waiting:
                 reporter.say(f"waiting for {len(left)} blocks that another build is making")
@@ -157,9 +172,15 @@ def divide(
         pending = left
 
 
-def _sample(plan: Plan, block: int, reporter: Reporter) -> tuple[datetime, States]:
+def _sample(
+    plan: Plan, block: int, reporter: Reporter, check: Callable[[], None] = lambda: None
+) -> tuple[datetime, States]:
+    def advance(num_evaluations: int) -> None:
+        check()
+        reporter.advance(num_evaluations, f"block {block}")
+
     began = datetime.now(UTC)
-    return began, sample_block(plan, block, lambda num_evaluations: reporter.advance(num_evaluations, f"block {block}"))
+    return began, sample_block(plan, block, advance)
 
 
 def _sample_first(plan: Plan, block: int, reporter: Reporter) -> tuple[datetime, States]:

@@ -76,6 +76,14 @@ class Teacher:
     tensors_sha256: str = ""
     """Of the weights as they were saved, whatever precision they are used in."""
 
+    memory_format: torch.memory_format = torch.contiguous_format
+    """How the network's convolutions like their inputs in memory."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.unet.parameters()).device
+
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """One network evaluation in the network's own precision; float32 in and out, shape (B, C, H, W)."""
         parameter = next(self.unet.parameters())
@@ -135,9 +143,12 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
         found = ", ".join(f"{len(names)} {key.replace('_', ' ')}" for key, names in wrong.items())
         raise TeacherError(f"teacher {config.source}: its weights don't fit its UNet's configuration ({found})")
     checkpoint_hash = tensors_sha256(unet.state_dict())
+    memory_format = best_memory_format(device, precision)
     unet.requires_grad_(False).eval().to(device=device, dtype=getattr(torch, precision))
+    unet.to(memory_format=memory_format)
     return Teacher(
         unet=unet,
+        memory_format=memory_format,
         scheduler_config=scheduler_config,
         item_shape=item_shape,
         source=config.source,
@@ -146,6 +157,12 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
         license=_license(folder),
         tensors_sha256=checkpoint_hash,
     )
+
+
+def best_memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """Channels last is a tenth faster on CPUs; tensor cores want it too, but a GPU's float32 convolutions don't."""
+    wanted = device.type == "cpu" or (device.type == "cuda" and precision != "float32")
+    return torch.channels_last if wanted else torch.contiguous_format
 
 
 def make_scheduler(scheduler_config: Mapping[str, Any], sampler: SamplerConfig) -> Any:

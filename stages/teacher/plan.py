@@ -65,7 +65,7 @@ class Plan:
     @property
     def device(self) -> torch.device:
         """Where the teacher is."""
-        return next(self.teacher.unet.parameters()).device
+        return self.teacher.device
 
 
 def check_request(sampler: SamplerConfig, config: CacheConfig, store: Path) -> tuple[int, ...]:
@@ -139,11 +139,12 @@ def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
     """Seconds of one network evaluation of one batch, the median of a few after a warm-up."""
     batch = min(plan.config.batch_size, plan.layout.block_size)
     x = torch.zeros(batch, *plan.recipe.item_shape, device=plan.device)
+    x = x.contiguous(memory_format=plan.teacher.memory_format)
     timestep = torch.tensor(500, device=plan.device)
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
-        with torch.no_grad():
+        with torch.inference_mode():
             float(plan.teacher.predict(x, timestep).sum())  # reading a value waits for the device
         times.append(time.perf_counter() - begin)
     return sorted(times[1:])[repeats // 2]

@@ -33,7 +33,7 @@ def initial_noise(
     return standard_normal(root_seed, seeds, item_shape).astype(dtype)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     teacher: Teacher,
     sampler: SamplerConfig,
@@ -64,13 +64,14 @@ def sample(
     solver = find_solver(sampler.name)
     scheduler = make_scheduler(teacher.scheduler_config, sampler)
     states = trajectory_states(sampler, scheduler)
-    device = next(teacher.unet.parameters()).device
-    x = torch.from_numpy(noise.astype(np.float32)).to(device)
-    kept = {0: x.cpu()} if 0 in record else {}
+    device = teacher.device
+    timesteps = scheduler.timesteps.to(device)  # at once: a copy per step would make the host wait for the device
+    x = torch.from_numpy(noise.astype(np.float32)).to(device, memory_format=teacher.memory_format)
+    kept = {0: x} if 0 in record else {}
     x = x * float(scheduler.init_noise_sigma)  # as diffusers rounds it; the state's scale is the same to ten digits
     stochastic = solver.ancestral or sampler.eta > 0.0
     for call, timestep in enumerate(scheduler.timesteps):
-        prediction = teacher.predict(scheduler.scale_model_input(x, timestep), timestep.to(device))
+        prediction = teacher.predict(scheduler.scale_model_input(x, timestep), timesteps[call])
         fresh = None
         if stochastic:
             drawn = standard_normal(root_seed, seeds, teacher.item_shape, stream=1 + call)
@@ -79,13 +80,13 @@ def sample(
         evaluated()
         done = solver.steps_done(call + 1, sampler.steps)
         if done in record and done is not None:
-            kept[done] = (x / states[done].scale).cpu()
+            kept[done] = x / states[done].scale  # stays on the device: fetching it would make the host wait
     if not bool(torch.isfinite(x).all()):
         raise TeacherError(
             f"teacher {teacher.source}: x_0 of seeds {seeds[0]}:{seeds[-1] + 1} is not finite (NaN or infinite); "
             "try float32 precision, or check the checkpoint"
         )
-    return kept
+    return {done: values.cpu() for done, values in kept.items()}
 
 
 def _step(
