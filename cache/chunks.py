@@ -19,15 +19,16 @@ from advkd.cache.recipe import State
 from advkd.cache.records import HOW_TO_MEND, Records
 from advkd.cache.scratch import Scratch
 from advkd.cache.source import LocalSource, Source
-from advkd.cache.window import Window
+from advkd.cache.window import ReadAhead, Window
 
 MAX_MAPPED_FILES = 4096
 """Of one state; a Linux process may map 65,530 altogether."""
 MAX_MAPPED_BYTES = 1 << 40
 """Of one state: address space, not memory."""
 Bytes = npt.NDArray[np.uint8]
-Blocks = npt.NDArray[np.int64]
+Seeds = npt.NDArray[np.int64]
 Checked = npt.NDArray[np.bool_]
+_NOT_READY = -(1 << 62)
 _Identity = tuple[int, int, int]
 """Device, inode and time of change of a file: what was checked of another doesn't count for it."""
 
@@ -117,45 +118,51 @@ class StateRows:
         self._next_slot = 0
         self._first_rows = np.full(num_blocks, -1, dtype=np.int64)
         """Of each block in the window; -1 where it isn't mapped."""
-        self._whole = np.zeros(num_blocks, dtype=np.bool_)
-        """Blocks that are mapped and of which every segment was checked."""
+        self._shifts = np.full(num_blocks, _NOT_READY, dtype=np.int64)
+        """What leads from a seed of each block to its row in the window, where every segment was checked."""
         self._checked: dict[int, tuple[_Identity, Checked]] = {}
+        self._ahead = ReadAhead()
         self._lock = threading.Lock()  # a thread must not map another block where one just gathers
 
-    def gather(self, blocks: Blocks, rows: Blocks, out: Bytes | None = None) -> Bytes:
-        """Copy rows out of blocks, after checking the segments that they lie in.
+    def gather(self, seeds: Seeds, out: Bytes | None = None) -> Bytes:
+        """Copy the rows of some seeds, after checking the segments that they lie in.
 
         Args:
-            blocks: int64, shape (n,), each declared.
-            rows: int64, shape (n,), each within its block.
+            seeds: int64, shape (n,), each declared.
             out: uint8, shape (n, row_bytes), C-contiguous; a new array if None.
 
         Raises:
             NotCachedError: a block was never committed.
             DamagedError: its record or bytes are not what they were.
         """
+        blocks = seeds // self._block_size
         with self._lock:
-            num_slots = len(self._blocks_in_slots)
-            if len(blocks) > num_slots and len(wanted := np.unique(blocks)) > num_slots:
-                return self._gather_in_parts(blocks, rows, wanted[::num_slots], out)
-            self._prepare(blocks, rows)
+            index: Seeds = self._shifts[blocks]
+            index += seeds
+            if not len(seeds) or index.min() < 0:
+                num_slots = len(self._blocks_in_slots)
+                if len(blocks) > num_slots and len(wanted := np.unique(blocks)) > num_slots:
+                    return self._gather_in_parts(seeds, blocks, wanted[::num_slots], out)
+                index = self._prepare(seeds, blocks)
             if out is None:  # only now: files of the sizes that are claimed are there
-                out = np.empty((len(blocks), self._row_bytes), dtype=np.uint8)
-            if len(blocks):
+                out = np.empty((len(seeds), self._row_bytes), dtype=np.uint8)
+            if len(seeds):
                 assert self._window is not None
+                self._ahead.before(self._window, index)
                 # The indices are in range; mode="raise" would gather into a buffer first.
-                np.take(self._window.rows, self._first_rows[blocks] + rows, axis=0, out=out, mode="clip")
+                self._window.rows.take(index, axis=0, out=out, mode="clip")
             return out
 
-    def _gather_in_parts(self, blocks: Blocks, rows: Blocks, starts: Blocks, out: Bytes | None) -> Bytes:
+    def _gather_in_parts(self, seeds: Seeds, blocks: Seeds, starts: Seeds, out: Bytes | None) -> Bytes:
         parts = np.searchsorted(starts, blocks, side="right")
         for part in range(1, len(starts) + 1):
             here = np.flatnonzero(parts == part)
-            self._prepare(blocks[here], rows[here])
+            index = self._prepare(seeds[here], blocks[here])
             if out is None:
-                out = np.empty((len(blocks), self._row_bytes), dtype=np.uint8)
+                out = np.empty((len(seeds), self._row_bytes), dtype=np.uint8)
             assert self._window is not None
-            out[here] = self._window.rows[self._first_rows[blocks[here]] + rows[here]]
+            self._ahead.before(self._window, index)
+            out[here] = self._window.rows[index]
         assert out is not None
         return out
 
@@ -169,29 +176,38 @@ class StateRows:
         with self._open(block) as (descriptor, checked):
             window = Window(1, self._body_bytes + CRC_BYTES, self._row_bytes)
             window.put(0, descriptor)
+        if not checked.all():
+            window.will_need(0, 0, self._body_bytes)
         with self._lock:
             self._check(window.file(0), block, checked, np.flatnonzero(~checked))
         return window.rows[: self._block_size]
 
-    def _prepare(self, blocks: Blocks, rows: Blocks) -> None:
-        """Map the blocks that are not, and check the segments that were not."""
-        whole = self._whole[blocks]
-        if whole.all():
-            return
-        for block in np.unique(blocks[~whole]):
+    def _prepare(self, seeds: Seeds, blocks: Seeds) -> Seeds:
+        """Map the blocks that are not, check the segments that were not; the seeds' rows in the window."""
+        rows = seeds - blocks * self._block_size
+        unready = np.unique(blocks[self._shifts[blocks] == _NOT_READY])
+        for block in unready:
             if self._first_rows[block] < 0:
                 self._take_slot(int(block), blocks)
-        for block in np.unique(blocks[~whole]):
+        for block in unready:
             here = rows[blocks == block] * self._row_bytes
             first, last = here // SEGMENT_BYTES, (here + self._row_bytes - 1) // SEGMENT_BYTES
             touched = np.unique([np.minimum(first + i, last) for i in range(int((last - first).max()) + 1)])
             assert self._window is not None
-            file = self._window.file(int(self._first_rows[block]) // self._window.rows_per_slot)
+            slot = int(self._first_rows[block]) // self._window.rows_per_slot
             checked = self._checked[int(block)][1]
-            self._check(file, int(block), checked, touched[~checked[touched]])
-            self._whole[block] = checked.all()
+            segments = touched[~checked[touched]]
+            for segment in segments:
+                self._window.will_need(slot, int(segment) * SEGMENT_BYTES, SEGMENT_BYTES)
+            self._check(self._window.file(slot), int(block), checked, segments)
+            self._note_ready(int(block), bool(checked.all()))
+        index: Seeds = self._first_rows[blocks] + rows
+        return index
 
-    def _take_slot(self, block: int, wanted: Blocks) -> None:
+    def _note_ready(self, block: int, ready: bool) -> None:
+        self._shifts[block] = self._first_rows[block] - block * self._block_size if ready else _NOT_READY
+
+    def _take_slot(self, block: int, wanted: Seeds) -> None:
         """Map a block where none is, or one that isn't wanted now."""
         with self._open(block) as (descriptor, checked):
             if self._window is None:  # only now: a file of the size that is claimed is there
@@ -201,11 +217,11 @@ class StateRows:
                 slot = (slot + 1) % len(self._blocks_in_slots)
             self._next_slot = (slot + 1) % len(self._blocks_in_slots)
             if held >= 0:
-                self._first_rows[held], self._whole[held], self._blocks_in_slots[slot] = -1, False, -1
+                self._first_rows[held], self._shifts[held], self._blocks_in_slots[slot] = -1, _NOT_READY, -1
             self._window.put(slot, descriptor)
             self._blocks_in_slots[slot] = block
             self._first_rows[block] = slot * self._window.rows_per_slot
-            self._whole[block] = checked.all()
+            self._note_ready(block, bool(checked.all()))
 
     @contextmanager
     def _open(self, block: int) -> Iterator[tuple[int, Checked]]:
@@ -221,7 +237,7 @@ class StateRows:
         finally:
             os.close(descriptor)
 
-    def _check(self, file: Bytes, block: int, checked: Checked, segments: Blocks) -> None:
+    def _check(self, file: Bytes, block: int, checked: Checked, segments: Seeds) -> None:
         if len(segments):
             crcs = self._records.chunk(self._state, block)[1].crcs()
         for segment in segments:

@@ -227,12 +227,11 @@ class TrajectoryCache:
             DamagedError: bytes differ from the ledger.
         """
         wanted = np.asarray(seeds, dtype=np.int64).ravel()
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.num_seeds):
+        if wanted.size and wanted.view(np.uint64).max() >= self.num_seeds:  # a negative one is a large one, too
             outside = wanted[(wanted < 0) | (wanted >= self.num_seeds)][0]
             raise NotCachedError(f"{self.address} declares seeds 0:{self.num_seeds}; seed {outside} is outside")
-        blocks, rows = np.divmod(wanted, self.layout.block_size)
         into = None if out is None else out.reshape(wanted.size, -1).view(np.uint8)
-        values = self._rows_of(step).gather(blocks, rows, into)
+        values = self._rows_of(step).gather(wanted, into)
         return values.view(self.dtype).reshape(wanted.size, *self.item_shape) if out is None else out
 
     def dask_array(self, step: int) -> dask.array.Array:

@@ -11,6 +11,7 @@ import ctypes
 import math
 import mmap
 import os
+import resource
 from functools import cache
 from typing import Any
 
@@ -51,11 +52,59 @@ class Window:
         if found == _FAILED:
             number = ctypes.get_errno()
             raise OSError(number, f"can't map a file ({os.strerror(number)})")
+        # Rows are wanted at random: what the system would read around one would mostly not be wanted.
+        self._reserved.madvise(mmap.MADV_RANDOM, slot * self._stride, self._stride)
+
+    def will_need(self, slot: int, start: int, num_bytes: int) -> None:
+        """Let the system begin to read part of a mapped file, without waiting for it."""
+        self._ask(slot * self._stride + start, min(num_bytes, self._file_bytes - start))
+
+    def will_need_rows(self, index: npt.NDArray[np.int64]) -> None:
+        """The same for some rows, so that the disk serves them all at once; waiting for each in turn is far slower."""
+        row_bytes = self.rows.shape[1]
+        for start in (np.sort(index) * row_bytes).tolist():
+            self._ask(start, row_bytes)
+
+    def _ask(self, start: int, num_bytes: int) -> None:
+        begin = start & -mmap.PAGESIZE
+        self._reserved.madvise(mmap.MADV_WILLNEED, begin, start + num_bytes - begin)
 
     def file(self, slot: int) -> npt.NDArray[np.uint8]:
         """The bytes of a mapped file. A later `put` changes what it shows: look, and let go."""
         start = slot * self._stride
         return self.rows.reshape(-1)[start : start + self._file_bytes]
+
+
+class ReadAhead:
+    """Asks for rows before they are copied, while they are not in memory.
+
+    Asking costs more than copying does where everything is in memory already, so it begins when a gather had to wait
+    for the disk, and from time to time one goes without to see whether that is still so.
+    """
+
+    ASKED = 128
+    """Gathers that ask between two that don't."""
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._waits = _num_waits()
+
+    def before(self, window: Window, index: npt.NDArray[np.int64]) -> None:
+        """Ask for rows of a window that will be copied, if need be."""
+        if not self._left:
+            waits, self._waits = self._waits, _num_waits()
+            if self._waits != waits:
+                self._left = self.ASKED
+        if self._left:
+            self._left -= 1
+            window.will_need_rows(index)
+            if not self._left:
+                self._waits = _num_waits()
+
+
+def _num_waits() -> int:
+    """How often this process had to wait for the disk to bring a page that it touched."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 @cache
