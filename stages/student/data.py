@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from advkd.cache.noise import mix64
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter
 
+AHEAD = 2
+"""Batches that are read before they are asked for."""
 Seeds = npt.NDArray[np.int64]
 
 
@@ -96,10 +100,28 @@ class TrajectoryBatches(Sampler[list[int]]):
             yield batch[self.share[0] :: self.share[1]].tolist()
 
 
-def make_loader(cache: TrajectoryCache, steps: Sequence[int], batches: TrajectoryBatches) -> DataLoader[Any]:
-    """A loader of {solver steps done: states} for some batches."""
-    return DataLoader(StatesBySeed(cache, steps), batch_sampler=batches, collate_fn=_as_it_is)
+def make_loader(
+    cache: TrajectoryCache, steps: Sequence[int], batches: TrajectoryBatches
+) -> Iterator[dict[int, Tensor]]:
+    """{solver steps done: states} of each batch, float32; the next ones are read while one is used.
+
+    Raises:
+        CacheError: what is read is missing or damaged.
+    """
+    states, chosen = StatesBySeed(cache, steps), iter(batches)
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
+    pending = deque(executor.submit(_read, states, seeds) for seeds in itertools.islice(chosen, AHEAD))
+    try:
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(executor.submit(_read, states, seeds) for seeds in itertools.islice(chosen, 1))
+            yield batch
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _read(states: StatesBySeed, seeds: list[int]) -> dict[int, Tensor]:
+    batch = states.__getitems__(seeds)
+    if torch.cuda.is_available():  # a GPU fetches it from pinned memory without anyone waiting
+        return {step: values.pin_memory() for step, values in batch.items()}
     return batch

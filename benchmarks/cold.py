@@ -1,0 +1,57 @@
+"""The same readers where nothing is in memory, as with data larger than memory."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import Benchmark, Comparison, Target, interleaved, missing, ratio_between, rows_of, run
+from benchmarks.readers import CEILING, FRESH, OURS, check_agreement, clear, evict, first_touch, make_readers
+from benchmarks.reading import random_batches
+
+
+def measure(bench: Benchmark, folder: Path) -> None:
+    """Every way begins each of its turns with all files out of memory, and reads a few batches."""
+    for size, num_seeds, block_size, batch, count in (
+        (32, 128 if bench.quick else 16384, 64 if bench.quick else 2048, 16 if bench.quick else 64, 4),
+        (256, 8 if bench.quick else 640, 4 if bench.quick else 160, 4 if bench.quick else 32, 2),
+    ):
+        here = folder / str(size)
+        here.mkdir()
+        readers = make_readers(here, size, num_seeds, block_size)
+        agreement = check_agreement(readers, num_seeds)
+        readers[OURS].read(np.arange(num_seeds))  # later epochs: everything was checked once
+        readers[FRESH] = first_touch(here / "a.zarr")
+        ways = {name: random_batches(reader, num_seeds, batch) for name, reader in readers.items()}
+        calls = dict.fromkeys(ways, count)
+        times = interleaved(ways, bench.rounds(5), functools.partial(evict, readers), calls)
+        figures = {name: [batch / seconds for seconds in values] for name, values in times.items()}
+        bench.add(_comparison(figures, size, num_seeds, batch, count, agreement))
+        clear(here)
+
+
+def _comparison(
+    figures: dict[str, list[float]], size: int, num_seeds: int, batch: int, count: int, agreement: str
+) -> Comparison:
+    others = [name for name in figures if name not in (OURS, FRESH)]
+    best = max(others, key=lambda name: statistics.median(figures[name]))
+    what = f"reader by the best other way, cold, {size}×{size}"
+    return Comparison(
+        title=f"{num_seeds:,} × (3, {size}, {size}) fp16, noise and one state, {count} random batches of {batch}, cold",
+        unit="pairs/s",
+        baseline=CEILING,
+        rows=rows_of(figures, CEILING),
+        targets=[Target(what=what, found=ratio_between(figures, OURS, best), limit=1.0, at_most=False)],
+        agreement=f"{agreement} {missing('lmdb')}".strip(),
+        note="The limit is the disk. Read-ahead is off for our maps, since what lies around a random row is not wanted, "
+        "and once a batch had to wait for the disk, the rows of the next ones are asked for all at once before they are "
+        f"copied; a plain map waits for one page after another. The best other way: {best}. The first touch reads and "
+        "checks whole segments of 1 MiB, once.",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run("cold", "Stage two's reader: and when nothing is in memory?", measure)
