@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from advkd.cache.reader import TrajectoryCache
 from advkd.pipeline.config import Experiment, load_experiment
-from advkd.stages.student import train as training
+from advkd.stages.schedules import one_cycle
+from advkd.stages.student import trainer
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.data import read_float
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.objectives import (
-    pseudo_huber,
     relativistic_discriminator,
     relativistic_generator,
     squared_gradient,
 )
 from advkd.stages.student.student import build_student
+from advkd.stages.student.train import train
 from advkd.stages.student.unrolled_program import UnrolledProgram
 from benchmarks.harness import Benchmark, Comparison, Target, ratio_between, rows_of, run, wait_for
 from benchmarks.networks import write_states
@@ -50,7 +51,8 @@ def smooth_store(store: Path, item_shape: tuple[int, ...], num_states: int, num_
 
 def waiting_share(store: Path, run_path: Path, config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     """Seconds that each step of a real run waited for its batch, and seconds of whole steps."""
-    original, waits, moments = training.make_loader, list[float](), list[float]()
+    original: Any = trainer.__dict__["make_loader"]
+    waits, moments = list[float](), list[float]()
 
     def timed(*arguments: Any) -> Iterator[dict[int, Tensor]]:
         batches = iter(original(*arguments))
@@ -64,11 +66,11 @@ def waiting_share(store: Path, run_path: Path, config: TrainConfig, steps: int) 
             waits.append(moments[-1] - begin)
             yield batch
 
-    training.make_loader = timed
+    setattr(trainer, "make_loader", timed)  # noqa: B010
     try:
-        training.train(store, config, run_path, max_steps=steps)
+        train(store, config, run_path, max_steps=steps)
     finally:
-        training.make_loader = original
+        setattr(trainer, "make_loader", original)  # noqa: B010
     # The first steps warm up, and make the order of the first epoch.
     return waits[3:], [after - before for before, after in itertools.pairwise(moments[2:])]
 
@@ -76,38 +78,43 @@ def waiting_share(store: Path, run_path: Path, config: TrainConfig, steps: int) 
 class NaiveProgram(UnrolledProgram):
     """The same losses as one writes them first: the student passes twice an iteration, penalties every time."""
 
-    def step(self, batch: Any, phase: int, step: int) -> dict[str, Tensor]:
-        """One iteration."""
-        objective, noise, real = self.config.objective, batch[self.steps[0]], batch[self.steps[-1]]
+    def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> dict[str, Tensor]:
+        """One iteration: the critic, then the student."""
+        config, critic = self.config.objective.adversarial, self.adversary.critic
+        noise = batch[self.geometry.steps[0]]
+        fresh = self.adversary.fresh_noise(step, min(config.fresh, len(noise)), noise)
+        count = len(fresh)
         with torch.no_grad():
-            fresh = self._fresh_noise(step, noise)
-        fake = self._unrolled.unroll(torch.cat([noise, fresh]))[0][-1].detach()[len(noise) :]
-        real_images = real[: len(fake)].clone().requires_grad_(True)
-        fake_images = fake.clone().requires_grad_(True)
-        real_logits, fake_logits = self.critic(real_images, noise[: len(fake)]), self.critic(fake_images, fresh)
+            fake = self._unroll(torch.cat([noise, fresh]))[0][-1][-count:]
+        real = batch[self.geometry.steps[-1]][:count].clone().requires_grad_(True)
+        shown = fake.clone().requires_grad_(True)
+        real_logits, fake_logits = critic(real, noise[:count]), critic(shown, fresh)
         loss = relativistic_discriminator(real_logits, fake_logits)
-        penalty = squared_gradient(real_logits, real_images) + squared_gradient(fake_logits, fake_images)
-        self._descend(self.critic_optimizer, self.critic, loss + 0.5 * objective.penalty * penalty)
-        predictions, _ = self._unrolled.unroll(torch.cat([noise, fresh]))
-        count = len(noise)
-        loss = objective.x0 * pseudo_huber(predictions[-1][:count], real, objective.huber_width)
-        for x0, target in zip(predictions[:-1], self._head_targets(batch), strict=True):
-            loss = loss + objective.heads * pseudo_huber(x0[:count], target, objective.huber_width)
-        made = predictions[-1][count:]
-        gain = relativistic_generator(self.critic(real[: len(made)], noise[: len(made)]), self.critic(made, fresh))
-        self._descend(self.optimizer, self.student, loss + objective.adversarial * gain)
-        return {}
-
-    def _descend(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> None:
-        optimizer.zero_grad()
+        loss = loss + 0.5 * config.r1 * squared_gradient(real_logits, real)
+        loss = loss + 0.5 * config.r2 * squared_gradient(fake_logits, shown)
+        self.adversary.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        self.adversary.optimizer.step()
+        predictions, states = self._unroll(torch.cat([noise, fresh]))
+        size = len(noise)
+        loss, _ = self.regression([x0[:size] for x0 in predictions], [state[:size] for state in states], batch)
+        gain = relativistic_generator(critic(real, noise[:count]), critic(predictions[-1][-count:], fresh))
+        loss = loss + self.adversary.weight(step) * gain
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.student.parameters(), self.config.gradient_clip)
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.learning_rate * one_cycle(step, self.config.steps, self.config.warmup)
+            optimizer.step()
+        return {}
 
 
 def compare_steps(bench: Benchmark, cache: TrajectoryCache, config: TrainConfig, steps: int, device: str) -> None:
     """Both programs train from the same weights on the same batches, in turns of some steps."""
-    config = replace(config, steps=steps, objective=replace(config.objective, adversarial_start=0.0))
+    adversarial = replace(config.objective.adversarial, start=0.0)
+    config = replace(config, steps=steps, objective=replace(config.objective, adversarial=adversarial))
     geometry, accelerator = Geometry.of(cache, None), Accelerator(cpu=device == "cpu")
     programs: dict[str, UnrolledProgram] = {}
     for name, program in ((NAIVE, NaiveProgram), (OURS, UnrolledProgram)):

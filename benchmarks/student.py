@@ -1,0 +1,207 @@
+"""The student's one pass beside its teacher and the few-step solvers that one would use instead."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from advkd.cache.reader import TrajectoryCache
+from advkd.pipeline.config import load_experiment
+from advkd.stages.pretrain.teacher import save_untrained
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.student import build_student
+from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
+from advkd.stages.teacher.loader import Teacher, load_teacher
+from advkd.stages.teacher.sampling import sample
+from benchmarks.harness import (
+    Benchmark,
+    Comparison,
+    Target,
+    Way,
+    interleaved,
+    missing,
+    ratio_between,
+    rows_of,
+    run,
+    wait_for,
+)
+from benchmarks.networks import CIFAR, save_random
+from benchmarks.training import smooth_store
+
+EAGER, COMPILED, ONNX, INT8 = "student, PyTorch", "student, torch.compile", "student, ONNX fp32", "student, ONNX int8"
+ONE, SOLVER, DDIM, FULL = "one teacher evaluation", "DPM-Solver++ 10", "DDIM 50", "DDIM 1000 (from 50 of its steps)"
+
+
+class Session:
+    """An ONNX model that runs on as many threads as PyTorch does."""
+
+    def __init__(self, path: Path) -> None:
+        runtime = importlib.import_module("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._name = self._session.get_inputs()[0].name
+
+    def __call__(self, noise: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """x_T → x_0, float32, shape (N, C, H, W)."""
+        images: np.ndarray[Any, Any] = self._session.run(None, {self._name: noise})[0]
+        return images
+
+
+def export(student: torch.nn.Module, noise: torch.Tensor, folder: Path) -> dict[str, Session]:
+    """The student as ONNX, in float32 and in int8 calibrated on noise; nothing where the packages are not here."""
+    if missing("onnx", "onnxscript", "onnxruntime"):
+        return {}
+    quantization = importlib.import_module("onnxruntime.quantization")
+    folder.mkdir(parents=True)
+    whole, small = folder / "student.onnx", folder / "int8.onnx"
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    program = torch.onnx.export(
+        student, (noise,), input_names=["noise"], dynamo=True, dynamic_shapes={"noise": {0: batch}}, verbose=False
+    )
+    assert program is not None
+    program.save(str(whole))
+
+    class Noise(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        """Batches to see activations' ranges on."""
+
+        def __init__(self) -> None:
+            self.left = [noise.numpy()] * 4
+
+        def get_next(self) -> dict[str, Any] | None:
+            """One of them."""
+            return {"noise": self.left.pop()} if self.left else None
+
+    prepared = folder / "prepared.onnx"
+    importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process(str(whole), str(prepared))
+    quantization.quantize_static(str(prepared), str(small), Noise(), per_channel=True, op_types_to_quantize=["Conv"])
+    return {ONNX: Session(whole), INT8: Session(small)}
+
+
+def measure_size(
+    bench: Benchmark, folder: Path, name: str, teacher: Teacher, cache: TrajectoryCache, config: Any
+) -> None:
+    """One teacher and its student, one image and batches of 64."""
+    torch.manual_seed(0)
+    device = bench.device
+    student = build_student(config, Geometry.of(cache, None)).eval().requires_grad_(False)
+    for parameter in student.parameters():  # a fresh one's last layers are zeros, which would flatter it
+        parameter.copy_(torch.where(parameter == 0, torch.randn_like(parameter) * 0.02, parameter))
+    probe = torch.from_numpy(cache.rows(0, range(16)).astype(np.float32))
+    sessions = export(student, probe, folder / name) if device == "cpu" else {}
+    student = student.to(device)
+    compiled = torch.compile(student) if not bench.quick else None
+    for batch in (1, 4 if bench.quick else 64):
+        noise = torch.from_numpy(cache.rows(0, np.arange(batch) % 64).astype(np.float32))
+        here, values = noise.to(device), noise.numpy()
+
+        shaped = here.contiguous(memory_format=teacher.memory_format)
+        ways = {ONE: _evaluation(teacher, shaped, device), EAGER: _pass(student, here, device)}
+        if compiled is not None:
+            ways[COMPILED] = _pass(compiled, here, device)
+        ways |= {key: functools.partial(session, values) for key, session in sessions.items()}
+        ways |= {SOLVER: _solver(teacher, "dpmsolver++", 10, values), DDIM: _solver(teacher, "ddim", 50, values)}
+        agreement = _agreement(student, compiled, sessions, here)
+        for way in ways.values():
+            way()
+        quick = {key: 10 if batch == 1 else 3 for key in ways if key not in (SOLVER, DDIM)}
+        times = interleaved(ways, bench.rounds(7 if name == "digits" else 4), calls=quick)
+        times[FULL] = [20 * seconds for seconds in times[DDIM]]
+        bench.add(_comparison(times, name, batch, agreement))
+
+
+def _pass(network: Any, noise: torch.Tensor, device: str) -> Way:
+    def way() -> None:
+        with torch.inference_mode():
+            network(noise)
+        wait_for(device)
+
+    return way
+
+
+def _evaluation(teacher: Teacher, images: torch.Tensor, device: str) -> Way:
+    timestep = torch.tensor(500, device=device)
+    return _pass(lambda x: teacher.predict(x, timestep), images, device)
+
+
+def _solver(teacher: Teacher, name: str, steps: int, noise: Any) -> Way:
+    seeds, config = range(len(noise)), SamplerConfig(name=name, steps=steps)
+    return lambda: sample(teacher, config, noise, seeds=seeds, root_seed=0, record=[steps])
+
+
+def _agreement(student: Any, compiled: Any, sessions: dict[str, Session], noise: torch.Tensor) -> str:
+    with torch.inference_mode():
+        expected = student(noise).cpu().numpy()
+        found = {COMPILED: compiled(noise).cpu().numpy()} if compiled is not None else {}
+    found |= {name: session(noise.cpu().numpy()) for name, session in sessions.items()}
+    apart = {name: float(np.sqrt(np.mean((values - expected) ** 2))) for name, values in found.items()}
+    wrong = [name for name, value in apart.items() if value > 1e-3 and name != INT8]
+    if wrong:
+        raise SystemExit(f"{', '.join(wrong)}: other images than PyTorch's")
+    size = float(np.sqrt(np.mean(expected**2)))
+    return f"Root mean square difference from PyTorch's images (which are {size:.2f}): " + ", ".join(
+        f"{name.removeprefix('student, ')} {value:.1e}" for name, value in apart.items()
+    )
+
+
+def _comparison(times: dict[str, list[float]], name: str, batch: int, agreement: str) -> Comparison:
+    forms = [key for key in (COMPILED, ONNX, INT8) if key in times]
+    best = min((key for key in forms), key=lambda key: ratio_between(times, key, EAGER), default=EAGER)
+    where = f"{name}, {'one image' if batch == 1 else f'{batch} images'}"
+    targets = [
+        Target(what=f"student by one teacher evaluation, {where}", found=ratio_between(times, EAGER, ONE), limit=1.5),
+        Target(
+            what=f"student, times faster than DPM-Solver++ 10, {where}",
+            found=ratio_between(times, SOLVER, EAGER),
+            limit=6,
+            at_most=False,
+        ),
+        Target(
+            what=f"student, times faster than 1000 steps, {where}",
+            found=ratio_between(times, FULL, EAGER),
+            limit=600,
+            at_most=False,
+        ),
+        Target(
+            what=f"best deployed form ({best.removeprefix('student, ')}), times faster than PyTorch, {where}",
+            found=ratio_between(times, EAGER, best),
+            limit=2,
+            at_most=False,
+        ),
+    ]
+    return Comparison(
+        title=where,
+        unit="s",
+        baseline=ONE,
+        rows=rows_of(times, ONE),
+        targets=targets,
+        agreement=f"{agreement}. {missing('onnx', 'onnxscript', 'onnxruntime')}".strip(),
+        note="Untrained networks of the experiment's sizes: only time counts here, quality is the README's first table. One "
+        "image is bound by the overhead of some two hundred small operations, which compiling and ONNX's fusing take away; "
+        "64 are bound by the convolutions' arithmetic, where only fewer bits help.",
+    )
+
+
+def measure(bench: Benchmark, folder: Path) -> None:
+    """The default experiment, and CIFAR-10's."""
+    device = torch.device(bench.device)
+    digits = load_experiment("digits")
+    assert digits.pretrain is not None
+    save_untrained(folder / "teacher", digits.pretrain)
+    teacher = load_teacher(TeacherConfig(source=str(folder / "teacher")), device)
+    cache = smooth_store(folder / "digits.zarr", (1, 16, 16), 6, 64)
+    measure_size(bench, folder, "digits", teacher, cache, digits.train.student)
+    if not bench.quick:
+        save_random(folder / "cifar", CIFAR)
+        teacher = load_teacher(TeacherConfig(source=str(folder / "cifar")), device)
+        cache = smooth_store(folder / "cifar.zarr", (3, 32, 32), 11, 64)
+        measure_size(bench, folder, "CIFAR-10", teacher, cache, load_experiment("cifar10").train.student)
+
+
+if __name__ == "__main__":
+    run("student", "The student: how long does one pass take beside its teacher?", measure)
