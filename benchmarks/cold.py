@@ -46,8 +46,8 @@ def _comparison(
         rows=rows_of(figures, CEILING),
         targets=[Target(what=what, found=ratio_between(figures, OURS, best), limit=1.0, at_most=False)],
         agreement=f"{agreement} {missing('lmdb')}".strip(),
-        note="The limit is the disk. Read-ahead is off for our maps, since what lies around a random row is not wanted, "
-        "and once a batch had to wait for the disk, the rows of the next ones are asked for all at once before they are "
+        note="The limit is the disk. Read-ahead is off for our maps, since what lies around a random row isn't wanted, "
+        "and once a batch had to wait for the disk, the rows of the next ones are asked for all at once before being "
         f"copied; a plain map waits for one page after another. The best other way: {best}. The first touch reads and "
         "checks whole segments of 1 MiB, once.",
     )  # fmt: skip

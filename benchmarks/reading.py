@@ -73,8 +73,8 @@ def _comparison(times: dict[str, list[float]], size: int, num_seeds: int, batch:
         targets=targets,
         agreement=f"{agreement} {missing('lmdb')}".strip(),
         note="The limit is one copy of every row out of the page cache, which a single map makes as well: "
-        f"{bytes_a_second / 1e9:.1f} GB/s here. What is left to it is some ten microseconds a batch and state: dividing "
-        "seeds into blocks, looking that each block is mapped and was checked, and choosing rows.",
+        f"{bytes_a_second / 1e9:.1f} GB/s here. What is left to it is some ten microseconds a batch and state: "
+        "dividing seeds into blocks, looking that each block is mapped and was checked, and choosing rows.",
     )  # fmt: skip
 
 

@@ -91,8 +91,9 @@ def measure(bench: Benchmark, folder: Path) -> None:
                     what="memory beyond weights and activations, in blocks", found=more[len(more) // 2] / block, limit=2
                 )
             ],
-            note="A block is kept as it was computed, in float32, until it is written; the limit is one block and what of "
-            "the next one is sampled meanwhile. Weights and activations: what a process needs that samples and keeps nothing.",
+            note="A block is kept as it was computed, in float32, until it is written; the limit is one block and "
+            "what of the next one is sampled meanwhile. Weights and activations are what a process needs that samples "
+            "and keeps nothing.",
         )
     )  # fmt: skip
     share = [
@@ -104,9 +105,13 @@ def measure(bench: Benchmark, folder: Path) -> None:
             unit="s",
             baseline="sampling a block",
             rows=rows_of(stalls, "sampling a block"),
-            targets=[Target(what="share of sampling that waits for writing", found=sorted(share)[len(share) // 2], limit=0.01)],
-            note="With a teacher of a few thousand parameters: one of 35.75 M takes some hundred times as long a block, and "
-            "writes the same.",
+            targets=[
+                Target(
+                    what="share of sampling that waits for writing", found=sorted(share)[len(share) // 2], limit=0.01
+                )
+            ],
+            note="With a teacher of a few thousand parameters: one of 35.75 M takes some hundred times as long a block, "
+            "and writes the same.",
         )
     )  # fmt: skip
 

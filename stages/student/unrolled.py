@@ -106,7 +106,8 @@ class SelfAttention(nn.Module):
         """Shape (N, width, h, w) in and out."""
         batch, width, height, breadth = x.shape
         query, key, value = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        # With an axis of one head: ONNX's exporter refuses to go without.
+        mixed = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
         return x + self.out(mixed.transpose(1, 2).reshape(batch, width, height, breadth))  # type: ignore[no-any-return]
 
 
