@@ -7,7 +7,7 @@ NEWEST ?= $(firstword $(foreach python,python3.15 python3.14 python3.13 python3.
 	$(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))) $(PYTHON))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-light test-slow lint install install-dev clean
+.PHONY: demo test test-light test-slow bench lint install install-dev install-bench clean
 
 demo: install  ## install, then run the default experiment: teacher, cache, student, scores
 	dvc repro
@@ -21,11 +21,15 @@ test-light: .venv-light/.installed  ## the cache room's tests without torch and 
 test-slow: install-dev  ## the long campaigns
 	pytest -m slow
 
+bench: install-bench  ## measure everything beside its alternatives, under half an hour; the README quotes the result
+	python -m benchmarks
+
 lint: install-dev  ## what CI checks besides the tests
 	pre-commit run --all-files
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev
+install-bench: .venv/.installed-bench
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -36,6 +40,10 @@ install-dev: .venv/.installed-dev
 
 .venv/.installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ .venv/.installed
+
+.venv/.installed-bench: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@touch $@ .venv/.installed
 
 .venv-light/.installed: pyproject.toml

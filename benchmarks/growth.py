@@ -152,7 +152,7 @@ def measure(bench: Benchmark, folder: Path) -> None:
             unit="MB",
             baseline=None,
             rows=rows,
-            note="A list of a million seeds and its order are 8 MB each; NumPy sorts a copy. Nothing else grows with seeds.",
+            note="A list of a million seeds and its order are 8 MB each; NumPy sorts a copy.",
             targets=[Target(what=f"memory, {largest:,} seeds, MB", found=rows[-1].median, limit=200)],
         )
     )

@@ -157,6 +157,8 @@ class Benchmark:
     quick: bool
     device: str
     out: Path
+    most: int | None = None
+    """Rounds at most."""
     comparisons: list[Comparison] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
@@ -168,8 +170,8 @@ class Benchmark:
         print("\n".join(["", *comparison_lines(comparison)]), flush=True)
 
     def rounds(self, number: int) -> int:
-        """So many rounds, but two in a quick run."""
-        return 2 if self.quick else number
+        """So many rounds, one in a quick run, and no more than were allowed."""
+        return min(1 if self.quick else number, self.most or number)
 
     def write(self) -> Path:
         """Write what was found as JSON."""
@@ -199,8 +201,16 @@ def run(name: str, question: str, measure: Callable[[Benchmark, Path], None]) ->
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, and do the ways agree?")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, where a network is evaluated")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
+    parser.add_argument("--rounds", type=int, metavar="N", help="so many rounds at most, on a machine that is busy")
     options = parser.parse_args()
-    bench = Benchmark(name=name, question=question, quick=options.quick, device=options.device, out=options.out)
+    bench = Benchmark(
+        name=name,
+        question=question,
+        quick=options.quick,
+        device=options.device,
+        out=options.out,
+        most=options.rounds,
+    )
     print(question)
     with scratch() as folder:
         measure(bench, folder)

@@ -110,8 +110,8 @@ def measure(bench: Benchmark, folder: Path) -> None:
                     what="share of sampling that waits for writing", found=sorted(share)[len(share) // 2], limit=0.01
                 )
             ],
-            note="With a teacher of a few thousand parameters: one of 35.75 M takes some hundred times as long a block, "
-            "and writes the same.",
+            note="With a teacher of a few thousand parameters: one of 35.75 M takes a hundred times as long a "
+            "block, and writes the same.",
         )
     )  # fmt: skip
 

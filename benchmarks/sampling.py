@@ -168,8 +168,9 @@ def measure(bench: Benchmark, folder: Path) -> None:
         note=f"Of its time here {writing:.3f} s go into writing {batch} seeds as a block of their own, after they were "
         f"sampled. A build has blocks of {block} seeds, for which writing is {share:.2%} of sampling, and does it "
         f"beside the next block's sampling. The limit is arithmetic: {flops / 1e9:,.0f} GFLOP/s of the "
-        f"{limit / 1e9:,.0f} that the commonest convolution reaches alone; convolutions are three quarters of the time, "
-        "attention's products and normalisation the rest. The gain over the bare loop is channels-last memory, in which oneDNN needs no copies.",
+        f"{limit / 1e9:,.0f} that the commonest convolution reaches alone; convolutions are three quarters of the "
+        "time, attention's products and normalisation the rest. The gain over the bare loop is channels-last memory, "
+        "in which oneDNN needs no copies.",
     )
     target = 0.95 if bench.device == "cpu" else 0.6
     comparison.targets = [

@@ -107,8 +107,8 @@ def measure(bench: Benchmark, folder: Path) -> None:
                 Target(what=f"{name}: seconds more than the bare interpreter", found=value, limit=0.3)
                 for name, value in more.items()
             ],
-            note="Neither imports torch, zarr or diffusers. What is left is NumPy (half of it) and click; the limit is the "
-            "bare interpreter.",
+            note="Neither imports torch, zarr or diffusers. What is left is NumPy (half of it) and click; the limit is "
+            "the bare interpreter.",
         )
     )
     here = pipeline(folder / "pipeline", 1_000_000 if bench.quick else 600_000_000)
@@ -134,8 +134,8 @@ def measure(bench: Benchmark, folder: Path) -> None:
                 Target(what="dvc repro with nothing to do, seconds", found=float(np.median(times[NOTHING])), limit=3.0),
                 Target(what="data files that it hashes again", found=number, limit=0),
             ],
-            note=f"It hashed {number} files. Nearly all of it is DVC's own imports; what it does then is a look at each "
-            "file's time and size. The last row shows what hashing everything takes.",
+            note=f"It hashed {number} files. Nearly all of it is DVC's own imports; what it does then is a look at "
+            "each file's time and size. The last row shows what hashing everything takes.",
         )
     )
 

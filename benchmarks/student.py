@@ -181,9 +181,9 @@ def _comparison(times: dict[str, list[float]], name: str, batch: int, agreement:
         rows=rows_of(times, ONE),
         targets=targets,
         agreement=f"{agreement}. {missing('onnx', 'onnxscript', 'onnxruntime')}".strip(),
-        note="Untrained networks of the experiment's sizes: only time counts here, quality is the README's first table. "
-        "One image is bound by the overhead of some two hundred small operations, which compiling and ONNX's fusing take "
-        "away; 64 are bound by the convolutions' arithmetic, where only fewer bits help.",
+        note="Untrained networks of the experiment's sizes: only time counts here, quality is the README's first "
+        "table. One image is bound by the overhead of some two hundred small operations, which compiling and ONNX's "
+        "fusing take away; 64 are bound by the convolutions' arithmetic, where only fewer bits help.",
     )
 
 
