@@ -8,9 +8,34 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Benchmark, Comparison, Target, interleaved, missing, ratio_between, rows_of, run
-from benchmarks.readers import CEILING, FRESH, OURS, check_agreement, clear, evict, first_touch, make_readers
+from advkd.cache.dataset import BlockShuffle, TrajectoryDataset
+from advkd.cache.reader import TrajectoryCache
+from benchmarks.harness import (
+    Benchmark,
+    Comparison,
+    Target,
+    interleaved,
+    missing,
+    ratio_between,
+    rows_of,
+    run,
+    seconds_of,
+)
+from benchmarks.readers import (
+    CEILING,
+    FRESH,
+    OURS,
+    STATES,
+    Reader,
+    check_agreement,
+    clear,
+    evict,
+    first_touch,
+    make_readers,
+)
 from benchmarks.reading import random_batches
+
+WHOLE, FEW = "all seeds shuffled", "BlockShuffle, blocks that fit"
 
 
 def measure(bench: Benchmark, folder: Path) -> None:
@@ -30,7 +55,42 @@ def measure(bench: Benchmark, folder: Path) -> None:
         times = interleaved(ways, bench.rounds(5), functools.partial(evict, readers), calls)
         figures = {name: [batch / seconds for seconds in values] for name, values in times.items()}
         bench.add(_comparison(figures, size, num_seeds, batch, count, agreement))
+        if size == 32:
+            bench.add(orders(bench, here / "a.zarr", readers, batch, 16 if bench.quick else 2 * block_size))
         clear(here)
+
+
+def orders(bench: Benchmark, store: Path, readers: dict[str, Reader], batch: int, memory: int) -> Comparison:
+    """Whole epochs with a memory of so many seeds: everything goes out of it each time that so many were read."""
+    dataset = TrajectoryDataset(TrajectoryCache.open(store), steps=list(STATES))
+    values = np.asarray(dataset.cache.rows(50, dataset.seeds), dtype=np.float32).reshape(len(dataset), -1)
+    by_blocks = BlockShuffle(dataset, max(1, memory // dataset.cache.layout.block_size))
+    generator = np.random.default_rng(0)
+    figures: dict[str, list[float]] = {WHOLE: [], FEW: []}
+    spread: dict[str, list[float]] = {WHOLE: [], FEW: []}
+    for epoch in range(bench.rounds(5)):
+        by_blocks.set_epoch(epoch)
+        for name, order in ((WHOLE, generator.permutation(len(dataset))), (FEW, np.asarray(list(by_blocks)))):
+            seconds = 0.0
+            for start in range(0, len(order) - batch + 1, batch):
+                if start % memory == 0:
+                    evict(readers)
+                here = dataset.seeds[order[start : start + batch]]
+                seconds += seconds_of(functools.partial(readers[OURS].read, here))
+            figures[name].append(len(order) // batch * batch / seconds)
+            cut = order[: len(order) // batch * batch].reshape(-1, batch)
+            spread[name].append(float(values[cut].mean(1).var(0).mean() / values.var(0).mean() * batch))
+    found = ratio_between(spread, FEW, WHOLE)
+    return Comparison(
+        title=f"an epoch with memory for {memory:,} of {len(dataset):,} pairs, batches of {batch}",
+        unit="pairs/s",
+        baseline=WHOLE,
+        rows=rows_of(figures, WHOLE),
+        targets=[Target(what="variance of batch means, blocks shuffled by whole shuffle", found=found, limit=1.1)],
+        agreement="Either order gives every seed once.",
+        note=f"Statistical cost: the mean of a batch varies {found:.3f} times as much between batches, since seeds are "
+        "independent draws; but batches of the same blocks follow each other.",
+    )
 
 
 def _comparison(

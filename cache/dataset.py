@@ -5,14 +5,15 @@ The one module of this package that imports torch; nothing else here imports it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
+from advkd.cache.errors import UsageError
 from advkd.cache.reader import TrajectoryCache
 
 
@@ -57,3 +58,42 @@ class TrajectoryDataset(Dataset[tuple[Tensor, ...]]):
         seeds = self.seeds[indices]
         batches = [torch.from_numpy(self.cache.rows(step, seeds)) for step in self.steps]
         return list(zip(*batches, strict=True))
+
+
+class BlockShuffle(Sampler[int]):
+    """An order for a `DataLoader` that mixes the seeds of a few blocks at a time, those blocks chosen at random.
+
+    For data that is much larger than memory, on a disk that is slow at random: what a batch needs lies in few files,
+    which are read once an epoch. The price: seeds are independent draws, so a batch strays no further from the whole
+    than with a whole shuffle, but batches of the same blocks follow each other (`benchmarks/cold.py` measures both).
+
+    Args:
+        dataset: whose items are ordered.
+        mixed: blocks whose seeds are mixed.
+        seed: of the order; call `set_epoch` before each epoch for another one.
+    """
+
+    def __init__(self, dataset: TrajectoryDataset, mixed: int, seed: int = 0) -> None:
+        if mixed < 1:
+            raise UsageError(f"{mixed} blocks can't be mixed: expected at least 1")
+        self._blocks = dataset.seeds // dataset.cache.layout.block_size
+        self._mixed = mixed
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order: a function of (seed, epoch, the dataset's seeds)."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[int]:
+        """Every index once."""
+        generator = np.random.default_rng((self._seed, self._epoch))
+        blocks = generator.permutation(np.unique(self._blocks))
+        places = np.empty(int(blocks.max()) + 1 if len(blocks) else 0, dtype=np.int64)
+        places[blocks] = np.arange(len(blocks)) // self._mixed
+        groups = places[self._blocks]
+        return iter(np.lexsort((generator.random(len(groups)), groups)).tolist())

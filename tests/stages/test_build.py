@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from advkd.cache.layout import chunk_path
 from advkd.cache.noise import standard_normal
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.writer import CacheWriter
+from advkd.stages.reporter import SilentReporter
 from advkd.stages.teacher import block as sampling_blocks
+from advkd.stages.teacher import build as building
 from advkd.stages.teacher import plan as planning
 from advkd.stages.teacher.build import build
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
@@ -114,6 +117,69 @@ def test_builds_in_threads_of_one_process_keep_their_noise_apart(pipeline_folder
     with ThreadPoolExecutor() as executor:
         together = [executor.submit(run, name) for name in ("one", "other", "one")]
     assert [future.result() for future in together] == [alone] * 3
+
+
+def test_a_block_is_written_while_the_next_is_sampled(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first block, which somebody waits to see; never more than one, and all with the claim held."""
+    plan = plan_for(pipeline_folder, tmp_path / "a.zarr", seeds="0:40")
+    original_sample, original_commit = building.sample_block, building.commit_block
+    sampling, writing, overlapped = threading.Event(), threading.Event(), []
+
+    def sample_block(plan: Plan, block: int, *rest: object) -> object:
+        sampling.set()
+        if block > 1:
+            assert writing.wait(30), "nothing is written while a block is sampled"
+            writing.clear()
+        states = original_sample(plan, block, *rest)  # type: ignore[arg-type]
+        sampling.clear()
+        return states
+
+    def commit_block(writer: CacheWriter, plan: Plan, block: int, *rest: object) -> None:
+        if 0 < block < 4:
+            assert sampling.wait(30), "nothing is sampled while a block is written"
+            overlapped.append(block)
+        writing.set()
+        with writer.claim(block) as claimed:
+            assert not claimed
+        original_commit(writer, plan, block, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(building, "sample_block", sample_block)
+    monkeypatch.setattr(building, "commit_block", commit_block)
+    assert build(plan).num_blocks == 5
+    assert overlapped == [1, 2, 3]
+    monkeypatch.undo()
+    build(plan_for(pipeline_folder, tmp_path / "b.zarr", seeds="0:40", batch_size=5))
+    assert tree(tmp_path / "a.zarr") == tree(tmp_path / "b.zarr")
+
+
+def test_a_full_disk_stops_the_sampling_of_the_next_block(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(pipeline_folder, tmp_path / "a.zarr", batch_size=1, seeds="0:40")
+    original, failed, advanced = building.commit_block, threading.Event(), 0
+
+    def commit_block(writer: CacheWriter, plan: Plan, block: int, *rest: object) -> None:
+        if block == 1:
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(writer, plan, block, *rest)  # type: ignore[arg-type]
+
+    class Counting(SilentReporter):
+        def advance(self, amount: int = 1, note: str = "") -> None:
+            nonlocal advanced
+            if note == "block 2":
+                assert failed.wait(30)
+                advanced += amount
+
+    monkeypatch.setattr(building, "commit_block", commit_block)
+    with pytest.raises(OSError, match="No space left"):
+        build(plan, reporter=Counting())
+    assert advanced < 8 * 4, "block 2 was sampled to its end"
+    monkeypatch.undo()
+    assert TrajectoryCache.open(tmp_path / "a.zarr").blocks == (0,)
+    assert build(plan).num_blocks == 4
 
 
 def test_another_teacher_is_recognised_by_its_weights(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from advkd.cache.dataset import TrajectoryDataset
-from advkd.cache.errors import DamagedError, NotCachedError
+from advkd.cache.dataset import BlockShuffle, TrajectoryDataset
+from advkd.cache.errors import DamagedError, NotCachedError, UsageError
 from advkd.cache.reader import TrajectoryCache
 from tests.stores import BLOCK_SIZE, write_store
 
@@ -37,6 +37,30 @@ def test_a_loader_gives_every_seed_once(store: Path, num_workers: int) -> None:
     found = torch.cat(batches).numpy()
     order = np.lexsort(found.reshape(256, -1).T)
     np.testing.assert_array_equal(found[order], expected[np.lexsort(expected.reshape(256, -1).T)])
+
+
+@pytest.mark.parametrize("mixed", [1, 3, 16, 100])
+def test_a_shuffle_by_blocks_gives_every_seed_once_few_blocks_at_a_time(store: Path, mixed: int) -> None:
+    seeds = np.random.default_rng(0).permutation(256)[:200]
+    dataset = TrajectoryDataset(TrajectoryCache.open(store), steps=[0], seeds=seeds)
+    shuffle = BlockShuffle(dataset, mixed)
+    order = list(shuffle)
+    assert sorted(order) == list(range(200)) and len(shuffle) == 200
+    blocks = seeds[order] // BLOCK_SIZE
+    firsts = {block: int(np.flatnonzero(blocks == block)[0]) for block in np.unique(blocks)}
+    lasts = {block: int(np.flatnonzero(blocks == block)[-1]) for block in np.unique(blocks)}
+    for at in range(200):
+        assert sum(firsts[block] <= at <= lasts[block] for block in firsts) <= mixed
+    assert list(shuffle) == order and list(BlockShuffle(dataset, mixed)) == order
+    shuffle.set_epoch(1)
+    assert list(shuffle) != order and list(BlockShuffle(dataset, mixed, seed=1)) != order
+    assert len(list(DataLoader(dataset, batch_size=48, sampler=shuffle))) == 5
+
+
+def test_a_shuffle_of_no_blocks_is_refused(store: Path) -> None:
+    dataset = TrajectoryDataset(TrajectoryCache.open(store), steps=[0])
+    with pytest.raises(UsageError, match="at least 1"):
+        BlockShuffle(dataset, 0)
 
 
 def test_what_is_not_there_is_said_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Maps behind one another: the same rows whatever is asked of the system ahead."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from advkd.cache import window as windows
+from advkd.cache.reader import TrajectoryCache
+from advkd.cache.window import ReadAhead, Window
+from tests.stores import write_store
+
+
+class Asked:
+    """A window that only counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def will_need_rows(self, index: object) -> None:
+        self.times += 1
+
+
+def test_rows_are_asked_for_only_while_the_disk_keeps_gathers_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = 0
+    monkeypatch.setattr(windows, "_num_waits", lambda: waits)
+    asked, ahead = Asked(), ReadAhead()
+
+    def gathers(number: int) -> int:
+        before = asked.times
+        for _ in range(number):
+            ahead.before(asked, np.arange(3))  # type: ignore[arg-type]
+        return asked.times - before
+
+    assert gathers(1000) == 0
+    waits += 1  # one gather has waited: the next ones ask
+    assert gathers(ReadAhead.ASKED) == ReadAhead.ASKED
+    assert gathers(1000) == 0, "everything is in memory by now"
+    waits += 1
+    assert gathers(ReadAhead.ASKED) == ReadAhead.ASKED
+    assert gathers(1) == 0
+    waits += 1  # the one that did not ask has waited
+    assert gathers(ReadAhead.ASKED + 1) == ReadAhead.ASKED
+
+
+@pytest.mark.parametrize("row_bytes", [1, 96, 4096, 5000])
+def test_any_row_may_be_asked_for(tmp_path: Path, row_bytes: int) -> None:
+    """The first, the last, and those that begin and end inside a page."""
+    rows = np.random.default_rng(0).integers(0, 256, (2, 50, row_bytes), dtype=np.uint8)
+    window = Window(2, 50 * row_bytes + 4, row_bytes)
+    for slot in range(2):
+        (tmp_path / str(slot)).write_bytes(rows[slot].tobytes() + b"tail")
+        descriptor = os.open(tmp_path / str(slot), os.O_RDONLY)
+        window.put(slot, descriptor)
+        os.close(descriptor)
+    index = np.concatenate([np.arange(50), window.rows_per_slot + np.arange(50)])
+    window.will_need_rows(index[::-1])
+    window.will_need(1, 49 * row_bytes, 1 << 20)
+    np.testing.assert_array_equal(window.rows[index], rows.reshape(100, row_bytes))
+    assert window.file(1).tobytes() == rows[1].tobytes() + b"tail"
+
+
+def test_cold_files_read_as_warm_ones(tmp_path: Path) -> None:
+    write_store(tmp_path / "a.zarr", "0:256")
+    seeds = np.random.default_rng(0).integers(0, 256, (50, 32))
+    expected = [TrajectoryCache.open(tmp_path / "a.zarr").rows(2, batch) for batch in seeds]
+    for path in (tmp_path / "a.zarr/states").rglob("*"):
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+    cache = TrajectoryCache.open(tmp_path / "a.zarr")
+    for batch, values in zip(seeds, expected, strict=True):
+        np.testing.assert_array_equal(cache.rows(2, batch), values)
