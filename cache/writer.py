@@ -252,6 +252,7 @@ class CacheWriter:
             body = stored.tobytes()
             data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
             record = ArrayRecord.of(data, stored, computed)
+            del body, stored  # two copies in memory less while the file is read back
             if record.num_nonfinite:
                 seeds = seeds_of(block, self.layout.block_size)
                 raise CacheError(
