@@ -77,7 +77,7 @@ def pipeline(folder: Path, num_bytes: int) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(generator.bytes(length) if not name.endswith(".json") else b"{}" + b" " * length)
     assert {"cache", "train"} <= set(stages)
-    command("dvc", "commit", "--force", "--quiet", folder=folder)()
+    command("dvc", "commit", "--force", "--quiet", "dvc.yaml", folder=folder)()
     return folder
 
 
