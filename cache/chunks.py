@@ -151,6 +151,7 @@ class StateRows:
                 self._ahead.before(self._window, index)
                 # The indices are in range; mode="raise" would gather into a buffer first.
                 self._window.rows.take(index, axis=0, out=out, mode="clip")
+                self._ahead.after()
             return out
 
     def _gather_in_parts(self, seeds: Seeds, blocks: Seeds, starts: Seeds, out: Bytes | None) -> Bytes:
@@ -163,6 +164,7 @@ class StateRows:
             assert self._window is not None
             self._ahead.before(self._window, index)
             out[here] = self._window.rows[index]
+            self._ahead.after()
         assert out is not None
         return out
 

@@ -87,24 +87,26 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self._left = 0
-        self._waits = _num_waits()
+        self._waits = 0
 
     def before(self, window: Window, index: npt.NDArray[np.int64]) -> None:
         """Ask for rows of a window that will be copied, if need be."""
-        if not self._left:
-            waits, self._waits = self._waits, _num_waits()
-            if self._waits != waits:
-                self._left = self.ASKED
+        if self._left:
+            window.will_need_rows(index)
+        else:
+            self._waits = _num_waits()
+
+    def after(self) -> None:
+        """See whether copying them had to wait."""
         if self._left:
             self._left -= 1
-            window.will_need_rows(index)
-            if not self._left:
-                self._waits = _num_waits()
+        elif _num_waits() != self._waits:
+            self._left = self.ASKED
 
 
 def _num_waits() -> int:
-    """How often this process had to wait for the disk to bring a page that it touched."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    """How often this thread had to wait for the disk to bring a page that it touched."""
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
 
 
 @cache

@@ -27,21 +27,22 @@ def test_rows_are_asked_for_only_while_the_disk_keeps_gathers_waiting(monkeypatc
     monkeypatch.setattr(windows, "_num_waits", lambda: waits)
     asked, ahead = Asked(), ReadAhead()
 
-    def gathers(number: int) -> int:
+    def gathers(number: int, waiting: bool = False) -> int:
+        nonlocal waits
         before = asked.times
         for _ in range(number):
+            waits += 1  # of something else, between gathers
             ahead.before(asked, np.arange(3))  # type: ignore[arg-type]
+            waits += waiting
+            ahead.after()
         return asked.times - before
 
     assert gathers(1000) == 0
-    waits += 1  # one gather has waited: the next ones ask
+    assert gathers(1, waiting=True) == 0
+    assert gathers(1000) == ReadAhead.ASKED, "it goes on where everything is in memory by now"
+    assert gathers(1, waiting=True) == 0
     assert gathers(ReadAhead.ASKED) == ReadAhead.ASKED
-    assert gathers(1000) == 0, "everything is in memory by now"
-    waits += 1
-    assert gathers(ReadAhead.ASKED) == ReadAhead.ASKED
-    assert gathers(1) == 0
-    waits += 1  # the one that did not ask has waited
-    assert gathers(ReadAhead.ASKED + 1) == ReadAhead.ASKED
+    assert gathers(1 + ReadAhead.ASKED, waiting=True) == ReadAhead.ASKED
 
 
 @pytest.mark.parametrize("row_bytes", [1, 96, 4096, 5000])
