@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,10 @@ import torch
 from advkd.cache.reader import TrajectoryCache
 from advkd.pipeline.config import load_experiment
 from advkd.stages.pretrain.teacher import save_untrained
+from advkd.stages.student.export import PACKAGES, export_int8, export_onnx
 from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.hub import Student
+from advkd.stages.student.onnx_student import OnnxStudent
 from advkd.stages.student.student import build_student
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.loader import Teacher, load_teacher
@@ -37,50 +39,15 @@ EAGER, COMPILED, ONNX, INT8 = "student, PyTorch", "student, torch.compile", "stu
 ONE, SOLVER, DDIM, FULL = "one teacher evaluation", "DPM-Solver++ 10", "DDIM 50", "DDIM 1000 (from 50 of its steps)"
 
 
-class Session:
-    """An ONNX model that runs on as many threads as PyTorch does."""
-
-    def __init__(self, path: Path) -> None:
-        runtime = importlib.import_module("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._name = self._session.get_inputs()[0].name
-
-    def __call__(self, noise: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """x_T → x_0, float32, shape (N, C, H, W)."""
-        images: np.ndarray[Any, Any] = self._session.run(None, {self._name: noise})[0]
-        return images
-
-
-def export(student: torch.nn.Module, noise: torch.Tensor, folder: Path) -> dict[str, Session]:
-    """The student as ONNX, in float32 and in int8 calibrated on noise; nothing where the packages are not here."""
-    if missing("onnx", "onnxscript", "onnxruntime"):
+def export(student: Student, folder: Path) -> dict[str, OnnxStudent]:
+    """The student as `advkd-export` writes it, in float32 and int8; nothing where its packages are not here."""
+    if missing(*PACKAGES):
         return {}
-    quantization = importlib.import_module("onnxruntime.quantization")
     folder.mkdir(parents=True)
     whole, small = folder / "student.onnx", folder / "int8.onnx"
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.onnx.export(
-        student, (noise,), input_names=["noise"], dynamo=True, dynamic_shapes={"noise": {0: batch}}, verbose=False
-    )
-    assert program is not None
-    program.save(str(whole))
-
-    class Noise(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
-        """Batches to see activations' ranges on."""
-
-        def __init__(self) -> None:
-            self.left = [noise.numpy()] * 4
-
-        def get_next(self) -> dict[str, Any] | None:
-            """One of them."""
-            return {"noise": self.left.pop()} if self.left else None
-
-    prepared = folder / "prepared.onnx"
-    importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process(str(whole), str(prepared))
-    quantization.quantize_static(str(prepared), str(small), Noise(), per_channel=True, op_types_to_quantize=["Conv"])
-    return {ONNX: Session(whole), INT8: Session(small)}
+    export_onnx(student, whole)
+    export_int8(student, whole, small)
+    return {ONNX: OnnxStudent(whole), INT8: OnnxStudent(small)}
 
 
 def measure_size(
@@ -89,11 +56,11 @@ def measure_size(
     """One teacher and its student, one image and batches of 64."""
     torch.manual_seed(0)
     device = bench.device
-    student = build_student(config, Geometry.of(cache, None)).eval().requires_grad_(False)
+    geometry = Geometry.of(cache, None)
+    student = build_student(config, geometry).eval().requires_grad_(False)
     for parameter in student.parameters():  # a fresh one's last layers are zeros, which would flatter it
         parameter.copy_(torch.where(parameter == 0, torch.randn_like(parameter) * 0.02, parameter))
-    probe = torch.from_numpy(cache.rows(0, range(16)).astype(np.float32))
-    sessions = export(student, probe, folder / name) if device == "cpu" else {}
+    sessions = export(Student(student, config, geometry), folder / name) if device == "cpu" else {}
     student = student.to(device)
     compiled = torch.compile(student) if not bench.quick else None
     for batch in (1, 4 if bench.quick else 64):
@@ -104,7 +71,7 @@ def measure_size(
         ways = {ONE: _evaluation(teacher, shaped, device), EAGER: _pass(student, here, device)}
         if compiled is not None:
             ways[COMPILED] = _pass(compiled, here, device)
-        ways |= {key: functools.partial(session, values) for key, session in sessions.items()}
+        ways |= {key: functools.partial(session, noise) for key, session in sessions.items()}
         solvers = {SOLVER: _solver(teacher, "dpmsolver++", 10, values), DDIM: _solver(teacher, "ddim", 50, values)}
         if name == "digits" or batch == 1:  # 64 of CIFAR-10's would take minutes each
             ways |= solvers
@@ -137,11 +104,11 @@ def _solver(teacher: Teacher, name: str, steps: int, noise: Any) -> Way:
     return lambda: sample(teacher, config, noise, seeds=seeds, root_seed=0, record=[steps])
 
 
-def _agreement(student: Any, compiled: Any, sessions: dict[str, Session], noise: torch.Tensor) -> str:
+def _agreement(student: Any, compiled: Any, sessions: dict[str, OnnxStudent], noise: torch.Tensor) -> str:
     with torch.inference_mode():
         expected = student(noise).cpu().numpy()
         found = {COMPILED: compiled(noise).cpu().numpy()} if compiled is not None else {}
-    found |= {name: session(noise.cpu().numpy()) for name, session in sessions.items()}
+    found |= {name: session(noise).numpy() for name, session in sessions.items()}
     apart = {name: float(np.sqrt(np.mean((values - expected) ** 2))) for name, values in found.items()}
     wrong = [name for name, value in apart.items() if value > 1e-3 and name != INT8]
     if wrong:
@@ -175,7 +142,7 @@ def _comparison(times: dict[str, list[float]], name: str, batch: int, agreement:
         baseline=ONE,
         rows=rows_of(times, ONE),
         targets=targets,
-        agreement=f"{agreement}. {missing('onnx', 'onnxscript', 'onnxruntime')}".strip(),
+        agreement=f"{agreement}. {missing(*PACKAGES)}".strip(),
         note="Untrained networks of the experiment's sizes: only time counts here, quality is the README's first "
         "table. One image is bound by the overhead of some two hundred small operations, which compiling and ONNX's "
         "fusing take away; 64 are bound by the convolutions' arithmetic, where only fewer bits help.",

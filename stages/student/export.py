@@ -154,7 +154,7 @@ def _exportable(student: Student) -> Student:
 
 def _to_onnx(student: Student, path: Path) -> None:
     try:
-        with _quiet(), _attention_of_four_dimensions():
+        with _quiet():
             torch.onnx.export(
                 _exportable(student),
                 (student.noise([0, 1]),),
@@ -206,23 +206,6 @@ def _quantise(student: Student, source: Path, target: Path) -> None:
 def _calibration(student: Student) -> Iterator[Tensor]:
     for first in range(FIRST_CALIBRATION_SEED, FIRST_CALIBRATION_SEED + NUM_CALIBRATION, CALIBRATION_BATCH):
         yield student.noise(range(first, first + CALIBRATION_BATCH))
-
-
-@contextmanager
-def _attention_of_four_dimensions() -> Iterator[None]:
-    """torch's exporter translates attention with a dimension for heads only."""
-    attend = functional.scaled_dot_product_attention
-
-    def with_heads(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if query.ndim != 3:
-            return attend(query, key, value, *rest, **options)
-        return attend(query[:, None], key[:, None], value[:, None], *rest, **options)[:, 0]
-
-    functional.scaled_dot_product_attention = with_heads
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = attend
 
 
 @contextmanager
