@@ -24,6 +24,10 @@ INITIAL_STREAM = 0
 _LN2 = 0.6931471805599453
 _SQRT_HALF = 0.7071067811865476
 _WORD_LIMIT = 1 << 63
+_DROPPED = np.uint64(12)
+"""Bits of a word that are not used."""
+_PIECE = 1 << 13
+"""Values that are transformed at once."""
 
 # AS 241, PPND16: numerator and denominator, highest power first, for |q| ≤ 0.425, 1.6 < r ≤ 5 and r > 5.
 _CENTRAL = (
@@ -104,12 +108,24 @@ def standard_normal(
     if any(not 0 <= value < _WORD_LIMIT for value in (root_seed, stream, *rows)):
         raise ValueError("root seed, stream and seeds must lie in [0, 2^63)")
     size = int(np.prod(item_shape))
-    words = np.empty((len(rows), size), dtype=np.uint64)
-    for row, seed in enumerate(rows):
-        generator = np.random.Philox(key=root_seed, counter=[0, 0, seed, stream])
-        words[row] = generator.random_raw(size)
-    u = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return inverse_normal_cdf(u.ravel()).astype(np.float32).reshape(len(rows), *item_shape)
+    values = np.empty((len(rows), size), dtype=np.float32)
+    if size == 0:
+        return values.reshape(len(rows), *item_shape)
+    # Moving one generator costs a fifth of making another; pieces that stay in the processor's cache halve the rest.
+    generator = np.random.Philox(key=root_seed, counter=[0, 0, 0, stream])
+    position, blocks_drawn, rows_at_once = 0, -(-size // 4), max(1, _PIECE // size)
+    for start in range(0, len(rows), rows_at_once):
+        piece = rows[start : start + rows_at_once]
+        words = np.empty((len(piece), size), dtype=np.uint64)
+        for row, seed in enumerate(piece):
+            generator.advance(((seed << 128) - position) % (1 << 256))
+            words[row] = generator.random_raw(size)
+            position = (seed << 128) + blocks_drawn
+        flat, out = words.reshape(-1), values[start : start + len(piece)].reshape(-1)
+        for first in range(0, flat.size, _PIECE):
+            part = flat[first : first + _PIECE]
+            out[first : first + _PIECE] = inverse_normal_cdf(((part >> _DROPPED).astype(np.float64) + 0.5) * 2.0**-52)
+    return values.reshape(len(rows), *item_shape)
 
 
 def mix64(values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
