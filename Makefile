@@ -48,7 +48,7 @@ install-bench: .venv/.installed-bench
 
 .venv-light/.installed: pyproject.toml
 	$(NEWEST) -m venv .venv-light
-	.venv-light/bin/python -m pip install --quiet 'dask[array]' google-crc32c hypothesis numpy pytest scipy tensorstore zarr
+	.venv-light/bin/python -m pip install --quiet 'dask[array]' google-crc32c hypothesis 'numcodecs[pcodec]' numpy pytest scipy tensorstore zarr
 	.venv-light/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 

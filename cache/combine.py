@@ -60,7 +60,7 @@ def merge(
     """
     first = sources[0]
     for cache in sources:
-        _check_whole(cache)
+        check_whole(cache)
         lines = differences(first.recipe.to_json(), cache.recipe.to_json())
         lines = lines or differences(first.layout.to_json(), cache.layout.to_json())
         if lines:
@@ -72,7 +72,7 @@ def merge(
     chosen = _choose([*there, *sources], prefer)
     wanted = {block: cache for block, cache in chosen.items() if cache not in there}
     combined = _adopt(CacheWriter.open(out, first.recipe, first.layout), wanted, begin, advance)
-    _carry(sources, out)
+    carry(sources, out)
     return combined
 
 
@@ -109,7 +109,7 @@ def subset(
             raise UsageError(f"{cache.address} has none of the seeds {seeds}")
     writer = CacheWriter.open(out, cache.recipe, layout)
     combined = _adopt(writer, dict.fromkeys(blocks, cache), begin, advance)
-    _carry([cache], out)
+    carry([cache], out)
     return combined
 
 
@@ -118,11 +118,16 @@ def _existing(out: Path, like: TrajectoryCache) -> list[TrajectoryCache]:
     if not CacheWriter(out, like.recipe, like.layout).continues("stop"):
         return []
     there = TrajectoryCache.open(out)
-    _check_whole(there)
+    check_whole(there)
     return [there]
 
 
-def _check_whole(cache: TrajectoryCache) -> None:
+def check_whole(cache: TrajectoryCache) -> None:
+    """Refuse a partial copy.
+
+    Raises:
+        NotCachedError: a state is not here.
+    """
     absent = [state.name for state in cache.layout.states if state.step not in cache.states]
     if absent:
         raise NotCachedError(
@@ -200,7 +205,7 @@ def _same_bytes(there: TrajectoryCache, block: int, cache: TrajectoryCache) -> b
     return all(array.sha256 == source[name].sha256 for name, array in there.record(block).arrays.items())
 
 
-def _carry(sources: Sequence[TrajectoryCache], out: Path) -> None:
+def carry(sources: Sequence[TrajectoryCache], out: Path) -> None:
     """What the first store knows of its origin goes along, where the target has nothing."""
     for name in ("provenance/store.json", TOLERANCE_FILE):
         for cache in sources:

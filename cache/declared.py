@@ -15,7 +15,7 @@ from advkd.cache.source import LocalSource
 
 def listed_blocks(cache: TrajectoryCache) -> tuple[int, ...]:
     """Blocks that have a record; where they can be listed, also those beyond what the arrays declare."""
-    return cache.source.blocks(sys.maxsize) if isinstance(cache.source, LocalSource) else cache.blocks
+    return cache.files.blocks(sys.maxsize) if isinstance(cache.files, LocalSource) else cache.blocks
 
 
 def declared_seeds(cache: TrajectoryCache) -> dict[int, int]:
@@ -23,7 +23,7 @@ def declared_seeds(cache: TrajectoryCache) -> dict[int, int]:
     declared = {}
     for step, state in cache.states.items():
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            declared[step] = int(parse_json(cache.source.read(metadata_path(states_path(state))))["shape"][0])
+            declared[step] = int(parse_json(cache.files.read(metadata_path(states_path(state))))["shape"][0])
     return declared
 
 

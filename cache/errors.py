@@ -11,6 +11,7 @@
         ├── MismatchError (ValueError)        a cache of another recipe or layout
         ├── NotCachedError (LookupError)      a seed or state that this store does not hold
         ├── DamagedError (ValueError)         bytes that differ from the ledger
+        │   └── NeedsDamagedError                 … of what a packed state is predicted from
         └── LockedError (BlockingIOError)     another process is writing
 
 Grouped by what a handler would do; each is also the built-in that a caller would catch. A message is one line:
@@ -60,6 +61,10 @@ class NotCachedError(CacheError, LookupError):
 
 class DamagedError(CacheError, ValueError):
     """Bytes on disk differ from what the ledger records."""
+
+
+class NeedsDamagedError(DamagedError):
+    """A packed state can't be decoded because one that it is predicted from is damaged or not here."""
 
 
 class LockedError(CacheError, BlockingIOError):

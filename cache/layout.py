@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from advkd.cache.errors import UsageError
+from advkd.cache.plain import zarr_codecs
 from advkd.cache.recipe import Layout, Recipe, State
 
 FORMAT = 1
@@ -93,10 +94,7 @@ def array_metadata(recipe: Recipe, layout: Layout, state: State, num_seeds: int)
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": "NaN",
-        "codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "crc32c"},
-        ],
+        "codecs": zarr_codecs(layout.packing, layout.dtype),
         "dimension_names": ["seed", "channel", "y", "x"],
         "attributes": {
             "timestep": state.timestep,

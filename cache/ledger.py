@@ -173,7 +173,7 @@ class BlockRecord:
                 raise ValueError("it is not written as records are")
             return record
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _torn(where, block, error) from None
+            raise torn(where, block, error) from None
 
 
 def checked_seal(raw: bytes, block: int, fingerprint: str, layout_hash: str, where: str) -> str:
@@ -187,14 +187,15 @@ def checked_seal(raw: bytes, block: int, fingerprint: str, layout_hash: str, whe
     try:
         stated = seal_of(raw)
     except ValueError as error:
-        raise _torn(where, block, error) from None
+        raise torn(where, block, error) from None
     place = {"block": block, "fingerprint": fingerprint, "format": FORMAT, "layout_hash": layout_hash}
     if not unsealed(raw).endswith(b"," + canonical_json(place)[1:-1]):
         raise DamagedError(f"{where}: the ledger record of block {block} belongs to another block or cache")
     return stated
 
 
-def _torn(where: str, block: int, error: Exception) -> DamagedError:
+def torn(where: str, block: int, error: Exception) -> DamagedError:
+    """What to say of a record that can't be read."""
     return DamagedError(
         f"{where}: the ledger record of block {block} is torn or altered ({in_line(error)}); "
         "`advkd-cache build` with the same settings makes the block again"

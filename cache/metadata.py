@@ -5,7 +5,7 @@ from __future__ import annotations
 from advkd.cache.errors import CacheNotFoundError, DamagedError, NotACacheError
 from advkd.cache.layout import FORMAT, array_metadata, metadata_path, states_path
 from advkd.cache.parse import in_line, parse_json
-from advkd.cache.recipe import MAX_BLOCK_BYTES, Layout, Recipe, State
+from advkd.cache.recipe import Layout, Recipe, State
 from advkd.cache.source import LocalSource, Source, check_num_blocks
 
 _NOT_JSON_OF_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError)
@@ -44,7 +44,7 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
     try:
         recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])
         intact = value["fingerprint"] == recipe.fingerprint and value["layout_hash"] == layout.layout_hash
-        intact = intact and layout.block_bytes(recipe.item_shape) <= MAX_BLOCK_BYTES
+        intact = intact and layout.block_bytes(recipe.item_shape) <= layout.max_block_bytes
     except NotACacheError as error:
         raise NotACacheError(f"{address}/zarr.json: {error}") from None
     except _NOT_JSON_OF_OURS:

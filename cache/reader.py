@@ -27,6 +27,8 @@ from advkd.cache.source import LocalSource, Source, open_source
 if TYPE_CHECKING:
     import dask.array
 
+    from advkd.cache.packed import PackedSource
+
 Values = npt.NDArray[Any]
 
 
@@ -77,6 +79,11 @@ class TrajectoryCache:
         source = open_source(address)
         recipe, layout = read_metadata(source)
         states, num_seeds = read_arrays(source, recipe, layout)
+        if layout.packing is not None:
+            from advkd.cache.packed import PackedSource
+
+            source = PackedSource(source, recipe, layout, num_seeds)
+            layout = source.raw_layout
         return cls(source, recipe, layout, num_seeds, states, scratch)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -87,6 +94,28 @@ class TrajectoryCache:
     def address(self) -> str:
         """The path or URL that it was opened at."""
         return self.source.address
+
+    @property
+    def packed(self) -> PackedSource | None:
+        """The packed store that this one is decoded from, if it is one."""
+        from advkd.cache.packed import PackedSource
+
+        return self.source if isinstance(self.source, PackedSource) else None
+
+    @property
+    def files(self) -> Source:
+        """Where the store's own files come from: of a packed store the packed ones."""
+        return self.source if self.packed is None else self.packed.files
+
+    @property
+    def stored_layout(self) -> Layout:
+        """The layout as the store has it; `layout` is what a reader sees, always raw."""
+        return self.layout if self.packed is None else self.packed.layout
+
+    def is_drawn_again(self, state: State) -> bool:
+        """Whether a state has no chunk files because a packed store leaves x_T to the seeds."""
+        packing = self.stored_layout.packing
+        return packing is not None and packing.redraws and state == self.layout.states[0]
 
     @property
     def item_shape(self) -> tuple[int, ...]:
@@ -105,7 +134,7 @@ class TrajectoryCache:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is read through a URL."""
+        """Whether its chunks come to the scratch folder first: from a URL, or out of a packed store."""
         return self._scratch is not None
 
     @property
@@ -258,6 +287,6 @@ def local_root(cache: TrajectoryCache) -> Path:
     Raises:
         CacheError: it is remote.
     """
-    if not isinstance(cache.source, LocalSource):
+    if not isinstance(cache.files, LocalSource):
         raise CacheError(f"{cache.address} is read only: copy it to a folder first (`advkd-cache subset --out STORE`)")
-    return cache.source.root
+    return cache.files.root

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
 from advkd.cache.durable import canonical_json
 from advkd.cache.errors import NotACacheError
+from advkd.cache.packing import CODECS, MAX_PACKED_BLOCK_BYTES, Packing
 from advkd.cache.parse import in_line
 
 DTYPES = ("float16", "float32")
-ENCODINGS = ("raw",)
+ENCODINGS = ("raw", *CODECS)
 """How a chunk's values are stored; a version that knows more ways adds them here."""
 MAX_CHANNELS, MAX_SIDE = 64, 8192
 """What an item can have at most, wherever a shape comes from someone else."""
@@ -146,7 +147,9 @@ class Layout:
     dtype: str
     block_size: int
     encoding: str = "raw"
-    """`raw`: a chunk is its values."""
+    """`raw`: a chunk is its values; else a codec of `advkd.cache.packing`."""
+    packing: Packing | None = None
+    """Of a packed store."""
 
     def __post_init__(self) -> None:
         steps = [state.step for state in self.states]
@@ -158,6 +161,8 @@ class Layout:
             )
         if self.encoding not in ENCODINGS:
             raise NotACacheError(f"encoding {_short(repr(self.encoding))} is unknown to this advkd: upgrade advkd")
+        if self.encoding != ("raw" if self.packing is None else self.packing.codec):
+            raise NotACacheError(f"encoding {self.encoding} with the parameters of another one")
 
     @cached_property
     def layout_hash(self) -> str:
@@ -168,9 +173,20 @@ class Layout:
         """Bytes of the values of one block of one state."""
         return self.block_size * math.prod(item_shape) * (2 if self.dtype == "float16" else 4)
 
+    @property
+    def max_block_bytes(self) -> int:
+        """What `block_bytes` may be at most."""
+        return MAX_BLOCK_BYTES if self.packing is None else MAX_PACKED_BLOCK_BYTES
+
+    def packed(self, packing: Packing | None) -> Self:
+        """The same states, dtype and blocks in another encoding; raw if None."""
+        return replace(self, encoding="raw" if packing is None else packing.codec, packing=packing)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, for attributes and hashing."""
-        return {**asdict(self), "states": [asdict(state) for state in self.states]}
+        value = {**asdict(self), "states": [asdict(state) for state in self.states]}
+        del value["packing"]
+        return value if self.packing is None else {**value, "packing": self.packing.parameters}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
@@ -182,7 +198,10 @@ class Layout:
         if len(value["states"]) > MAX_STATES:
             raise NotACacheError(f"it claims {len(value['states'])} states")
         states = tuple(State.from_json(state) for state in value["states"])
-        return cls(**{**value, "states": states, "block_size": _integer(value["block_size"])})
+        packing = None
+        if "packing" in value and value["dtype"] in DTYPES and value["encoding"] in CODECS:
+            packing = Packing.read(value["encoding"], value["packing"], value["dtype"])
+        return cls(**{**value, "states": states, "block_size": _integer(value["block_size"]), "packing": packing})
 
 
 def _integer(value: Any) -> int:

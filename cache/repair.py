@@ -40,9 +40,8 @@ def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
                 _remove(root, found.file, done)
         blocks = listed_blocks(TrajectoryCache.open(root))
         num_seeds = expected_num_seeds(TrajectoryCache.open(root), blocks, declared_seeds(cache).values())
-        expected = {
-            name: pretty_json(value) for name, value in metadata_files(cache.recipe, cache.layout, num_seeds).items()
-        }
+        files = metadata_files(cache.recipe, cache.stored_layout, num_seeds)
+        expected = {name: pretty_json(value) for name, value in files.items()}
         for file in sorted({found.file for found in wrong} & expected.keys()):
             write_atomically(safe_target(root, file), [expected[file]])
             done.append(f"{file} is written anew from the recipe")

@@ -8,6 +8,7 @@ from typing import Any
 from advkd.cache.compare import tolerance_of
 from advkd.cache.layout import CRC_BYTES, FORMAT, states_path
 from advkd.cache.ledger import ArrayRecord, BlockRecord, content_digest
+from advkd.cache.packed import PackedSource
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.seal import unseal
 
@@ -34,7 +35,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "digest": content,
         "item_shape": list(cache.item_shape),
         "dtype": cache.layout.dtype,
-        "encoding": cache.layout.encoding,
+        "encoding": cache.stored_layout.encoding,
         "block_size": size,
         "teacher": {"tensors_sha256": recipe.teacher["tensors_sha256"], **origin},
         "sampler": {key: recipe.sampler[key] for key in ("name", "steps", "eta", "deterministic")},
@@ -46,6 +47,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "seeds": [[run[0] * size, run[1] * size] for run in runs(blocks)],
         "gaps": [[run[0] * size, run[1] * size] for run in gaps(blocks, cache.num_blocks)],
         "num_bytes": len(blocks) * len(cache.states) * chunk_bytes,
+        **({} if cache.packed is None else {"packed": _packed(cache, cache.packed, sampled)}),
         "statistics_of_blocks": len(sampled),
         "states": _states(cache, records),
     }
@@ -96,6 +98,20 @@ def _states(cache: TrajectoryCache, records: Sequence[BlockRecord]) -> list[dict
             }
         )
     return states
+
+
+def _packed(cache: TrajectoryCache, source: PackedSource, sampled: Sequence[int]) -> dict[str, Any]:
+    """How a packed store is coded, how large it is, and what error its packer measured; of the sampled blocks."""
+    names = [states_path(state) for state in cache.states.values()]
+    arrays = [source.records[block].arrays[name] for block in sampled for name in names]
+    num_bytes = sum(array.num_bytes for array in arrays)
+    return {
+        "codec": source.packing.codec,
+        **source.packing.parameters,
+        "num_bytes": round(num_bytes * len(cache.blocks) / max(1, len(sampled))),
+        "error_rms": (sum(array.error_rms**2 for array in arrays) / max(1, len(arrays))) ** 0.5,
+        "error_max": max((array.error_max for array in arrays), default=0.0),
+    }
 
 
 def _statistics(arrays: Sequence[ArrayRecord]) -> dict[str, Any]:

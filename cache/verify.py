@@ -19,7 +19,7 @@ import google_crc32c
 from advkd.cache.compare import TOLERANCE_FILE, tolerance_of
 from advkd.cache.declared import declared_seeds, expected_num_seeds, listed_blocks
 from advkd.cache.durable import PARTIAL_SUFFIX, pretty_json
-from advkd.cache.errors import CacheError, DamagedError, NotCachedError
+from advkd.cache.errors import CacheError, DamagedError, NeedsDamagedError, NotCachedError
 from advkd.cache.layout import (
     CRC_BYTES,
     MAX_BLOCKS,
@@ -73,7 +73,7 @@ class Verified:
     findings: tuple[Finding, ...]
     num_blocks: int
     num_bytes: int
-    """Of values that were read and compared."""
+    """Of values that were read, of a packed store decoded, and compared."""
     absent_states: tuple[str, ...]
     """Recorded states that this copy has not."""
 
@@ -112,8 +112,8 @@ class _Verification:
             self._block(block)
         self._store_provenance(STORE_FILE)
         self._store_provenance(TOLERANCE_FILE)
-        if isinstance(cache.source, LocalSource):
-            self._strays(cache.source.root, set(blocks))
+        if isinstance(cache.files, LocalSource):
+            self._strays(cache.files.root, set(blocks))
         absent = tuple(state.name for state in cache.layout.states if state not in self.states)
         return Verified(
             findings=tuple(self.findings), num_blocks=len(blocks), num_bytes=self.num_bytes, absent_states=absent
@@ -127,18 +127,18 @@ class _Verification:
         expected = expected_num_seeds(cache, blocks, declared.values())
         names = {metadata_path(states_path(state)): state.name for state in self.states}
         for path, value in {
-            "zarr.json": root_metadata(cache.recipe, cache.layout),
+            "zarr.json": root_metadata(cache.recipe, cache.stored_layout),
             "states/zarr.json": group_metadata(),
             **{
                 metadata_path(states_path(state)): array_metadata(
-                    cache.recipe, cache.layout, state, declared.get(state.step, expected)
+                    cache.recipe, cache.stored_layout, state, declared.get(state.step, expected)
                 )
                 for state in self.states
             },
         }.items():
             self.known.add(path)
             try:
-                if cache.source.read(path) != pretty_json(value):
+                if cache.files.read(path) != pretty_json(value):
                     self._find("damage", path, "differs from what the recipe generates", state=names.get(path))
             except FileNotFoundError:
                 self._find("missing", path, "is not there", state=names.get(path))
@@ -155,7 +155,7 @@ class _Verification:
         chunks = {
             states_path(state): chunk_path(states_path(state), block, len(cache.item_shape)) for state in self.states
         }
-        self.known |= {path, *chunks.values()}
+        self.known |= {path, *(chunks[states_path(state)] for state in self.states if not cache.is_drawn_again(state))}
         self._provenance(block)
         try:
             record = cache.record(block)
@@ -187,8 +187,10 @@ class _Verification:
             if expected:
                 self._find("missing", chunk, "is not there, but the ledger has it", block, state)
             return
+        except NeedsDamagedError:
+            return  # what it is predicted from is a finding of its own
         except (CacheError, OSError) as error:
-            self._find("damage", chunk, str(error), block, state)
+            self._find("damage", chunk, _own_words(error, f"{self.cache.address}/{chunk}"), block, state)
             return
         self.num_bytes += num_bytes
         self.checked(num_bytes)
@@ -282,7 +284,7 @@ class _Verification:
 
 
 def _has_files(cache: TrajectoryCache, state: State) -> bool:
-    source = cache.source
+    source = cache.files
     return isinstance(source, LocalSource) and next(walk(source.root / states_path(state)), None) is not None
 
 
@@ -292,3 +294,9 @@ def _number(text: str) -> int | None:
 
 def _without_advice(error: DamagedError) -> str:
     return str(error).split(": ", 1)[-1].split(";")[0]
+
+
+def _own_words(error: Exception, where: str) -> str:
+    """What a packed store says of a file, without its address and without advice."""
+    text = str(error)
+    return text.removeprefix(where).split("; ")[0].strip() if text.startswith(where) else text

@@ -7,11 +7,12 @@ crash at any moment loses the block in flight and nothing else. Who may do what 
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -44,7 +45,7 @@ from advkd.cache.locks import StoreLocks
 from advkd.cache.metadata import read_metadata
 from advkd.cache.paths import safe_target, walk
 from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import Layout, Recipe, differences
+from advkd.cache.recipe import Layout, Recipe, State, differences
 from advkd.cache.source import LocalSource, check_num_blocks
 
 OnMismatch = Literal["stop", "set-aside"]
@@ -292,6 +293,33 @@ class CacheWriter:
         if provenance:
             write_atomically(safe_target(self.path, provenance_path(block)), [provenance])
         self._record(block, arrays)
+
+    def restore(
+        self, block: int, chunks: Iterable[tuple[State, bytes]], record: BlockRecord, provenance: bytes
+    ) -> None:
+        """Commit a block whose chunk files are at hand as bytes.
+
+        Args:
+            block: its number.
+            chunks: of every state of the layout.
+            record: what the ledger will say of them.
+            provenance: of the block; none if empty.
+
+        Raises:
+            DamagedError: a chunk is not what the record says; the block is not committed.
+            CacheError: a file reads back differently.
+        """
+        self._prepare(block)
+        for state, data in chunks:
+            path = self._chunk(state.name, block)
+            if hashlib.sha256(data).hexdigest() != record.arrays[states_path(state)].sha256:
+                raise DamagedError(f"state {state.name} of block {block} is not what was recorded; it was not written")
+            write_atomically(path, [data])
+            if path.read_bytes() != data:
+                raise CacheError(f"{path} reads back differently from what was written: is the disk failing?")
+        if provenance:
+            write_atomically(safe_target(self.path, provenance_path(block)), [provenance])
+        self._record(block, record.arrays)
 
     def _prepare(self, block: int) -> None:
         """A block that is made anew doesn't exist meanwhile."""

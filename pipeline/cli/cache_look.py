@@ -44,7 +44,8 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
                   f"blocks of {summary['block_size']:,}"),
         *([("gaps", f"{gaps} declared, but not built")] if gaps else []),
         ("items", f"{'×'.join(map(str, summary['item_shape']))}, {summary['dtype']}, {summary['encoding']}; "
-                  f"{summary['num_bytes'] / 1e9:.3f} GB here"),
+                  f"{summary['num_bytes'] / 1e9:.3f} GB {'unpacked' if 'packed' in summary else 'here'}"),
+        *([("packed", _packed(summary["packed"]))] if "packed" in summary else []),
         ("sampler", f"{sampler['name']}, {sampler['steps']} steps, {paired}"),
         ("teacher", origin),
         *([("licence", str(teacher["license"]))] if "license" in teacher else []),
@@ -54,6 +55,14 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("digest", summary["digest"]),
     ]  # fmt: skip
     return lines + [(f"state {state['step']:04d}", _state(state)) for state in summary["states"]]
+
+
+def _packed(packed: dict[str, Any]) -> str:
+    parameters = "".join(f" {key} {packed[key]:g}," for key in ("max_error", "keep_bits", "level") if key in packed)
+    error = (
+        f"error rms {packed['error_rms']:.1e}, at most {packed['error_max']:.1e}" if packed["error_max"] else "no error"
+    )
+    return f"{packed['codec']},{parameters} {packed['num_bytes'] / 1e9:.3f} GB here; {error}"
 
 
 def _state(state: dict[str, Any]) -> str:
