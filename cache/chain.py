@@ -40,18 +40,19 @@ from advkd.cache.residual import (
     Residual,
     integers_from_bytes,
     integers_to_bytes,
+    to_float32,
 )
 
 MAGIC = b"akc1"
 _HEAD = struct.Struct("<4sII")
-_GROUP_VALUES = 1 << 16
+_GROUP_VALUES = 1 << 17
 """Of one group of seeds: float32 arrays of so many values stay in a processor's cache."""
 Stored = npt.NDArray[Any]
 
 
 def group_size(item_size: int) -> int:
-    """Seeds in a group, 32 to 256: part of the format, since streams are in this order."""
-    return max(32, min(256, _GROUP_VALUES // item_size))
+    """Seeds in a group, 32 to 512: part of the format, since streams are in this order."""
+    return max(32, min(512, _GROUP_VALUES // item_size))
 
 
 class Chain:
@@ -73,6 +74,7 @@ class Chain:
         starts = range(0, layout.block_size, size)
         self._groups = [slice(start, min(start + size, layout.block_size)) for start in starts]
         self._phases = phases_of(*recipe.item_shape[1:])
+        self._num_pixels = [phase.num_pixels(*recipe.item_shape[1:]) for phase in self._phases]
         self._residual: Residual = Exact(layout.dtype)
         if packing.codec == "archive":
             self._residual = Quantised(quantisation_step(packing.parameters["max_error"], layout.dtype))
@@ -133,7 +135,7 @@ class Chain:
 
     def _seeds_last(self, values: Stored) -> Values:
         turned = np.ascontiguousarray(values.reshape(len(values), -1).T)
-        return turned.astype(np.float32).reshape(*self._shape[1:], len(values))
+        return to_float32(turned).reshape(*self._shape[1:], len(values))
 
     def _seeds_first(self, values: Values) -> Stored:
         turned = values.reshape(-1, values.shape[-1]).astype(self._dtype).T
@@ -141,9 +143,8 @@ class Chain:
 
     def _new_streams(self) -> list[Integers]:
         """Room for the integers of a state, by phase and channel."""
-        num_seeds, num_channels, height, width = self._shape
-        counts = [phase.num_pixels(height, width) * num_seeds for phase in self._phases]
-        return [np.empty(count, dtype=np.int32) for count in counts for _ in range(num_channels)]
+        counts = [num_pixels * self._shape[0] for num_pixels in self._num_pixels for _ in range(self._shape[1])]
+        return [np.empty(count, dtype=np.int32) for count in counts]
 
     def _num_space_weights(self) -> list[int]:
         return [len(phase.groups) + channel for phase in self._phases for channel in range(self._shape[1])]
@@ -191,7 +192,7 @@ class Chain:
         rest = np.zeros((num_channels, height + 2 * BORDER, width + 2 * BORDER, num_seeds), dtype=np.float32)
         found, fitting = np.empty_like(time), not weights
         for index, phase in enumerate(self._phases):
-            count = phase.num_pixels(height, width)
+            count = self._num_pixels[index]
             errors: list[Floats] = []
             for channel in range(num_channels):
                 in_time, number = phase.pixels(time[channel]), index * num_channels + channel

@@ -74,19 +74,20 @@ def _log(x: Array) -> Array:
 def inverse_normal_cdf(u: Array) -> Array:
     """Φ⁻¹(u) for u in (0, 1), to about 1e-15 relative (AS 241, PPND16)."""
     q = u - 0.5
-    central = np.abs(q) <= 0.425
-    z = np.empty_like(u)
-    r = 0.180625 - q[central] * q[central]
-    z[central] = q[central] * _horner(_CENTRAL[0], r) / _horner(_CENTRAL[1], r)
-    outer = ~central
-    p = np.minimum(u[outer], 1.0 - u[outer])
-    root = np.sqrt(-_log(p))
-    middle = root <= 5.0
-    values = np.empty_like(root)
-    for mask, (above, below), shift in ((middle, _MIDDLE, 1.6), (~middle, _TAIL, 5.0)):
-        r = root[mask] - shift
-        values[mask] = _horner(above, r) / _horner(below, r)
-    z[outer] = np.where(q[outer] < 0.0, -values, values)
+    # The central formula for all, and the others' values after that: picking 85 % out would cost more.
+    r = 0.180625 - q * q
+    z: Array = q * _horner(_CENTRAL[0], r)
+    z /= _horner(_CENTRAL[1], r)
+    outer = np.flatnonzero(np.abs(q) > 0.425)
+    q, u = q[outer], u[outer]
+    root = np.sqrt(-_log(np.minimum(u, 1.0 - u)))
+    r = root - 1.6
+    values = _horner(_MIDDLE[0], r) / _horner(_MIDDLE[1], r)
+    tail = np.flatnonzero(root > 5.0)
+    if tail.size:
+        r = root[tail] - 5.0
+        values[tail] = _horner(_TAIL[0], r) / _horner(_TAIL[1], r)
+    z[outer] = np.where(q < 0.0, -values, values)
     return z
 
 
@@ -105,7 +106,8 @@ def standard_normal(
         float32, shape (len(seeds), *item_shape), independent of how the seeds are grouped into calls.
     """
     rows = [int(seed) for seed in seeds]
-    if any(not 0 <= value < _WORD_LIMIT for value in (root_seed, stream, *rows)):
+    wanted = (root_seed, stream, *rows)
+    if min(wanted) < 0 or max(wanted) >= _WORD_LIMIT:
         raise ValueError("root seed, stream and seeds must lie in [0, 2^63)")
     size = int(np.prod(item_shape))
     values = np.empty((len(rows), size), dtype=np.float32)
