@@ -83,8 +83,11 @@ class Chain:
 
     def first(self) -> Stored:
         """x_T, drawn from the seeds and rounded to the stored dtype."""
-        drawn = standard_normal(self._recipe.root_seed, self._seeds, self._recipe.item_shape).astype(self._dtype)
-        self._first = [self._seeds_last(drawn[group]) for group in self._groups]
+        drawn = np.empty(self._shape, dtype=self._dtype)
+        self._first = []
+        for group in self._groups:
+            drawn[group] = standard_normal(self._recipe.root_seed, self._seeds[group], self._recipe.item_shape)
+            self._first.append(self._seeds_last(drawn[group]))
         return drawn
 
     def begin_like(self, other: Chain) -> None:

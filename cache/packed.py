@@ -38,6 +38,10 @@ from advkd.cache.source import Source
 HOW_TO_MEND = "pull the block anew, or run `advkd-cache pack` again where the raw store is"
 
 
+class _MissingError(DamagedError, FileNotFoundError):
+    """A packed file is not there: to readers of the raw store its chunk isn't."""
+
+
 @dataclass(slots=True)
 class _Kept:
     """Decoded chunks of the block that was read last, of states that were asked for before."""
@@ -151,7 +155,7 @@ class PackedSource:
     def _refuse(self, state: State, block: int, error: DamagedError) -> None:
         """Name the state that is damaged, and whether it is this one or one that this one needs."""
         own = chunk_path(states_path(state), block, len(self.recipe.item_shape))
-        if own in str(error) or state is self.layout.states[0]:
+        if own in str(error) or state == self.layout.states[0]:
             raise error
         raise NeedsDamagedError(f"{self.address}/{own} is predicted from what is damaged: {error}")
 
@@ -170,7 +174,7 @@ class PackedSource:
         try:
             data = self.files.read(path, record.num_bytes)
         except FileNotFoundError:
-            raise self._damaged(state, block, "is missing, but the ledger has it") from None
+            raise _MissingError(str(self._damaged(state, block, "is missing, but the ledger has it"))) from None
         if len(data) != record.num_bytes:
             raise self._damaged(state, block, f"has {len(data)} bytes, the ledger says {record.num_bytes}")
         if hashlib.sha256(data).hexdigest() != record.sha256:

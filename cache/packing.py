@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -26,7 +25,7 @@ DEFAULT_LEVELS = {"zstd": 9, "blosc": 9, "pcodec": 8}
 MAX_LEVELS = {"zstd": 22, "blosc": 9, "pcodec": 12}
 MIN_ERROR, MAX_ERROR = 2.0**-20, 0.5
 MANTISSA_BITS = {"float16": 10, "float32": 23}
-MAX_PACKED_BLOCK_BYTES = 1 << 29
+MAX_PACKED_BLOCK_BYTES = 1 << 28
 """Of the values of one block of one state, before packing: decoding takes some times as much memory."""
 
 
@@ -91,7 +90,7 @@ class Packing:
             if not all(type(value) is kinds[key] for key, value in parameters.items()):
                 raise ValueError("a parameter of another kind")
             packing = cls.of(codec, dtype, **parameters)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             packing = None
         if packing is None or packing.parameters != parameters:
             raise NotACacheError("its packing can't be, or is of a newer version: upgrade advkd")
@@ -119,8 +118,11 @@ def quantisation_step(max_error: float, dtype: str) -> float:
 
     A stored value x lies on the dtype's grid, spacing u in its binade. With v = x + e, |e| ≤ step/2, what is stored
     again is v rounded to that grid, off by ⌊|e|/u + 1/2⌋ · u at most: within max_error if and only if
-    step/2 < (⌊max_error/u⌋ + 1/2) · u. The smallest bound of all binades counts; u → 0 bounds it by max_error.
+    step/2 < (⌊max_error/u⌋ + 1/2) · u. The smallest bound of the binades below |x| = 16 counts, far beyond what unit
+    variance reaches; u → 0 bounds it by max_error. What a packer writes is checked anyway.
     """
-    spacings = 2.0 ** np.arange(-24 if dtype == "float16" else -40, math.floor(math.log2(2 * max_error)) + 1)
+    finest, coarsest = (-24, -7) if dtype == "float16" else (-40, -20)
+    spacings = 2.0 ** np.arange(finest, coarsest + 1)
+    spacings = spacings[spacings <= 2 * max_error]
     half = float(np.min((np.floor(max_error / spacings) + 0.5) * spacings, initial=max_error))
     return float(np.float32(2 * half * (1 - 2.0**-9)))

@@ -199,7 +199,7 @@ class Layout:
             raise NotACacheError(f"it claims {len(value['states'])} states")
         states = tuple(State.from_json(state) for state in value["states"])
         packing = None
-        if "packing" in value and value["dtype"] in DTYPES and value["encoding"] in CODECS:
+        if "packing" in value:
             packing = Packing.read(value["encoding"], value["packing"], value["dtype"])
         return cls(**{**value, "states": states, "block_size": _integer(value["block_size"]), "packing": packing})
 

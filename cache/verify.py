@@ -163,7 +163,7 @@ class _Verification:
             return  # somebody makes it anew just now
         except DamagedError as error:
             self._find("damage", path, _without_advice(error), block)
-            for state in self.states:
+            for state in self.states if cache.packed is None else ():
                 self._chunk(chunks[states_path(state)], None, block, state.name)
             return
         if block >= MAX_BLOCKS:
