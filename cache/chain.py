@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from advkd.cache.errors import CacheError
+from advkd.cache.halves import Floats, to_float16, to_float32
 from advkd.cache.layout import seeds_of
 from advkd.cache.noise import NOISE_RULE, standard_normal
 from advkd.cache.packing import Packing, quantisation_step
@@ -34,18 +35,16 @@ from advkd.cache.predict import (
 from advkd.cache.recipe import Layout, Recipe
 from advkd.cache.residual import (
     Exact,
-    Floats,
     Integers,
     Quantised,
     Residual,
     integers_from_bytes,
     integers_to_bytes,
-    to_float32,
 )
 
 MAGIC = b"akc1"
 _HEAD = struct.Struct("<4sII")
-_GROUP_VALUES = 1 << 17
+_GROUP_VALUES = 1 << 18
 """Of one group of seeds: float32 arrays of so many values stay in a processor's cache."""
 Stored = npt.NDArray[Any]
 
@@ -141,7 +140,8 @@ class Chain:
         return to_float32(turned).reshape(*self._shape[1:], len(values))
 
     def _seeds_first(self, values: Values) -> Stored:
-        turned = values.reshape(-1, values.shape[-1]).astype(self._dtype).T
+        flat = values.reshape(-1, values.shape[-1])
+        turned = (to_float16(flat) if self._dtype.itemsize == 2 else flat).T
         return turned.reshape(values.shape[-1], *self._shape[1:])
 
     def _new_streams(self) -> list[Integers]:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from numcodecs.pcodec import PCodec
 
 from advkd.cache.errors import CacheError
+from advkd.cache.halves import Floats, magnitudes, to_float32
 
 Integers = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
 _LARGEST = 2.0**31 - 256
 """As a float32, the last one that int32 takes."""
 _CODEC = PCodec(level=8, mode_spec="classic", delta_spec="none")
@@ -57,38 +57,34 @@ class Exact:
     """How many floating-point numbers of the stored dtype lie between value and prediction, with sign."""
 
     def __init__(self, dtype: str) -> None:
-        self._dtype = np.dtype(dtype)
-        self._signed = np.dtype(f"<i{self._dtype.itemsize}")
+        self._is_half = dtype == "float16"
 
     def integers(self, values: Floats, predicted: Floats) -> Integers:
         """The difference of their places in the order of numbers; in float32 it may wrap around."""
-        return self._place(values).astype(np.int32) - self._place(predicted).astype(np.int32)
+        return self._place(values) - self._place(predicted)
 
     def values(self, integers: Integers, predicted: Floats) -> Floats:
         """The number at that place."""
-        place = (self._place(predicted).astype(np.int32) + integers).astype(self._signed)
-        return to_float32(self._turned(place).view(self._dtype))
+        place = self._place(predicted)
+        place += integers
+        if self._is_half:
+            return to_float32(_turned(place.astype(np.int16)).view(np.float16))
+        return _turned(place).view(np.float32)
 
-    def _place(self, values: Floats) -> npt.NDArray[Any]:
-        with np.errstate(over="ignore"):
-            return self._turned(values.astype(self._dtype).view(self._signed))
-
-    def _turned(self, bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Sign and magnitude to two's complement, or back: −0 next to +0."""
-        width = 8 * self._signed.itemsize - 1
-        turned: npt.NDArray[Any] = bits ^ ((bits >> width) & self._signed.type((1 << width) - 1))
-        return turned
+    def _place(self, values: Floats) -> Integers:
+        """0 of +0, 1 of the smallest positive number; −1 of −0, −2 of the largest negative one."""
+        if not self._is_half:
+            return _turned(values.view(np.int32))
+        place = magnitudes(values)
+        place ^= values.view(np.int32) >> np.int32(31)
+        return place
 
 
-def to_float32(values: npt.NDArray[Any]) -> Floats:
-    """Finite float16 or float32 values as float32: for float16 by shifting bits, a third of the time of NumPy's own."""
-    if values.dtype.itemsize == 4:
-        return values.astype(np.float32)
-    bits = values.view(np.int16).astype(np.int32)
-    magnitude = ((bits & 0x7FFF) << 13).view(np.float32)
-    magnitude *= np.float32(2.0**112)  # from one exponent's bias to the other's; exact, also for subnormal numbers
-    magnitude.view(np.int32)[...] |= bits & -0x80000000
-    return magnitude
+def _turned(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Sign and magnitude to two's complement, or back."""
+    width = 8 * bits.itemsize - 1
+    turned: npt.NDArray[Any] = bits ^ ((bits >> width) & bits.dtype.type((1 << width) - 1))
+    return turned
 
 
 def integers_to_bytes(integers: Integers) -> bytes:

@@ -20,6 +20,7 @@ from advkd.cache.chain import Chain
 from advkd.cache.combine import merge, subset
 from advkd.cache.compare import compare
 from advkd.cache.errors import CacheError, DamagedError, MismatchError, NotACacheError, NotCachedError, UsageError
+from advkd.cache.halves import to_float16, to_float32
 from advkd.cache.layout import parse_seed_range
 from advkd.cache.noise import standard_normal
 from advkd.cache.pack import pack, unpack
@@ -27,7 +28,7 @@ from advkd.cache.packed import PackedSource
 from advkd.cache.packing import CODECS, PLAIN, REDRAWN, Packing, quantisation_step
 from advkd.cache.recipe import Layout, Recipe
 from advkd.cache.repair import repair
-from advkd.cache.residual import Exact, integers_from_bytes, integers_to_bytes, to_float32
+from advkd.cache.residual import Exact, integers_from_bytes, integers_to_bytes
 from advkd.cache.summary import summarize
 from advkd.cache.verify import verify
 from advkd.cache.writer import CacheWriter
@@ -174,10 +175,18 @@ def test_places_among_the_numbers_come_back(dtype: str) -> None:
     assert found.tobytes() == values.tobytes()
 
 
-def test_halves_become_floats_as_numpy_makes_them() -> None:
+def test_halves_and_floats_are_converted_as_numpy_does_it() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)]
     assert to_float32(halves).tobytes() == halves.astype(np.float32).tobytes()
+    exact = np.sort(halves.astype(np.float32))
+    ties = ((exact[1:].astype(np.float64) + exact[:-1]) / 2).astype(np.float32)
+    rng = np.random.default_rng(0)
+    anything = rng.integers(0, 1 << 32, 1 << 18, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    beside = (np.nextafter(ties, np.float32(way)) for way in (-np.inf, np.inf))
+    floats = np.concatenate([exact, ties, *beside, anything[~np.isnan(anything)], exact * np.float32(1e-5)])
+    with np.errstate(over="ignore"):
+        assert to_float16(floats).tobytes() == floats.astype(np.float16).tobytes()
 
 
 # What any Zarr reader sees.
