@@ -26,7 +26,7 @@ from advkd.cache.noise import standard_normal
 from advkd.cache.pack import pack, unpack
 from advkd.cache.packed import PackedSource
 from advkd.cache.packing import CODECS, PLAIN, REDRAWN, Packing, quantisation_step
-from advkd.cache.recipe import Layout, Recipe
+from advkd.cache.recipe import Layout, Recipe, State
 from advkd.cache.repair import repair
 from advkd.cache.residual import Exact, integers_from_bytes, integers_to_bytes
 from advkd.cache.summary import summarize
@@ -76,9 +76,17 @@ def smooth_states(recipe: Recipe, layout: Layout, block: int) -> dict[int, npt.N
     return {s.step: (s.stored_alpha * image + s.stored_sigma * noise).astype(np.float32) for s in layout.states}
 
 
-def write_smooth(path: Path, item_shape: tuple[int, ...], dtype: str, block_size: int, num_blocks: int) -> None:
+def write_smooth(
+    path: Path, item_shape: tuple[int, ...], dtype: str, block_size: int, num_blocks: int, num_states: int = 3
+) -> None:
     recipe = make_recipe(item_shape=item_shape)
-    layout = make_layout(block_size, dtype)
+    parts = np.linspace(0, 1, num_states)
+    levels = [(float(np.sin(part * np.pi / 2)), float(np.cos(part * np.pi / 2))) for part in parts]
+    states = tuple(
+        State(step=2 * k, timestep=float(999 - k), alpha=alpha, sigma=sigma, scale=1.0)
+        for k, (alpha, sigma) in enumerate(levels)
+    )
+    layout = Layout(states=states, dtype=dtype, block_size=block_size)
     writer = CacheWriter.open(path, recipe, layout)
     with writer.writing():
         writer.grow(range(block_size * num_blocks))
