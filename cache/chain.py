@@ -46,6 +46,8 @@ MAGIC = b"akc1"
 _HEAD = struct.Struct("<4sII")
 _GROUP_VALUES = 1 << 18
 """Of one group of seeds: float32 arrays of so many values stay in a processor's cache."""
+_FITTED_VALUES = 1 << 17
+"""To which an encoder fits weights, and at least eight seeds."""
 Stored = npt.NDArray[Any]
 
 
@@ -93,17 +95,25 @@ class Chain:
         """Begin with the x_T that another chain of the same block drew."""
         self._first = other._first
 
+    def go_on_like(self, other: Chain) -> None:
+        """Share the states that another chain of the same block decoded: the same as one's own, once in memory."""
+        self._earlier = other._earlier
+
     def encode(self, state: Stored) -> bytes:
         """The chunk of the next state."""
         targets = [self._seeds_last(state[group]) for group in self._groups]
-        # Seeds are alike: what predicts the first group best predicts them all.
-        in_time = fit_in_time(self._known(0), targets[0])
+        # Seeds are alike: what predicts some of them best predicts them all.
+        few = slice(0, min(targets[0].shape[-1], max(8, _FITTED_VALUES // targets[0][..., 0].size)))
+        known, target = [np.ascontiguousarray(state[..., few]) for state in self._known(0)], targets[0][..., few]
+        in_time = fit_in_time(known, target)
         in_space: list[npt.NDArray[np.float32]] = []
-        self._code(predict_in_time(self._known(0), in_time), in_space, self._new_streams(), self._groups[0], targets[0])
-        streams, decoded = self._new_streams(), []
+        self._code(predict_in_time(known, in_time), in_space, self._new_streams(few.stop), few, target)
+        del known, target
+        streams, decoded = self._new_streams(self._shape[0]), []
         for index, (group, target) in enumerate(zip(self._groups, targets, strict=True)):
             time = predict_in_time(self._known(index), in_time)
             decoded.append(self._code(time, in_space, streams, group, target))
+        del targets
         self._keep(decoded)
         weights = np.concatenate([in_time.ravel(), *in_space]).astype("<f4")
         coded = [integers_to_bytes(stream) for stream in streams]
@@ -117,7 +127,7 @@ class Chain:
             ValueError: the bytes are no such chunk; memory is bounded by the block's size, whatever they say.
         """
         in_time, in_space, coded = self._parse(data)
-        counts = [stream.size for stream in self._new_streams()]
+        counts = [count * self._shape[0] for count in self._num_pixels for _ in range(self._shape[1])]
         streams = [integers_from_bytes(part, count) for part, count in zip(coded, counts, strict=True)]
         state, decoded = np.empty(self._shape, dtype=self._dtype), []
         with np.errstate(over="ignore", invalid="ignore"):  # what foolish weights make won't have the recorded hash
@@ -144,10 +154,11 @@ class Chain:
         turned = (to_float16(flat) if self._dtype.itemsize == 2 else flat).T
         return turned.reshape(values.shape[-1], *self._shape[1:])
 
-    def _new_streams(self) -> list[Integers]:
-        """Room for the integers of a state, by phase and channel."""
-        counts = [num_pixels * self._shape[0] for num_pixels in self._num_pixels for _ in range(self._shape[1])]
-        return [np.empty(count, dtype=np.int32) for count in counts]
+    def _new_streams(self, num_seeds: int) -> list[Integers]:
+        """Room for the integers of a state of some seeds, by phase and channel."""
+        return [
+            np.empty(count * num_seeds, dtype=np.int32) for count in self._num_pixels for _ in range(self._shape[1])
+        ]
 
     def _num_space_weights(self) -> list[int]:
         return [len(phase.groups) + channel for phase in self._phases for channel in range(self._shape[1])]

@@ -160,7 +160,12 @@ def _chains(cache: TrajectoryCache, packing: Packing, block: int) -> tuple[Encod
         decoder.begin_like(encoder)
         return drawn.tobytes()
 
-    return encode, decoder.decode
+    def decode(data: bytes) -> npt.NDArray[Any]:
+        values = decoder.decode(data)
+        encoder.go_on_like(decoder)
+        return values
+
+    return encode, decode
 
 
 def _plain_codec(cache: TrajectoryCache, packing: Packing) -> tuple[Encode, Decode]:
