@@ -6,6 +6,8 @@ import json
 import math
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -481,16 +483,12 @@ def test_a_stream_of_any_bytes_takes_no_more_memory_than_is_asked_for(data: byte
             continue
 
 
-@pytest.mark.parametrize("packing", [ARCHIVE, Packing.of("zstd", "float16")], ids=str)
-def test_mutated_packed_metadata_are_read_or_refused(
-    whole: Path, packing: Packing, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ADVKD_SCRATCH", str(whole.with_name("scratch")))
+def fuzz_metadata(whole: Path, packing: Packing, max_examples: int) -> None:
     packed = packed_of(whole, packing)
     sound = files_of(packed)
     metadata = {name: data for name, data in sound.items() if name.endswith(".json") and "writer" not in name}
 
-    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=max_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(changed=mutated_stores(metadata))
     def run(changed: dict[str, bytes]) -> None:
         for name, data in changed.items():
@@ -504,6 +502,58 @@ def test_mutated_packed_metadata_are_read_or_refused(
                 put(packed / name, sound.get(name))
 
     run()
+
+
+MUTATED = pytest.mark.parametrize("packing", [ARCHIVE, Packing.of("zstd", "float16")], ids=str)
+
+
+@MUTATED
+def test_mutated_packed_metadata_are_read_or_refused(
+    whole: Path, packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADVKD_SCRATCH", str(whole.with_name("scratch")))
+    fuzz_metadata(whole, packing, 150)
+
+
+@pytest.mark.slow
+@MUTATED
+def test_five_thousand_mutations_of_packed_metadata_are_read_or_refused(
+    whole: Path, packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADVKD_SCRATCH", str(whole.with_name("scratch")))
+    fuzz_metadata(whole, packing, 5000)
+
+
+BOMBS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from advkd.cache import plain
+from advkd.cache.packing import PLAIN, Packing
+from advkd.cache.residual import integers_from_bytes, integers_to_bytes
+
+zeros = np.zeros(64 << 20, dtype=np.float16)
+bombs = {codec: plain.encode(zeros, Packing.of(codec, "float16", level=1)) for codec in PLAIN}
+stream = integers_to_bytes(zeros.view(np.int32))
+del zeros
+pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (pages + (64 << 20), resource.RLIM_INFINITY))
+for codec, bomb in bombs.items():
+    assert len(bomb) < 1 << 20
+    try:
+        plain.decode(bomb, Packing.of(codec, "float16"), np.dtype("<f2"), (16, 1, 8, 8))
+    except ValueError:
+        continue
+    assert codec == "pcodec", codec  # which writes no more than there is room for
+assert integers_from_bytes(stream, 100).size == 100
+print("done")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="looks at memory as Linux shows it")
+def test_chunks_that_unpack_to_128_mib_take_the_memory_that_their_block_has() -> None:
+    run = subprocess.run([sys.executable, "-c", BOMBS], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
 
 
 def test_a_packing_that_cannot_be_is_refused(whole: Path) -> None:
