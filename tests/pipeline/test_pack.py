@@ -86,10 +86,10 @@ def test_an_ancestral_cache_is_packed_with_a_word(invoke: Invoke, tmp_path: Path
     assert invoke(command, "diff", "store.zarr", "packed.zarr").exit_code == 0
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_pack_goes_on(tmp_path: Path, workers: int) -> None:
     """Its workers end with it; what was committed is kept; the end is as if nothing had happened."""
-    write_store(tmp_path / "store.zarr", "0:1600")
+    write_store(tmp_path / "store.zarr", "0:960")
     line = [BIN / "advkd-cache", "pack", "store.zarr", "--max-error", "0.01", "--workers", workers, "--out"]
     finish(start(tmp_path, *line, "whole.zarr"))
     process = start(tmp_path, *line, "killed.zarr", session=True)
@@ -97,10 +97,10 @@ def test_a_killed_pack_goes_on(tmp_path: Path, workers: int) -> None:
     stop(process, signal.SIGKILL)
     wait_until_gone(process)
     done = committed(tmp_path / "killed.zarr")
-    if len(done) < 100:
+    if len(done) < 60:
         assert verify(TrajectoryCache.open(tmp_path / "killed.zarr")).num_blocks == len(done)
     said, _ = finish(start(tmp_path, *line, "killed.zarr"))
-    assert f"{100 - len(done)} blocks packed, {len(done)} were there" in said
+    assert f"{60 - len(done)} blocks packed, {len(done)} were there" in said
     assert content(files_of(tmp_path / "killed.zarr")) == content(files_of(tmp_path / "whole.zarr"))
 
 
