@@ -194,11 +194,11 @@ def checked_seal(raw: bytes, block: int, fingerprint: str, layout_hash: str, whe
     return stated
 
 
-def torn(where: str, block: int, error: Exception) -> DamagedError:
+def torn(where: str, block: int, error: Exception, maker: str = "build") -> DamagedError:
     """What to say of a record that can't be read."""
     return DamagedError(
         f"{where}: the ledger record of block {block} is torn or altered ({in_line(error)}); "
-        "`advkd-cache build` with the same settings makes the block again"
+        f"`advkd-cache {maker}` with the same settings makes the block again"
     )
 
 

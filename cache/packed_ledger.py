@@ -136,7 +136,7 @@ class PackedRecord:
             if seal(record.to_json()) != raw:
                 raise ValueError("it is not written as records are")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise torn(where, block, error) from None
+            raise torn(where, block, error, "pack") from None
         if (record.fingerprint, record.layout_hash) != (recipe.fingerprint, layout.layout_hash):
             raise DamagedError(f"{where}: the ledger record of block {block} belongs to another cache")
         body_bytes = layout.block_bytes(recipe.item_shape)
