@@ -40,7 +40,7 @@ def here(tmp_path: Path, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "shared").mkdir()
     (tmp_path / "configs/digits.yaml").write_text(
         f"name: digits\nteacher: {{source: {pipeline_folder}}}\nsampler: {{steps: 2}}\n"
-        "cache: {seeds: '0:12288', record: 1, block_size: 1024, batch_size: 256}\n"
+        "cache: {seeds: '0:22528', record: 1, block_size: 1024, batch_size: 256}\n"
     )
     return tmp_path
 
@@ -101,26 +101,26 @@ def test_no_command_is_forgotten() -> None:
 
 def test_one_machine(page: Page) -> None:
     (said,) = page.run("One machine")
-    assert said == "cache/digits.zarr: seeds 0:12288; built 12 blocks, 0 were there"
+    assert said == "cache/digits.zarr: seeds 0:22528; built 22 blocks, 0 were there"
 
 
 def test_a_shared_folder(page: Page) -> None:
     heading = "Several machines with a shared folder"
     assert [said.split("; ")[1] for said in page.run(heading) + page.run(heading)] == [
-        "built 12 blocks, 0 were there",
-        "built 0 blocks, 12 were there",
+        "built 22 blocks, 0 were there",
+        "built 0 blocks, 22 were there",
     ]
 
 
 def test_a_dask_cluster(page: Page) -> None:
     (said,) = page.run("A dask cluster")
-    assert said.endswith("built 12 blocks, 0 were there")
+    assert said.endswith("built 22 blocks, 0 were there")
 
 
 def test_machines_that_share_nothing(page: Page) -> None:
     north, south, both = page.run("Machines that share nothing")
-    assert north.endswith("built 6 blocks, 0 were there") and south.endswith("built 6 blocks, 0 were there")
-    assert both.startswith("cache/digits.zarr: 12 blocks added")
+    assert north.endswith("built 11 blocks, 0 were there") and south.endswith("built 11 blocks, 0 were there")
+    assert both.startswith("cache/digits.zarr: 22 blocks added")
     page.run("Several machines with a shared folder")
     assert tree(page.here / "cache/digits.zarr") == tree(page.here / "shared/digits.zarr")
     assert verify(TrajectoryCache.open(page.here / "cache/digits.zarr")).findings == ()
