@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from advkd.cache.errors import DamagedError
 from advkd.cache.layout import CRC_BYTES
-from advkd.cache.ledger import SEGMENT_BYTES, ArrayRecord, crc32c
+from advkd.cache.ledger import SEGMENT_BYTES, ArrayRecord, BlockRecord, crc32c
 from advkd.cache.paths import open_file
 from advkd.cache.recipe import State
 from advkd.cache.records import HOW_TO_MEND, Records
@@ -100,7 +100,7 @@ class StateRows:
     def __init__(
         self,
         files: ChunkFiles,
-        records: Records,
+        records: Records[BlockRecord],
         state: State,
         num_blocks: int,
         block_size: int,

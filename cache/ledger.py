@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import Field, asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -116,20 +116,49 @@ class ArrayRecord:
             raise ValueError("a number or hash can't be")
         return record
 
+    @property
+    def raw(self) -> ArrayRecord:
+        """Itself: it is no packed array's."""
+        return self
+
     def crcs(self) -> npt.NDArray[np.uint32]:
         """CRC of each segment, uint32."""
         return np.frombuffer(bytes.fromhex(self.segments), dtype=">u4").astype(np.uint32)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockRecord:
-    """The ledger's entry for one block."""
+class ArrayEntry(Protocol):
+    """What a record says of one array: an `ArrayRecord`, or what a packed store has around one."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def raw(self) -> ArrayRecord:
+        """The array's entry in a raw store."""
+
+
+Entry = TypeVar("Entry", bound=ArrayEntry)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerRecord(Generic[Entry]):
+    """The ledger's entry for one block: of a raw store (`BlockRecord`) or of a packed one."""
+
+    maker: ClassVar[str]
+    """The subcommand that makes a block again."""
     block: int
     fingerprint: str
     layout_hash: str
-    arrays: dict[str, ArrayRecord]
+    arrays: dict[str, Entry]
     """By array path, such as `states/0000`."""
+
+    @classmethod
+    def entry(cls, value: dict[str, Any]) -> Entry:
+        """Read what `asdict` made of an array's entry.
+
+        Raises:
+            ValueError: a part can't be.
+        """
+        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON without the record's own hash."""
@@ -140,6 +169,15 @@ class BlockRecord:
             "layout_hash": self.layout_hash,
             "arrays": {name: asdict(array) for name, array in self.arrays.items()},
         }
+
+    def unpacked(self, layout_hash: str) -> BlockRecord:
+        """The block's record in the raw store of a layout."""
+        return BlockRecord(
+            block=self.block,
+            fingerprint=self.fingerprint,
+            layout_hash=layout_hash,
+            arrays={name: array.raw for name, array in self.arrays.items()},
+        )
 
     @property
     def record_hash(self) -> str:
@@ -167,13 +205,25 @@ class BlockRecord:
                 block=block,
                 fingerprint=str(value["fingerprint"]),
                 layout_hash=str(value["layout_hash"]),
-                arrays={name: ArrayRecord.from_json(array) for name, array in value["arrays"].items()},
+                arrays={name: cls.entry(array) for name, array in value["arrays"].items()},
             )
             if seal(record.to_json()) != raw:
                 raise ValueError("it is not written as records are")
             return record
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise torn(where, block, error) from None
+            raise _torn(where, block, error, cls.maker) from None
+
+
+class BlockRecord(LedgerRecord[ArrayRecord]):
+    """The entry for one block of a raw store."""
+
+    __slots__ = ()
+    maker = "build"
+
+    @classmethod
+    def entry(cls, value: dict[str, Any]) -> ArrayRecord:
+        """`ArrayRecord.from_json`."""
+        return ArrayRecord.from_json(value)
 
 
 def checked_seal(raw: bytes, block: int, fingerprint: str, layout_hash: str, where: str) -> str:
@@ -187,15 +237,14 @@ def checked_seal(raw: bytes, block: int, fingerprint: str, layout_hash: str, whe
     try:
         stated = seal_of(raw)
     except ValueError as error:
-        raise torn(where, block, error) from None
+        raise _torn(where, block, error, BlockRecord.maker) from None
     place = {"block": block, "fingerprint": fingerprint, "format": FORMAT, "layout_hash": layout_hash}
     if not unsealed(raw).endswith(b"," + canonical_json(place)[1:-1]):
         raise DamagedError(f"{where}: the ledger record of block {block} belongs to another block or cache")
     return stated
 
 
-def torn(where: str, block: int, error: Exception, maker: str = "build") -> DamagedError:
-    """What to say of a record that can't be read."""
+def _torn(where: str, block: int, error: Exception, maker: str) -> DamagedError:
     return DamagedError(
         f"{where}: the ledger record of block {block} is torn or altered ({in_line(error)}); "
         f"`advkd-cache {maker}` with the same settings makes the block again"

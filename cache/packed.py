@@ -28,10 +28,11 @@ from advkd.cache.layout import (
     states_path,
 )
 from advkd.cache.ledger import crc32c
-from advkd.cache.packed_ledger import PackedArray, PackedRecords
+from advkd.cache.packed_ledger import PackedArray, PackedRecord
 from advkd.cache.packing import Packing
 from advkd.cache.paths import MAX_METADATA_BYTES
 from advkd.cache.recipe import Layout, Recipe, State
+from advkd.cache.records import Records
 from advkd.cache.seal import seal
 from advkd.cache.source import Source
 
@@ -69,7 +70,7 @@ class PackedSource:
         self.layout = layout
         self.packing: Packing = layout.packing
         self.raw_layout = layout.packed(None)
-        self.records = PackedRecords(files, recipe, layout)
+        self.records = Records(files, recipe, layout, PackedRecord)
         self._num_seeds = num_seeds
         self._steps = {metadata_path(states_path(state)): state for state in layout.states}
         self._kept = _Kept()
@@ -98,7 +99,7 @@ class PackedSource:
             block = block_of_record(name)
             self.files.read(path)
             assert block is not None
-            return seal(self.records[block].raw(self.raw_layout).to_json())
+            return seal(self.records[block].unpacked(self.raw_layout.layout_hash).to_json())
         for state in self.layout.states:
             if path.startswith(f"{states_path(state)}/c/"):
                 return self._chunk(state, int(path.split("/")[3]))

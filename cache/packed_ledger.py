@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.durable import write_atomically
-from advkd.cache.errors import DamagedError, NotCachedError
-from advkd.cache.layout import CRC_BYTES, FORMAT, record_path, states_path
-from advkd.cache.ledger import ArrayRecord, BlockRecord, num_segments, torn
-from advkd.cache.recipe import Layout, Recipe
-from advkd.cache.records import MAX_RECORDS
-from advkd.cache.seal import seal, unseal
-from advkd.cache.source import Source
+from advkd.cache.ledger import ArrayRecord, LedgerRecord
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _PIECE = 1 << 18
@@ -80,94 +71,13 @@ class PackedArray:
         return record
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackedRecord:
-    """The ledger's entry for one block of a packed store."""
+class PackedRecord(LedgerRecord[PackedArray]):
+    """The entry for one block of a packed store, whose layout is the packed one."""
 
-    block: int
-    fingerprint: str
-    layout_hash: str
-    """Of the packed layout."""
-    arrays: dict[str, PackedArray]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON without the record's own hash."""
-        return {
-            "format": FORMAT,
-            "block": self.block,
-            "fingerprint": self.fingerprint,
-            "layout_hash": self.layout_hash,
-            "arrays": {name: asdict(array) for name, array in self.arrays.items()},
-        }
-
-    def write(self, store: Path) -> None:
-        """Commit the block."""
-        write_atomically(store / record_path(self.block), [seal(self.to_json())])
-
-    def raw(self, layout: Layout) -> BlockRecord:
-        """The record of the unpacked block in a layout."""
-        return BlockRecord(
-            block=self.block,
-            fingerprint=self.fingerprint,
-            layout_hash=layout.layout_hash,
-            arrays={name: array.raw for name, array in self.arrays.items()},
-        )
+    __slots__ = ()
+    maker = "pack"
 
     @classmethod
-    def parse(cls, raw: bytes, block: int, recipe: Recipe, layout: Layout, where: str) -> Self:
-        """Read a record's bytes.
-
-        Raises:
-            DamagedError: it is torn or altered, or belongs to another block or store.
-        """
-        try:
-            value = unseal(raw)
-            if value["block"] != block or value["format"] != FORMAT:
-                raise ValueError("it is of another block or format")
-            names = {states_path(state) for state in layout.states}
-            if value["arrays"].keys() != names:
-                raise ValueError("it is of other states")
-            record = cls(
-                block=block,
-                fingerprint=str(value["fingerprint"]),
-                layout_hash=str(value["layout_hash"]),
-                arrays={name: PackedArray.from_json(array) for name, array in value["arrays"].items()},
-            )
-            if seal(record.to_json()) != raw:
-                raise ValueError("it is not written as records are")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise torn(where, block, error, "pack") from None
-        if (record.fingerprint, record.layout_hash) != (recipe.fingerprint, layout.layout_hash):
-            raise DamagedError(f"{where}: the ledger record of block {block} belongs to another cache")
-        body_bytes = layout.block_bytes(recipe.item_shape)
-        expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
-        if any((array.raw.num_bytes, len(array.raw.segments)) != expected for array in record.arrays.values()):
-            raise DamagedError(f"{where}: the ledger record of block {block} doesn't fit the layout")
-        return record
-
-
-class PackedRecords:
-    """Ledger records of a packed store by block, read when they are asked for."""
-
-    def __init__(self, files: Source, recipe: Recipe, layout: Layout) -> None:
-        self._files, self._recipe, self._layout = files, recipe, layout
-        self._kept: OrderedDict[int, PackedRecord] = OrderedDict()
-
-    def __getitem__(self, block: int) -> PackedRecord:
-        """The record of a committed block.
-
-        Raises:
-            NotCachedError: the block is not there.
-            DamagedError: its record is torn, altered or of another cache.
-        """
-        if block not in self._kept:
-            path = record_path(block)
-            try:
-                raw = self._files.read(path)
-            except FileNotFoundError:
-                raise NotCachedError(f"{self._files.address} does not hold block {block}") from None
-            where = f"{self._files.address}/{path}"
-            self._kept[block] = PackedRecord.parse(raw, block, self._recipe, self._layout, where)
-            if len(self._kept) > MAX_RECORDS:
-                self._kept.popitem(last=False)
-        return self._kept[block]
+    def entry(cls, value: dict[str, Any]) -> PackedArray:
+        """`PackedArray.from_json`."""
+        return PackedArray.from_json(value)

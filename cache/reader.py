@@ -59,7 +59,7 @@ class TrajectoryCache:
         self.num_seeds = num_seeds
         self.states = states
         self._scratch = None if isinstance(source, LocalSource) else Scratch(source, scratch or default_scratch())
-        self.records = Records(source, recipe, layout)
+        self.records = Records(source, recipe, layout, BlockRecord)
         self._files = ChunkFiles(source, self._scratch)
         self._rows: dict[int, StateRows] = {}
 

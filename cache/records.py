@@ -2,66 +2,75 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 from advkd.cache.errors import DamagedError, NotCachedError
 from advkd.cache.layout import CRC_BYTES, chunk_path, record_path, seeds_of, states_path
-from advkd.cache.ledger import ArrayRecord, BlockRecord, checked_seal, content_digest, num_segments
+from advkd.cache.ledger import ArrayRecord, LedgerRecord, checked_seal, content_digest, num_segments
 from advkd.cache.recipe import Layout, Recipe, State
 from advkd.cache.source import Source
 
 HOW_TO_MEND = "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
 MAX_RECORDS = 512
 """Kept in memory; one is some kilobytes."""
+Record = TypeVar("Record", bound=LedgerRecord[Any])
 
 
-class Records:
-    """Ledger records by block."""
+class Records(Generic[Record]):
+    """Ledger records by block.
 
-    def __init__(self, source: Source, recipe: Recipe, layout: Layout) -> None:
+    Args:
+        source: where the store's files come from.
+        recipe: of the store.
+        layout: of the store.
+        kind: what its records are.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, layout: Layout, kind: type[Record]) -> None:
         self._source = source
         self._recipe = recipe
         self._layout = layout
-        self._kept: OrderedDict[int, BlockRecord] = OrderedDict()
+        self._kind = kind
+        self._kept = lru_cache(MAX_RECORDS)(self._read)
 
-    def __getitem__(self, block: int) -> BlockRecord:
+    def __getitem__(self, block: int) -> Record:
         """The record of a committed block.
 
         Raises:
             NotCachedError: the block was never committed.
             DamagedError: its record is torn, altered or of another cache.
         """
-        if block not in self._kept:
-            try:
-                raw = self._source.read(record_path(block))
-            except FileNotFoundError:
-                raise self._not_committed(block) from None
-            self._kept[block] = self.parse(block, raw)
-            if len(self._kept) > MAX_RECORDS:
-                self._kept.popitem(last=False)
-        return self._kept[block]
+        return self._kept(block)
+
+    def _read(self, block: int) -> Record:
+        try:
+            raw = self._source.read(record_path(block))
+        except FileNotFoundError:
+            raise self._not_committed(block) from None
+        return self.parse(block, raw)
 
     def chunk(self, state: State, block: int) -> tuple[str, ArrayRecord]:
-        """Path and ledger entry of one block of one state."""
+        """Path and ledger entry of one block of one state, as a raw store has it."""
         array = states_path(state)
-        return chunk_path(array, block, len(self._recipe.item_shape)), self[block].arrays[array]
+        return chunk_path(array, block, len(self._recipe.item_shape)), self[block].arrays[array].raw
 
-    def parse(self, block: int, raw: bytes) -> BlockRecord:
+    def parse(self, block: int, raw: bytes) -> Record:
         """Read a block's record.
 
         Raises:
             DamagedError: it is torn, altered or of another block or cache.
         """
         address = self._source.address
-        record = BlockRecord.parse(raw, block, f"{address}/{record_path(block)}")
+        record = self._kind.parse(raw, block, f"{address}/{record_path(block)}")
         if (record.fingerprint, record.layout_hash) != (self._recipe.fingerprint, self._layout.layout_hash):
             raise DamagedError(f"{address}: the ledger record of block {block} belongs to another cache")
         body_bytes = self._layout.block_bytes(self._recipe.item_shape)
         for state in self._layout.states:
             array = record.arrays.get(states_path(state))
             expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
-            if array is None or (array.num_bytes, len(array.segments)) != expected:
+            if array is None or (array.raw.num_bytes, len(array.raw.segments)) != expected:
                 raise DamagedError(
                     f"{address}: the ledger record of block {block} doesn't fit the layout; {HOW_TO_MEND}"
                 )
