@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,18 @@ from advkd.stages.student.regression import Regression, head_targets
 from advkd.stages.student.unrolled import UnrolledStudent
 
 States = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """What one pass of the student made of a part of the batch, and of fresh noise."""
+
+    predictions: list[Tensor]
+    """x̂_0 of every submodule, of the part."""
+    states: list[Tensor]
+    """The state that every submodule reached, of the part."""
+    real: Judged
+    fake: Judged
 
 
 class UnrolledProgram:
@@ -55,21 +68,28 @@ class UnrolledProgram:
         )
 
     def step(self, batch: States, phase: int, step: int) -> Metrics:
-        """Train the student on one batch, then the critics on what the student made of it."""
-        passes, judged, metrics = self.config.accumulate, [], []
+        """Train the critics on what the student makes of a batch, then the student against them.
+
+        In turns, not both from where they stood: such steps circle each other (Gidel et al. 2019), and here they did.
+        """
+        passes, metrics = self.config.accumulate, []
         # Every so-manieth row, as processes take theirs: what a pass sees first is what the whole batch has first.
         parts = [{at: states[index::passes] for at, states in batch.items()} for index in range(passes)]
         fresh = self._fresh_noise(parts[0][self.geometry.steps[0]], step)
+        made: Made | None = None
+        if self.adversary.learns(step):
+            for index, part in enumerate(parts):
+                with torch.set_grad_enabled(passes == 1):  # one pass serves both; several graphs would fill the memory
+                    made = self._make(part, fresh[index::passes])
+                metrics.append(self.adversary.learn(made.real, made.fake.detached(), step, index, passes))
+            self.adversary.descent.step()
         for index, part in enumerate(parts):
-            loss, shown, readings = self._student_pass(part, fresh[index::passes], step, index)
+            if made is None or passes > 1:
+                made = self._make(part, fresh[index::passes])
+            loss, readings = self._loss(part, made, step, index)
             self.descent.backward(loss / passes)
-            judged.append(shown)
             metrics.append(readings)
         self.descent.step(one_cycle(step, self.config.steps, self.config.warmup))
-        if self.adversary.learns(step):
-            for index, (real, fake) in enumerate(judged):
-                metrics.append(self.adversary.learn(real, fake.detached(), step, index, passes))
-            self.adversary.descent.step()
         return mean_metrics(metrics)
 
     def _fresh_noise(self, like: Tensor, step: int) -> Tensor:
@@ -78,28 +98,33 @@ class UnrolledProgram:
             return like[:0]
         return self.adversary.fresh_noise(step, passes * min(-(-wanted // passes), len(like)), like)
 
-    def _student_pass(
-        self, batch: States, fresh: Tensor, step: int, index: int
-    ) -> tuple[Tensor, tuple[Judged, Judged], Metrics]:
-        objective, adversary = self.config.objective, self.adversary
-        noise, count = batch[self.geometry.steps[0]], len(batch[self.geometry.steps[0]])
+    def _make(self, batch: States, fresh: Tensor) -> Made:
+        noise = batch[self.geometry.steps[0]]
         with self.accelerator.autocast():
             predictions, states = self._unroll(torch.cat([noise, fresh]))
-        predictions = [x0.float() for x0 in predictions]
-        on_batch = [x0[:count] for x0 in predictions]
-        loss, metrics = self.regression(on_batch, [state[:count].float() for state in states], batch)
+        predictions, count = [x0.float() for x0 in predictions], len(noise)
         real, fake = self._judged(predictions, noise, fresh, batch)
+        return Made(
+            predictions=[x0[:count] for x0 in predictions],
+            states=[state[:count].float() for state in states],
+            real=real,
+            fake=fake,
+        )
+
+    def _loss(self, batch: States, made: Made, step: int, index: int) -> tuple[Tensor, Metrics]:
+        objective, adversary = self.config.objective, self.adversary
+        loss, metrics = self.regression(made.predictions, made.states, batch)
         weight = adversary.weight(step)
         if weight:
-            gain = adversary.student_loss(real, fake, step, index)
+            gain = adversary.student_loss(made.real, made.fake, step, index)
             metrics["generator"] = gain.detach()
             loss = loss + weight * gain
         if objective.perceptual:
-            distance = self._perceptual(on_batch, batch, noise, step)
+            distance = self._perceptual(made.predictions, batch, batch[self.geometry.steps[0]], step)
             if distance is not None:
                 metrics["perceptual"] = distance.detach()
                 loss = loss + objective.perceptual * distance
-        return loss, (real, fake), {**metrics, "loss": loss.detach()}
+        return loss, {**metrics, "loss": loss.detach()}
 
     def _judged(self, predictions: list[Tensor], noise: Tensor, fresh: Tensor, batch: States) -> tuple[Judged, Judged]:
         """What the critics see: images from fresh noise where there are any, so that knowing the cache is no help."""

@@ -6,13 +6,25 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 
+from advkd.pipeline.config import load_experiment
+from advkd.stages.student.data import read_float
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.objective_config import AdversarialConfig
+from advkd.stages.student.student import build_student
+from advkd.stages.student.unrolled import UnrolledStudent
+from advkd.stages.student.unrolled_program import UnrolledProgram
 from benchmarks.__main__ import PROGRAMS, readme_part
 from benchmarks.harness import RESULTS, Comparison, Target, interleaved, ratio_between, rows_of
 from benchmarks.table import comparison_lines, comparisons_of, read_results, summary, table
+from benchmarks.training import DIGITS, NaiveProgram, smooth_store
 from tests.conftest import ROOT
 
 SLOW = ("workers",)
@@ -40,6 +52,27 @@ def test_a_program_runs_its_ways_agree_and_it_says_what_it_found(name: str, tmp_
             assert baseline["ratio"] == 1.0
         assert all(math.isfinite(target["found"]) for target in comparison["targets"])
     assert "a quick run" in table([result])
+
+
+def test_our_training_step_teaches_what_the_naive_loop_does(tmp_path: Path) -> None:
+    """The critic first, then the student against it: of one pass as of two."""
+    cache = smooth_store(tmp_path / "s.zarr", DIGITS, 6, 64)
+    config = load_experiment("smoke").train
+    adversarial = AdversarialConfig(weight=0.5, start=0.0, fresh=4, penalty_every=1)
+    config = replace(config, steps=4, objective=replace(config.objective, adversarial=adversarial))
+    geometry, trained = Geometry.of(cache, None), list[torch.Tensor]()
+    for kind in (NaiveProgram, UnrolledProgram):
+        torch.manual_seed(0)
+        student = build_student(config.student, geometry)
+        assert isinstance(student, UnrolledStudent)
+        program = kind(config, student, geometry, Accelerator(cpu=True))
+        program.begin(0)
+        for step in range(4):
+            seeds = np.arange(8 * step, 8 * step + 8)
+            program.step({at: read_float(cache, at, seeds) for at in cache.states}, 0, step)
+        trained += [torch.nn.utils.parameters_to_vector(module.parameters()) for module in program.modules().values()]
+    for naive, ours in zip(trained[:2], trained[2:], strict=True):
+        torch.testing.assert_close(naive, ours, rtol=1e-3, atol=1e-5)
 
 
 def test_the_readme_quotes_the_results() -> None:
