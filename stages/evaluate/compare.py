@@ -13,16 +13,13 @@ import numpy as np
 
 from advkd.cache.durable import write_atomically
 from advkd.cache.errors import TrainingError, UsageError
-from advkd.stages.evaluate.intervals import Interval, paired_difference
+from advkd.stages.evaluate.intervals import Distances, Interval, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
+class Rung(Distances):
     """One run's scores."""
 
-    name: str
-    distances: list[float]
-    """Fréchet distance to the teacher, one a set of fresh seeds."""
     held_out_mse: float | None
     num_parameters: int
     """Of the deployed student."""
@@ -32,16 +29,6 @@ class Rung:
     protocol: dict[str, Any]
     gain: Interval | None = None
     """Its distances minus those of the rung before."""
-
-    @property
-    def mean(self) -> float:
-        """Mean distance over the sets."""
-        return float(np.mean(self.distances))
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation over the sets."""
-        return float(np.std(self.distances, ddof=1))
 
 
 def read_rungs(runs: Sequence[Path]) -> list[Rung]:

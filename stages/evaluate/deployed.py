@@ -15,7 +15,7 @@ from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import LATENCY_BATCHES, interleaved_latency
 from advkd.stages.evaluate.features import FeatureNetwork, extract, load_features
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
-from advkd.stages.evaluate.intervals import Interval, paired_difference
+from advkd.stages.evaluate.intervals import Distances, Interval, paired_difference
 from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.data import read_float
@@ -26,24 +26,11 @@ Form = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FormScore:
+class FormScore(Distances):
     """One form's Fréchet distances to the teacher's cached x_0."""
 
-    name: str
-    distances: list[float]
-    """One a set."""
     difference: Interval | None
     """This form's distance minus the first form's, over the sets; None for the first itself."""
-
-    @property
-    def mean(self) -> float:
-        """Over the sets."""
-        return float(np.mean(self.distances))
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation over the sets."""
-        return float(np.std(self.distances, ddof=1))
 
 
 @torch.no_grad()

@@ -28,6 +28,25 @@ class Interval:
         return self.low > 0.0 or self.high < 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """Fréchet distances of one thing that makes images, whatever it is."""
+
+    name: str
+    distances: list[float]
+    """To the teacher, one a set of fresh seeds."""
+
+    @property
+    def mean(self) -> float:
+        """Over the sets."""
+        return float(np.mean(self.distances))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the sets."""
+        return float(np.std(self.distances, ddof=1))
+
+
 def standard_error(values: Values) -> float:
     """Of the mean of independent values, at least two: sd / √N."""
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
