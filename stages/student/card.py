@@ -127,7 +127,8 @@ def _scores(scores: dict[str, Any]) -> str:
     rows.sort(key=lambda item: (item[0] != "student", not item[0].startswith("teacher")))
     protocol = _mapping(scores.get("protocol"))
     lines = [
-        f"| {_plain(name)} | {_plain(row.get('evaluations'))} | {_measured(row)} | {_interval(row)} |"
+        f"| {_plain(name)} | {_plain(row.get('evaluations'))} | {_measured(row)} | {_interval(row)} "
+        f"| {_share(row, 'precision')} | {_share(row, 'recall')} |"
         for name, row in rows
     ]
     held_out = _number(scores.get("held_out_mse"), ".4f")
@@ -136,7 +137,7 @@ def _scores(scores: dict[str, Any]) -> str:
         f"{_plain(protocol.get('num_sets'))} sets of {_plain(protocol.get('set_size'))} fresh seeds, against "
         f"{_plain(protocol.get('num_reference'))} reference seeds, {_plain(protocol.get('features'))} features; every "
         "sampler from the same noise.\n\n| sampler | network evaluations | Fréchet distance | student minus this, "
-        "95 % |\n|---|---|---|---|\n"
+        "95 % | precision, % | recall, % |\n|---|---|---|---|---|---|\n"
         + "\n".join(lines)
         + (f"\n\nMean squared error to the teacher's images on held-out seeds: {held_out}." if held_out else "")
     )
@@ -151,6 +152,12 @@ def _interval(row: dict[str, Any]) -> str:
     difference = _mapping(row.get("student_minus_this"))
     mean, low, high = (_number(difference.get(key), "+.1f") for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]" if mean and low and high else ""
+
+
+def _share(row: dict[str, Any], measure: str) -> str:
+    score = _mapping(_mapping(row.get("scores")).get(measure))
+    mean, deviation = (_number(score.get(key), ".1%").removesuffix("%") for key in ("mean", "sd"))
+    return f"{mean} ± {deviation}" if mean and deviation else ""
 
 
 def _number(value: object, form: str) -> str:

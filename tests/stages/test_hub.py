@@ -37,6 +37,7 @@ SCORES: dict[str, Any] = {
         "ddim 5": {
             "evaluations": 5, "frechet_mean": 60.7, "frechet_sd": 10.3,
             "student_minus_this": {"mean": -40.9, "low": -51.2, "high": -30.7},
+            "scores": {"precision": {"mean": 0.9512, "sd": 0.007}, "recall": {"mean": 0.7831, "sd": 0.0112}},
         },
         "student": {"evaluations": 1, "frechet_mean": 19.8, "frechet_sd": 3.6, "student_minus_this": None},
         "teacher (ddim 50)": {"evaluations": 50, "frechet_mean": None, "frechet_sd": None, "student_minus_this": None},
@@ -149,8 +150,8 @@ def test_the_card_says_what_is_known(run: Path) -> None:
         "google/ddpm-cifar10-32, commit " + "c" * 40,
         "| teacher's licence | Apache-2.0 |",
         "0 to 255: ",
-        "| ddim 5 | 5 | 60.7 ± 10.3 | -40.9 [-51.2, -30.7] |",
-        "| teacher (ddim 50) | 50 | not measured |  |",
+        "| ddim 5 | 5 | 60.7 ± 10.3 | -40.9 [-51.2, -30.7] | 95.1 ± 0.7 | 78.3 ± 1.1 |",
+        "| teacher (ddim 50) | 50 | not measured |  |  |  |",
         "5 sets of 2048 fresh seeds",
         "held-out seeds: 0.0123",
     ):
@@ -177,7 +178,9 @@ def test_a_card_of_hostile_facts_is_still_one_card(tmp_path: Path) -> None:
         teacher={"source": evil, "license": evil, "commit": evil, "tensors_sha256": evil},
         cache={"fingerprint": evil, "digest": evil, "blocks": [evil]},
         sampler={"name": evil, "steps": evil}, versions={evil: evil}, step=evil, config=[1], seeds=evil,
-        scores={"samplers": {evil: {"evaluations": evil, "frechet_mean": evil, "student_minus_this": [1]}, "b": 3}},
+        scores={"samplers": {
+            evil: {"evaluations": evil, "frechet_mean": evil, "student_minus_this": [1], "scores": evil}, "b": 3,
+        }},
     )  # fmt: skip
     card = model_card(student, 'me/"evil\n')
     assert set(front_matter(card)) == {"library_name", "pipeline_tag", "tags"}
