@@ -101,14 +101,21 @@ class Adversary:
 
     def weight(self, step: int) -> float:
         """What the student's adversarial loss counts at a step."""
-        config, position = self.config, (step + 1) / self._num_steps
-        if position <= config.start:
+        config = self.config
+        if step % config.every or not self.is_heard(step):
             return 0.0
-        return config.weight * min(1.0, (position - config.start) / max(config.ramp, 1e-9))
+        since = (step + 1) / self._num_steps - config.start
+        return config.weight * config.every * min(1.0, since / max(config.ramp, 1e-9))
+
+    def is_heard(self, step: int) -> bool:
+        """Whether the critics have learnt for long enough, by a step, for the student to hear them."""
+        return self.config.weight > 0.0 and (step + 1) / self._num_steps > self.config.start
 
     def learns(self, step: int) -> bool:
         """Whether the critics are trained at a step."""
-        return self.config.weight > 0.0 and (step + 1) / self._num_steps > self.config.start - self.config.lead
+        config = self.config
+        begun = (step + 1) / self._num_steps > config.start - config.lead
+        return config.weight > 0.0 and begun and step % config.every == 0
 
     def fresh_noise(self, step: int, count: int, like: Tensor) -> Tensor:
         """x_T from no cache: a function of (seed, step) alone, this process's share of it."""
@@ -141,7 +148,7 @@ class Adversary:
     def learn(self, real: Judged, fake: Judged, step: int, passed: int, passes: int) -> Metrics:
         """Add the critics' gradients of one of a step's passes."""
         config = self.config
-        penalise = step % config.penalty_every == 0 and max(config.r1, config.r2) > 0.0
+        penalise = step // config.every % config.penalty_every == 0 and max(config.r1, config.r2) > 0.0
         real_images = real.images.detach().requires_grad_(penalise and config.r1 > 0.0)
         fake_images = fake.images.detach().requires_grad_(penalise and config.r2 > 0.0)
         real_logits = self._look(Judged(images=real_images, noise=real.noise, time=real.time), step, 4 * passed + 3)

@@ -34,6 +34,8 @@ class AdversarialConfig:
     """Fraction of the steps over which their weight rises to the full."""
     lead: float = 0.0
     """Fraction of the steps for which the critics learn before that."""
+    every: int = 1
+    """Steps between those with critics, whom the student hears the more then."""
     fresh: int = 32
     """Images a step, from noise that is in no cache, that the critics judge; 0 takes the batch's own."""
     r1: float = 0.05
@@ -41,7 +43,7 @@ class AdversarialConfig:
     r2: float = 0.05
     """The same on the student's."""
     penalty_every: int = 4
-    """Steps between penalties, which are weighted up accordingly (Karras et al. 2020, §3.1)."""
+    """Steps of the critics between penalties, which are weighted up accordingly (Karras et al. 2020, §3.1)."""
     augment: list[str] = field(default_factory=list)
     """What is done to images before critics see them, real or not (Zhao et al. 2020): flip (where the data allows),
     translate, cutout, brightness, contrast."""
@@ -62,7 +64,7 @@ class AdversarialConfig:
         for key in ("weight", "r1", "r2", "fresh"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"adversarial.{key}: {getattr(self, key)} is negative")
-        for key in ("penalty_every", "width", "scales", "learning_rate"):
+        for key in ("every", "penalty_every", "width", "scales", "learning_rate"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"adversarial.{key}: {getattr(self, key)} is not positive")
 

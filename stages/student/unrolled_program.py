@@ -140,7 +140,7 @@ class UnrolledProgram:
         made, truth = predictions[-1], batch[self.geometry.steps[-1]]
         if self.perceptual is not None:
             return self.perceptual(made, truth)
-        if not self.adversary.weight(step):  # a critic that has learnt nothing yet has no features
+        if not self.adversary.is_heard(step):  # a critic that has learnt nothing yet has no features
             return None
         pairs = [Judged.of([images], noise, len(noise)) for images in (made, truth)]
         return self.adversary.feature_distance(*pairs)

@@ -96,6 +96,7 @@ def test_penalties_are_lazy_and_each_has_its_side() -> None:
 
     none = gradients(0, r1=0.0, r2=0.0)
     assert torch.equal(none, gradients(1))
+    assert torch.equal(none, gradients(3, every=3)) and not torch.equal(none, gradients(6, every=3))
     first, second, both = gradients(0, r2=0.0), gradients(0, r1=0.0), gradients(0)
     assert not torch.equal(first, none) and not torch.equal(second, none)
     torch.testing.assert_close(first + second - none, both)
@@ -107,6 +108,13 @@ def test_when_critics_learn_and_when_they_are_heard() -> None:
     assert [ours.learns(step) for step in (38, 40, 99)] == [False, True, True]
     assert [round(ours.weight(step), 6) for step in (48, 59, 69, 99)] == [0.0, 0.05, 0.1, 0.1]
     assert not adversary(dataclasses.replace(SETTINGS, weight=0.0)).learns(99)
+
+
+def test_critics_that_come_every_third_step_are_heard_three_times_as_loud() -> None:
+    ours = adversary(dataclasses.replace(SETTINGS, every=3))
+    assert [ours.learns(step) for step in (42, 60, 61, 62, 63)] == [True, True, False, False, True]
+    assert [round(ours.weight(step), 6) for step in (39, 48, 60, 61, 99)] == [0.0, 0.0, 0.165, 0.0, 0.3]
+    assert ours.is_heard(61) and not ours.is_heard(39)
 
 
 def test_the_distance_in_the_critics_layers_is_of_pairs() -> None:
