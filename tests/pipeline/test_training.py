@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from advkd.cache import TrajectoryCache
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT
@@ -83,19 +84,28 @@ def test_the_ladder_runs_from_one_command(tmp_path: Path) -> None:
         .replace("config: smoke", "config: digits")
     )
     (clone / "dvc.yaml").write_text(pipeline)
-    for path in (clone / "configs/ablation").glob("[0-9]*.yaml"):
+    for path in [*(clone / "configs/ablation").glob("[0-9]*.yaml"), *(clone / "configs").glob("digits-*.yaml")]:
         rung = yaml.safe_load(path.read_text())
         rung["train"]["student"] |= {"width": 8, "depth": 1, "base_channels": 4, "max_channels": 8}
         rung["train"] |= {"steps": 4, "batch_size": 16, "seeds": None}
         if "stages" in rung["train"]:
             rung["train"]["stages"] |= {"epochs": [1], "batch_sizes": [64]}
         rung["evaluate"] |= {"num_sets": 2, "set_size": 64}
+        if "cache" in rung:
+            default = yaml.safe_load(smoke)
+            rung |= {"sampler": default["sampler"], "cache": default["cache"] | {"seeds": "0:512"}}
         path.write_text(yaml.safe_dump(rung))
     assert repro(clone) == ["teacher", "cache", "train", "evaluate"]
-    (command,) = [line for block in shell_blocks(ABLATION) for line in block]
-    assert command.startswith("dvc repro ")
-    run(clone, *command.split())
+    ladder, *others = [line for block in shell_blocks(ABLATION) for line in block]
+    assert ladder.startswith("dvc repro ")
+    run(clone, *ladder.split())
     table = (clone / "runs/ablation/ladder.md").read_text()
     assert all(f"| {name} | " in table for name in ("0-faithful", "3-average", "8-few-seeds-adversarial"))
     assert (clone / "runs/ablation/ladder.png").is_file()
     assert run(clone, "git", "status", "--porcelain", "--", "runs") == ""
+    assert others
+    for command in others:
+        run(clone, *command.replace(" --full", "").split())  # the whole protocol asks for 8,192 seeds
+    for name in ("digits-long", "digits-small"):
+        assert (clone / f"runs/{name}/evaluation/scores.json").is_file()
+    assert len(TrajectoryCache.open(clone / "cache/digits.zarr").seeds()) == 512
