@@ -108,4 +108,4 @@ def test_the_ladder_runs_from_one_command(tmp_path: Path) -> None:
         run(clone, *command.replace(" --full", "").split())  # the whole protocol asks for 8,192 seeds
     for name in ("digits-long", "digits-small"):
         assert (clone / f"runs/{name}/evaluation/scores.json").is_file()
-    assert len(TrajectoryCache.open(clone / "cache/digits.zarr").seeds()) == 512
+    assert len(TrajectoryCache.open(clone / "cache/digits-long.zarr").seeds()) == 512
