@@ -34,7 +34,7 @@ from advkd.cache.paths import MAX_METADATA_BYTES
 from advkd.cache.recipe import Layout, Recipe, State
 from advkd.cache.records import Records
 from advkd.cache.seal import seal
-from advkd.cache.source import Source
+from advkd.cache.source import Source, read_each
 
 HOW_TO_MEND = "pull the block anew, or run `advkd-cache pack` again where the raw store is"
 
@@ -81,11 +81,7 @@ class PackedSource:
 
     def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
         """Whole files in order, None for one that isn't there."""
-        for path in paths:
-            try:
-                yield self.read(path)
-            except FileNotFoundError:
-                yield None
+        return read_each(self.read, paths)
 
     def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:
         """A file of the raw store."""

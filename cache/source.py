@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +41,15 @@ class Source(Protocol):
         """Blocks that have a ledger record, ascending."""
 
 
+def read_each(read: Callable[[str], bytes], paths: Sequence[str]) -> Iterator[bytes | None]:
+    """Whole files in order, None for one that isn't there."""
+    for path in paths:
+        try:
+            yield read(path)
+        except FileNotFoundError:
+            yield None
+
+
 class LocalSource:
     """A folder."""
 
@@ -65,11 +74,7 @@ class LocalSource:
 
     def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
         """Whole small files in order, None for one that isn't there."""
-        for path in paths:
-            try:
-                yield self.read(path)
-            except FileNotFoundError:
-                yield None
+        return read_each(self.read, paths)
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Blocks that have a ledger record: one listing, however many seeds are declared."""
