@@ -13,7 +13,8 @@ MINIMAL = {"name": "x", "teacher": {"source": "somewhere"}}
 
 
 def test_all_of_them_ship_and_load() -> None:
-    assert shipped_experiments() == ["celebahq256", "cifar10", "digits", "mnist", "smoke"]
+    shipped = ["celebahq256", "cifar10", "digits", "digits-long", "digits-small", "mnist", "smoke"]
+    assert shipped_experiments() == shipped
     for name in shipped_experiments():
         experiment = load_experiment(name)
         assert from_plain(Experiment, to_plain(experiment), "again") == experiment
