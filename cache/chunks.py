@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from advkd.cache.errors import DamagedError
 from advkd.cache.layout import CRC_BYTES
-from advkd.cache.ledger import SEGMENT_BYTES, ArrayRecord, BlockRecord, crc32c
+from advkd.cache.ledger import HOW_TO_MEND, SEGMENT_BYTES, ArrayRecord, BlockRecord, crc32c
 from advkd.cache.paths import open_file
 from advkd.cache.recipe import State
-from advkd.cache.records import HOW_TO_MEND, Records
+from advkd.cache.records import Records
 from advkd.cache.scratch import Scratch
 from advkd.cache.source import LocalSource, Source
 from advkd.cache.window import ReadAhead, Window

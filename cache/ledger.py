@@ -26,6 +26,7 @@ from advkd.cache.recipe import digest
 from advkd.cache.seal import seal, seal_of, unseal, unsealed
 
 SEGMENT_BYTES = 1 << 20
+HOW_TO_MEND = "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
 _ARRAY_NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*")
 _HEX = re.compile(r"[0-9a-f]*")
 _LARGEST = float(np.finfo(np.float32).max)
@@ -145,6 +146,8 @@ class LedgerRecord(Generic[Entry]):
 
     maker: ClassVar[str]
     """The subcommand that makes a block again."""
+    how_to_mend: ClassVar[str]
+    """What to do about a block that is damaged."""
     block: int
     fingerprint: str
     layout_hash: str
@@ -219,6 +222,7 @@ class BlockRecord(LedgerRecord[ArrayRecord]):
 
     __slots__ = ()
     maker = "build"
+    how_to_mend = HOW_TO_MEND
 
     @classmethod
     def entry(cls, value: dict[str, Any]) -> ArrayRecord:

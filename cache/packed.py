@@ -28,15 +28,13 @@ from advkd.cache.layout import (
     states_path,
 )
 from advkd.cache.ledger import crc32c
-from advkd.cache.packed_ledger import PackedArray, PackedRecord
+from advkd.cache.packed_ledger import HOW_TO_MEND, PackedArray, PackedRecord
 from advkd.cache.packing import Packing
 from advkd.cache.paths import MAX_METADATA_BYTES
 from advkd.cache.recipe import Layout, Recipe, State
 from advkd.cache.records import Records
 from advkd.cache.seal import seal
 from advkd.cache.source import Source, read_each
-
-HOW_TO_MEND = "pull the block anew, or run `advkd-cache pack` again where the raw store is"
 
 
 class _MissingError(DamagedError, FileNotFoundError):

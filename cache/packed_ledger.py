@@ -19,6 +19,7 @@ from advkd.cache.ledger import ArrayRecord, LedgerRecord
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _PIECE = 1 << 18
 SPARE_BYTES = 1 << 20
+HOW_TO_MEND = "pull the block anew, or run `advkd-cache pack` again where the raw store is"
 
 
 def max_packed_bytes(raw_bytes: int) -> int:
@@ -76,6 +77,7 @@ class PackedRecord(LedgerRecord[PackedArray]):
 
     __slots__ = ()
     maker = "pack"
+    how_to_mend = HOW_TO_MEND
 
     @classmethod
     def entry(cls, value: dict[str, Any]) -> PackedArray:

@@ -12,7 +12,6 @@ from advkd.cache.ledger import ArrayRecord, LedgerRecord, checked_seal, content_
 from advkd.cache.recipe import Layout, Recipe, State
 from advkd.cache.source import Source
 
-HOW_TO_MEND = "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
 MAX_RECORDS = 512
 """Kept in memory; one is some kilobytes."""
 Record = TypeVar("Record", bound=LedgerRecord[Any])
@@ -67,13 +66,15 @@ class Records(Generic[Record]):
         if (record.fingerprint, record.layout_hash) != (self._recipe.fingerprint, self._layout.layout_hash):
             raise DamagedError(f"{address}: the ledger record of block {block} belongs to another cache")
         body_bytes = self._layout.block_bytes(self._recipe.item_shape)
-        for state in self._layout.states:
-            array = record.arrays.get(states_path(state))
-            expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
-            if array is None or (array.raw.num_bytes, len(array.raw.segments)) != expected:
-                raise DamagedError(
-                    f"{address}: the ledger record of block {block} doesn't fit the layout; {HOW_TO_MEND}"
-                )
+        expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
+        names, found = {states_path(state) for state in self._layout.states}, record.arrays.keys()
+        # A raw store may have further arrays; a packed one has its states alone.
+        fits = found >= names if self._layout.packing is None else found == names
+        raws = [record.arrays[name].raw for name in names & found]
+        if not fits or any((raw.num_bytes, len(raw.segments)) != expected for raw in raws):
+            raise DamagedError(
+                f"{address}: the ledger record of block {block} doesn't fit the layout; {self._kind.how_to_mend}"
+            )
         return record
 
     def raw(self, blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:

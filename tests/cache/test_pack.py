@@ -23,14 +23,16 @@ from advkd.cache.combine import merge, subset
 from advkd.cache.compare import compare
 from advkd.cache.errors import CacheError, DamagedError, MismatchError, NotACacheError, NotCachedError, UsageError
 from advkd.cache.halves import to_float16, to_float32
-from advkd.cache.layout import parse_seed_range
+from advkd.cache.layout import parse_seed_range, record_path
 from advkd.cache.noise import standard_normal
 from advkd.cache.pack import pack, unpack
+from advkd.cache.pack_block import packed_source
 from advkd.cache.packed import PackedSource
 from advkd.cache.packing import CODECS, PLAIN, REDRAWN, Packing, quantisation_step
 from advkd.cache.recipe import Layout, Recipe, State
 from advkd.cache.repair import repair
 from advkd.cache.residual import Exact, integers_from_bytes, integers_to_bytes
+from advkd.cache.seal import seal, unsealed
 from advkd.cache.summary import summarize
 from advkd.cache.verify import verify
 from advkd.cache.writer import CacheWriter
@@ -602,3 +604,16 @@ def make_golden() -> None:
 
 if __name__ == "__main__":
     make_golden()
+
+
+def test_a_record_of_further_arrays_is_no_packed_one(tmp_path: Path) -> None:
+    """And what it says to do is what makes packed blocks."""
+    write_store(tmp_path / "toy.zarr", "0:16")
+    packed_of(tmp_path / "toy.zarr")
+    store = tmp_path / "packed-lossless.zarr"
+    path = store / record_path(0)
+    value = json.loads(unsealed(path.read_bytes()) + b"}")
+    value["arrays"]["labels"] = value["arrays"]["states/0000"]
+    path.write_bytes(seal(value))
+    with pytest.raises(DamagedError, match=r"doesn't fit the layout; .*`advkd-cache pack`"):
+        packed_source(TrajectoryCache.open(store)).records[0]
