@@ -23,6 +23,12 @@ from advkd.pipeline.cli.common import CONFIG_OPTION, example, guarded
 @click.option("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where they can't be fetched.")
 @click.option("--real", metavar="NAME|FOLDER", help="Real images to compare with: `digits`, `mnist`, or a folder.")
 @click.option("--full", is_flag=True, help="The whole protocol: five sets of 2,048 seeds, reference of 8,192.")
+@click.option(
+    "--sets",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="So many sets, to tell samplers apart that are close: the intervals shrink. At least five with --full.",
+)
 @guarded
 def main(
     run: Path,
@@ -33,6 +39,7 @@ def main(
     inception_weights: str | None,
     real: str | None,
     full: bool,
+    sets: int | None,
 ) -> None:
     """Score a student beside the samplers that one would otherwise use, on the same fresh seeds.
 
@@ -49,7 +56,9 @@ def main(
     cache = TrajectoryCache.open(store)
     experiment = load_experiment(config) if config else None
     settings = experiment.evaluate if experiment else EvaluateConfig()
-    given: dict[str, Any] = {"features": features, "inception_weights": inception_weights, "real": real}
+    given: dict[str, Any] = {
+        "features": features, "inception_weights": inception_weights, "real": real, "num_sets": sets,
+    }  # fmt: skip
     settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
     known = origin_of(cache)
     source = {"source": teacher} if teacher else {"source": known.get("source"), "revision": known.get("commit")}

@@ -60,6 +60,7 @@ FLAGS = {
     "advkd-sample": {"--run", "--num", "--first-seed", "--out", "--batch-size"},
     "advkd-evaluate": {
         "--run", "--cache", "--config", "--teacher", "--features", "--inception-weights", "--real", "--full",
+        "--sets",
     },
     "advkd-compare": {"--out"},
     "advkd-export": {
@@ -134,6 +135,10 @@ def test_build_train_sample_evaluate(
     assert scores["latency_ratio"] == {"batch_1": None, "batch_64": None}
     result = invoke(evaluate_command, *bare, "--full")
     assert result.exit_code == 2 and "--full needs a reference of 8192 seeds" in result.stderr
+    assert invoke(evaluate_command, *bare, "--teacher", "gone/for/good", "--sets", "3").exit_code == 0
+    details = json.loads(Path("runs/toy/evaluation/scores.json").read_text())
+    assert len(details["samplers"]["student"]["frechet"]) == 3
+    assert invoke(evaluate_command, *bare, "--sets", "1").exit_code == 2
 
 
 def test_student_and_teacher_share_the_seed(invoke: Invoke, toy_yaml: Path) -> None:
