@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+_HUGE_PAGE = 1 << 21
+"""Bytes that x86-64 and 64-bit Arm map by one entry, where address and offset in the file agree to the multiple."""
 _MAP_FIXED = 0x10  # the same on Linux and macOS
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -32,14 +34,16 @@ class Window:
 
     def __init__(self, num_slots: int, file_bytes: int, row_bytes: int) -> None:
         self._file_bytes = file_bytes
-        unit = math.lcm(mmap.PAGESIZE, row_bytes)
+        unit = _slot_unit(file_bytes, row_bytes)
         self._stride = -(-file_bytes // unit) * unit
         self.rows_per_slot = self._stride // row_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._reserved = mmap.mmap(-1, num_slots * self._stride, flags=flags, prot=mmap.PROT_READ)
+        self._reserved = mmap.mmap(-1, num_slots * self._stride + _HUGE_PAGE, flags=flags, prot=mmap.PROT_READ)
         flat: npt.NDArray[np.uint8] = np.frombuffer(self._reserved, dtype=np.uint8)
-        self._address: int = flat.__array_interface__["data"][0]
-        self.rows = flat.reshape(-1, row_bytes)
+        found: int = flat.__array_interface__["data"][0]
+        self._begin = -found % _HUGE_PAGE
+        self._address = found + self._begin
+        self.rows = flat[self._begin : self._begin + num_slots * self._stride].reshape(-1, row_bytes)
 
     def put(self, slot: int, descriptor: int) -> None:
         """Map a file read-only in place of what was there; the descriptor may be closed afterwards.
@@ -53,7 +57,7 @@ class Window:
             number = ctypes.get_errno()
             raise OSError(number, f"can't map a file ({os.strerror(number)})")
         # Rows are wanted at random: what the system would read around one would mostly not be wanted.
-        self._reserved.madvise(mmap.MADV_RANDOM, slot * self._stride, self._stride)
+        self._reserved.madvise(mmap.MADV_RANDOM, self._begin + slot * self._stride, self._stride)
 
     def will_need(self, slot: int, start: int, num_bytes: int) -> None:
         """Let the system begin to read part of a mapped file, without waiting for it."""
@@ -67,7 +71,7 @@ class Window:
 
     def _ask(self, start: int, num_bytes: int) -> None:
         begin = start & -mmap.PAGESIZE
-        self._reserved.madvise(mmap.MADV_WILLNEED, begin, start + num_bytes - begin)
+        self._reserved.madvise(mmap.MADV_WILLNEED, self._begin + begin, start + num_bytes - begin)
 
     def file(self, slot: int) -> npt.NDArray[np.uint8]:
         """The bytes of a mapped file. A later `put` changes what it shows: look, and let go."""
@@ -107,6 +111,16 @@ class ReadAhead:
 def _num_waits() -> int:
     """How often this thread had to wait for the disk to bring a page that it touched."""
     return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
+
+
+def _slot_unit(file_bytes: int, row_bytes: int) -> int:
+    """What a slot's size is a multiple of: whole rows, and huge pages if that costs no more addresses than the file's.
+
+    The system maps a file that it holds in large pieces by huge pages then. Rows of hundreds of kilobytes come out up
+    to half as fast again: else the processor looks up a page for every four kilobytes.
+    """
+    huge = math.lcm(_HUGE_PAGE, row_bytes)
+    return huge if huge <= file_bytes else math.lcm(mmap.PAGESIZE, row_bytes)
 
 
 @cache

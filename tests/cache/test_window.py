@@ -1,5 +1,6 @@
 """Maps behind one another: the same rows whatever is asked of the system ahead."""
 
+import mmap
 import os
 from pathlib import Path
 
@@ -60,6 +61,24 @@ def test_any_row_may_be_asked_for(tmp_path: Path, row_bytes: int) -> None:
     window.will_need(1, 49 * row_bytes, 1 << 20)
     np.testing.assert_array_equal(window.rows[index], rows.reshape(100, row_bytes))
     assert window.file(1).tobytes() == rows[1].tobytes() + b"tail"
+
+
+@pytest.mark.parametrize(("row_bytes", "aligned"), [(6144, True), (393216, True), (5000, False)])
+def test_large_files_may_be_mapped_by_huge_pages(tmp_path: Path, row_bytes: int, aligned: bool) -> None:
+    """Addresses agree with offsets in the files to 2 MiB, unless that takes more addresses than the files' bytes."""
+    num_rows = 3 * (2 << 20) // row_bytes + 1
+    rows = np.random.default_rng(0).integers(0, 256, (2, num_rows, row_bytes), dtype=np.uint8)
+    window = Window(2, num_rows * row_bytes + 4, row_bytes)
+    for slot in range(2):
+        (tmp_path / str(slot)).write_bytes(rows[slot].tobytes() + b"tail")
+        descriptor = os.open(tmp_path / str(slot), os.O_RDONLY)
+        window.put(slot, descriptor)
+        os.close(descriptor)
+    addresses = [window.file(slot).__array_interface__["data"][0] for slot in range(2)]
+    assert [address % (2 << 20) == 0 for address in addresses] == [True, aligned]
+    assert addresses[1] - addresses[0] < 2 * (num_rows * row_bytes + 4) + mmap.PAGESIZE * row_bytes
+    index = np.concatenate([np.arange(num_rows), window.rows_per_slot + np.arange(num_rows)])
+    np.testing.assert_array_equal(window.rows[index], rows.reshape(-1, row_bytes))
 
 
 def test_cold_files_read_as_warm_ones(tmp_path: Path) -> None:

@@ -84,13 +84,16 @@ def test_the_ladder_runs_from_one_command(tmp_path: Path) -> None:
         .replace("config: smoke", "config: digits")
     )
     (clone / "dvc.yaml").write_text(pipeline)
-    for path in [*(clone / "configs/ablation").glob("[0-9]*.yaml"), *(clone / "configs").glob("digits-*.yaml")]:
+    configs = clone / "configs"
+    for path in [*(configs / "ablation").glob("[0-9]*.yaml"), *configs.glob("digits-*.yaml"), configs / "mnist.yaml"]:
         rung = yaml.safe_load(path.read_text())
         rung["train"]["student"] |= {"width": 8, "depth": 1, "base_channels": 4, "max_channels": 8}
         rung["train"] |= {"steps": 4, "batch_size": 16, "seeds": None}
         if "stages" in rung["train"]:
             rung["train"]["stages"] |= {"epochs": [1], "batch_sizes": [64]}
         rung["evaluate"] |= {"num_sets": 2, "set_size": 64}
+        if "pretrain" in rung:
+            rung["pretrain"] |= {"channels": [8, 8], "steps": 4, "report_samples": 64, "classifier": {"epochs": 1}}
         if "cache" in rung:
             default = yaml.safe_load(smoke)
             rung |= {"sampler": default["sampler"], "cache": default["cache"] | {"seeds": "0:512"}}
@@ -106,6 +109,6 @@ def test_the_ladder_runs_from_one_command(tmp_path: Path) -> None:
     assert others
     for command in others:
         run(clone, *command.replace(" --full", "").split())  # the whole protocol asks for 8,192 seeds
-    for name in ("digits-long", "digits-small"):
+    for name in ("digits-long", "digits-small", "mnist"):
         assert (clone / f"runs/{name}/evaluation/scores.json").is_file()
     assert len(TrajectoryCache.open(clone / "cache/digits-long.zarr").seeds()) == 512
