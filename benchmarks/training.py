@@ -100,6 +100,8 @@ class NaiveProgram(UnrolledProgram):
 
     def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> dict[str, Tensor]:
         """One iteration: the critic, then the student."""
+        if not self.adversary.learns(step):
+            return super().step(batch, phase, step)
         config, critic = self.config.objective.adversarial, self.adversary.critic
         noise = batch[self.geometry.steps[0]]
         fresh = self.adversary.fresh_noise(step, min(config.fresh, len(noise)), noise)
@@ -126,10 +128,13 @@ class NaiveProgram(UnrolledProgram):
 
 
 def compare_steps(bench: Benchmark, cache: TrajectoryCache, config: TrainConfig, steps: int, device: str) -> None:
-    """The programs train from the same weights on the same batches, in turns of some steps; from several weights."""
-    adversarial = replace(config.objective.adversarial, start=0.0)
+    """The programs train from the same weights on the same batches, in turns of some steps; from several weights.
+
+    Steps are timed once the critic has begun.
+    """
+    adversarial = config.objective.adversarial
     always = replace(adversarial, every=1, penalty_every=1)
-    config = replace(config, steps=steps, objective=replace(config.objective, adversarial=adversarial))
+    config = replace(config, steps=steps)
     naive = replace(config, objective=replace(config.objective, adversarial=always))
     geometry, accelerator = Geometry.of(cache, None), Accelerator(cpu=device == "cpu")
     kinds: dict[str, type[UnrolledProgram]] = {NAIVE: NaiveProgram, OURS: UnrolledProgram}
@@ -155,7 +160,8 @@ def compare_steps(bench: Benchmark, cache: TrajectoryCache, config: TrainConfig,
                 for step in range(first, min(first + turn, steps)):
                     programs[name].step(loaded[step], 0, step)
                 wait_for(device)
-                times[name].append((time.perf_counter() - begin) / turn)
+                if first >= adversarial.start * steps:
+                    times[name].append((time.perf_counter() - begin) / turn)
         for name, done in programs.items():
             with torch.inference_mode():
                 errors[name].append(float((done.student(noise) - image).square().mean()))
@@ -224,7 +230,7 @@ def measure(bench: Benchmark, folder: Path) -> None:
         large = smooth_store(folder / "cifar.zarr", CIFAR, 11, num)
         wanted = replace(load_experiment("cifar10").train, preview_every=10**9, checkpoint_every=10**9)
         waits_comparison(bench, folder, "CIFAR-10's size", wanted, large, 0.02)
-    compare_steps(bench, cache, config, 8 if bench.quick else 120, bench.device)
+    compare_steps(bench, cache, config, 24 if bench.quick else 120, bench.device)
 
 
 if __name__ == "__main__":
