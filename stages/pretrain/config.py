@@ -10,6 +10,9 @@ from advkd.stages.evaluate.config import check_dataset
 SOURCE_NOTE = "teacher.json"
 """Where a teacher that comes from elsewhere is written down, in the same folder."""
 
+HEAD_WIDTH = 16
+"""Channels of one of the UNet's attention heads."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifierConfig:
@@ -58,6 +61,8 @@ class PretrainConfig:
                 raise ConfigError(f"pretrain.{key}: {getattr(self, key)} is not positive")
         if not self.channels or any(width < 8 or width % 8 for width in self.channels):
             raise ConfigError(f"pretrain.channels: {self.channels}; expected multiples of 8")
+        if self.channels[-1] < HEAD_WIDTH:
+            raise ConfigError(f"pretrain.channels: {self.channels}; the last attends, expected {HEAD_WIDTH} or more")
         if self.size % 2 ** (len(self.channels) - 1) or self.size % 4:
             raise ConfigError(f"pretrain.size: {self.size} can't be halved {len(self.channels) - 1} times")
         if self.report_samples < 64:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError
 from advkd.stages.ema import ExponentialMovingAverage
-from advkd.stages.pretrain.config import PretrainConfig
+from advkd.stages.pretrain.config import HEAD_WIDTH, PretrainConfig
 from advkd.stages.reporter import Reporter
 from advkd.stages.schedules import one_cycle
 from advkd.stages.teacher.loader import new_training_scheduler, new_unet, save_pipeline
@@ -31,7 +31,7 @@ def make_network(config: PretrainConfig) -> nn.Module:
             "down_block_types": ("DownBlock2D",) * levels,
             "up_block_types": ("UpBlock2D",) * levels,
             "norm_num_groups": 8,
-            "attention_head_dim": 16,
+            "attention_head_dim": HEAD_WIDTH,
         }
     )
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cache.harm import Pristine, put
+
 MEMORY = Path("/dev/shm")
 
 
@@ -18,3 +20,11 @@ def fast_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="advkd-", dir=MEMORY) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def whole(fast_folder: Path) -> Path:
+    """A store with every kind of file."""
+    for left in fast_folder.iterdir():
+        put(left, None)
+    return Pristine(fast_folder / "whole.zarr").root

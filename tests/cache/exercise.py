@@ -19,6 +19,7 @@ from advkd.cache.summary import summarize
 from advkd.cache.upgrade import upgrade
 from advkd.cache.verify import verify
 from advkd.cache.writer import CacheWriter
+from tests.cache.harm import Pristine
 from tests.stores import block_states, make_layout, make_recipe
 
 LONGEST = 1000
@@ -128,3 +129,18 @@ def adopt_into(store: Path, source: Path) -> Attempts:
     attempt(_merge, source, store)
     attempt(CacheWriter(store, make_recipe(), make_layout()).adopt, 1, TrajectoryCache.open(source))
     return attempt
+
+
+class Mutant:
+    """A small store of which only the metadata change, and a fresh copy for every example."""
+
+    def __init__(self, root: Path) -> None:
+        self.pristine = Pristine(root)
+        self.metadata = {name: data for name, data in self.pristine.files.items() if name.endswith(".json")}
+
+    def check(self, changed: dict[str, bytes], like: Path, out: Path) -> None:
+        """Everything that can be done with it ends well or is refused."""
+        with self.pristine.harmed(changed) as store:
+            read_everything(store, like)
+            write_everything(store, out)
+            read_everything(store)

@@ -149,3 +149,12 @@ def flipped(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
+
+
+def state_of_folder(folder: Path) -> dict[str, tuple[object, ...]]:
+    """Everything that writing below a folder would change."""
+    return {
+        str(path): (path.lstat().st_mode, path.lstat().st_mtime_ns, path.lstat().st_ino, path.lstat().st_nlink)
+        + ((path.read_bytes(),) if path.is_file() else ())
+        for path in [folder, *folder.rglob("*")]
+    }

@@ -13,7 +13,7 @@ from numcodecs.pcodec import PCodec
 from advkd.cache import TrajectoryCache
 from advkd.cache.pack import pack
 from advkd.cache.packing import Packing
-from tests.cache.test_pack import GOLDEN, write_smooth
+from tests.cache.packs import GOLDEN, write_smooth
 
 F = np.float32
 Values = npt.NDArray[np.float32]

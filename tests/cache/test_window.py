@@ -1,16 +1,19 @@
 """Maps behind one another: the same rows whatever is asked of the system ahead."""
 
-import mmap
 import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from advkd.cache import window as windows
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.window import ReadAhead, Window
 from tests.stores import write_store
+
+TAIL = b"tail"
+"""What follows the rows in a file, as checksums do in a chunk's."""
 
 
 class Asked:
@@ -46,37 +49,37 @@ def test_rows_are_asked_for_only_while_the_disk_keeps_gathers_waiting(monkeypatc
     assert gathers(1 + ReadAhead.ASKED, waiting=True) == ReadAhead.ASKED
 
 
+def mapped(folder: Path, num_rows: int, row_bytes: int) -> tuple[Window, npt.NDArray[np.uint8]]:
+    """Two files of random rows behind one another, and the rows, shape (2, num_rows, row_bytes)."""
+    rows = np.random.default_rng(0).integers(0, 256, (2, num_rows, row_bytes), dtype=np.uint8)
+    window = Window(2, num_rows * row_bytes + len(TAIL), row_bytes)
+    for slot in range(2):
+        (folder / str(slot)).write_bytes(rows[slot].tobytes() + TAIL)
+        descriptor = os.open(folder / str(slot), os.O_RDONLY)
+        window.put(slot, descriptor)
+        os.close(descriptor)
+    return window, rows
+
+
 @pytest.mark.parametrize("row_bytes", [1, 96, 4096, 5000])
 def test_any_row_may_be_asked_for(tmp_path: Path, row_bytes: int) -> None:
     """The first, the last, and those that begin and end inside a page."""
-    rows = np.random.default_rng(0).integers(0, 256, (2, 50, row_bytes), dtype=np.uint8)
-    window = Window(2, 50 * row_bytes + 4, row_bytes)
-    for slot in range(2):
-        (tmp_path / str(slot)).write_bytes(rows[slot].tobytes() + b"tail")
-        descriptor = os.open(tmp_path / str(slot), os.O_RDONLY)
-        window.put(slot, descriptor)
-        os.close(descriptor)
+    window, rows = mapped(tmp_path, 50, row_bytes)
     index = np.concatenate([np.arange(50), window.rows_per_slot + np.arange(50)])
     window.will_need_rows(index[::-1])
     window.will_need(1, 49 * row_bytes, 1 << 20)
     np.testing.assert_array_equal(window.rows[index], rows.reshape(100, row_bytes))
-    assert window.file(1).tobytes() == rows[1].tobytes() + b"tail"
+    assert window.file(1).tobytes() == rows[1].tobytes() + TAIL
 
 
 @pytest.mark.parametrize(("row_bytes", "aligned"), [(6144, True), (393216, True), (5000, False)])
 def test_large_files_may_be_mapped_by_huge_pages(tmp_path: Path, row_bytes: int, aligned: bool) -> None:
     """Addresses agree with offsets in the files to 2 MiB, unless that takes more addresses than the files' bytes."""
     num_rows = 3 * (2 << 20) // row_bytes + 1
-    rows = np.random.default_rng(0).integers(0, 256, (2, num_rows, row_bytes), dtype=np.uint8)
-    window = Window(2, num_rows * row_bytes + 4, row_bytes)
-    for slot in range(2):
-        (tmp_path / str(slot)).write_bytes(rows[slot].tobytes() + b"tail")
-        descriptor = os.open(tmp_path / str(slot), os.O_RDONLY)
-        window.put(slot, descriptor)
-        os.close(descriptor)
+    window, rows = mapped(tmp_path, num_rows, row_bytes)
     addresses = [window.file(slot).__array_interface__["data"][0] for slot in range(2)]
     assert [address % (2 << 20) == 0 for address in addresses] == [True, aligned]
-    assert addresses[1] - addresses[0] < 2 * (num_rows * row_bytes + 4) + mmap.PAGESIZE * row_bytes
+    assert addresses[1] - addresses[0] < 2 * (num_rows * row_bytes + len(TAIL))
     index = np.concatenate([np.arange(num_rows), window.rows_per_slot + np.arange(num_rows)])
     np.testing.assert_array_equal(window.rows[index], rows.reshape(-1, row_bytes))
 

@@ -69,6 +69,7 @@ def test_the_references_setting_is_as_published() -> None:
         ({"train": {"stages": {"betas": [2, 0.9]}}}, "two numbers in"),
         ({"train": {"objective": {"head_target": "x1"}}}, "'x1' is none of jump, x0"),
         ({"pretrain": {"channels": [10]}}, "multiples of 8"),
+        ({"pretrain": {"channels": [16, 8]}}, "expected 16 or more"),
         ({"pretrain": {"classifier": {"held_out": 0}}}, "held_out in"),
         ({"xyzzy": 1}, "known are name, pretrain, teacher"),
     ],
