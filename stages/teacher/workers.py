@@ -43,6 +43,11 @@ IN_FLIGHT = 4096
 """Tasks that the scheduler knows at a time: some for each of a thousand workers, however many blocks there are."""
 RETRIES = 2
 """Of a task that failed in a way that may pass; see `advkd.stages.teacher.tasks.without_retry`."""
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 1 << 32, "MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_ARENA_MAX": 1}
+"""For the C library of workers. Dask lets them give memory back at once, so that a network's would be mapped anew for
+every layer; that took over half of the time on CPUs. So does a thread's own arena, which ends at 64 MiB."""
+_SELDOM = {"distributed.admin.tick.interval": "500ms", "distributed.worker.profile.enabled": False}
+"""What dask watches itself by, 50 and 100 times a second in each process: the network's thread has to wait for it."""
 _SILENT = logging.CRITICAL + 1
 
 
@@ -248,11 +253,6 @@ def _check_answers(scheduler: str) -> None:
         raise UsageError(f"no dask scheduler answers at {scheduler} ({what.splitlines()[0][:120]})") from None
 
 
-_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 1 << 32, "MALLOC_MMAP_THRESHOLD_": 1 << 30}
-"""For the C library of workers. Dask lets them give memory back at once, so that a network's would be mapped anew for
-every layer; that took over half of the time on CPUs."""
-
-
 @contextmanager
 def _local_cluster(workers: int | None) -> Iterator[Any]:
     """Processes of our own. When something ends the build early they are killed: no block is hurt by that."""
@@ -261,7 +261,7 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
 
     key = "distributed.nanny.pre-spawn-environ"
     environment = {**dask.config.get(key), **_KEEP_MEMORY}
-    with dask.config.set({key: environment}), _undisturbed():
+    with dask.config.set({key: environment, **_SELDOM}), _undisturbed():
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,

@@ -37,11 +37,12 @@ def _listen_to_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def wait_until(condition: Callable[[], object], process: Process) -> None:
-    """Wait for something that a process brings about."""
+def wait_until(condition: Callable[[], object], process: Process | None = None) -> None:
+    """Wait for something that a process, if one is named, brings about."""
     deadline = time.monotonic() + DEADLINE
     while not condition():
-        assert process.poll() is None, process.communicate()
+        if process is not None:
+            assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -13,10 +13,11 @@ from advkd.cache.locks import StoreLocks
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.verify import verify
 from advkd.stages.teacher.build import build
+from tests.pipeline.plans import Listener, plan_for
 from tests.pipeline.processes import Process, committed, finish, makers, num_built, start, wait_until
-from tests.pipeline.test_workers import Listener, _one_thread, plan_for  # noqa: F401 – a fixture that all tests here use
 from tests.stores import block_states, tree, write_store
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 100
 
 

@@ -7,8 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from advkd.pipeline.cli.train import main as train_command
 from advkd.stages.pretrain.run import check_folder
 from tests.conftest import ROOT, Invoke
 from tests.pipeline.clones import ENVIRONMENT, commit, edit_config, new_clone, refused, repro, run
+from tests.pipeline.processes import wait_until
 from tests.pipeline.readme import commands_below, readme_commands, shell_blocks
 from tests.stores import tree
 
@@ -431,13 +430,6 @@ def test_the_builder_that_a_killed_dvc_left_behind_helps_the_next(team: Team, tm
     team.play(clone, "Locks and killed runs", 0)
     assert repro(clone, "cache") == []
     assert TrajectoryCache.open(store).blocks == tuple(range(num_blocks))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def is_free(store: Path) -> bool:
