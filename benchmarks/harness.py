@@ -92,6 +92,7 @@ def interleaved(
     rounds: int,
     before: Callable[[], None] = lambda: None,
     calls: Mapping[str, int] | None = None,
+    settle: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of each way, taken in turns.
 
@@ -100,6 +101,8 @@ def interleaved(
         rounds: how often each.
         before: called before each way, outside the time that is taken.
         calls: how often to call a way in its turn, where it is too quick for one; the time is that of one call.
+        settle: seconds to wait before each way, which is then called once more outside the time that is taken. Threads
+            of another library go on looking for work for a while, and would take the cores from this one's.
     """
     names = list(ways)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -107,6 +110,9 @@ def interleaved(
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             before()
+            if settle:
+                time.sleep(settle)
+                ways[name]()
             count = (calls or {}).get(name, 1)
             begin = time.perf_counter()
             for _ in range(count):

@@ -126,7 +126,7 @@ def peak_flops(device: str) -> float:
 
 def measure(bench: Benchmark, folder: Path) -> None:
     """Both precisions, one after the other in each round."""
-    batch = 2 if bench.quick else 8 if bench.device == "cpu" else 256
+    batch = 2 if bench.quick else 32 if bench.device == "cpu" else 256
     teacher = save_random(folder / "teacher", tiny() if bench.quick else CIFAR)
     noise = initial_noise(0, range(batch), (3, 32, 32), "float16")
     bare = Bare(teacher, noise, bench.device, torch.float32)
@@ -146,7 +146,7 @@ def measure(bench: Benchmark, folder: Path) -> None:
     for way in ways.values():
         way()
     reference = torch.stack(bare.states()).float().cpu().numpy()
-    times = interleaved(ways, bench.rounds(5))
+    times = interleaved(ways, bench.rounds(3))
     own = np.stack([ours["float32"].states[step] for step in range(STEPS + 1)])
     apart = float(np.abs(own - reference).max())
     if apart > 5e-3:  # sums are taken in another order, by the memory's and the threads'; ten steps amplify it
@@ -208,7 +208,10 @@ def add_half(bench: Benchmark, times: dict[str, list[float]], ours: dict[str, Ou
             ],
             agreement=f"Root mean square by which its states differ from float32's, after 0 to {STEPS} steps: "
             + " ".join(f"{value:.1e}" for value in apart.values()) + ".",
-            note="Twice the arithmetic an instruction; normalisation, attention's softmax and memory don't double.",
+            note="Twice the arithmetic an instruction; normalisation, attention's softmax and memory don't double: on "
+            "the CPU of 2026-11-23 convolutions are 65 % of it, attention 17 %, normalisation 9 %. In batches of 8 it "
+            "was 0.53 to 0.56: weights are laid out anew for every call, whatever the batch. Laying them out once gave "
+            "0.50 to 0.52 there, nothing in batches of a build's size, and was left.",
         )
     )  # fmt: skip
 

@@ -78,8 +78,8 @@ def measure_size(
         agreement = _agreement(student, compiled, sessions, here)
         for way in ways.values():
             way()
-        quick = {key: 10 if batch == 1 else 3 for key in ways if key not in (SOLVER, DDIM)}
-        times = interleaved(ways, bench.rounds(7 if name == "digits" else 3), calls=quick)
+        quick = {key: 30 if batch == 1 else 3 for key in ways if key not in (SOLVER, DDIM)}
+        times = interleaved(ways, bench.rounds(7 if name == "digits" else 3), calls=quick, settle=0.1)
         if DDIM in times:
             times[FULL] = [20 * seconds for seconds in times[DDIM]]
         bench.add(_comparison(times, name, batch, agreement))

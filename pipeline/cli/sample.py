@@ -41,7 +41,7 @@ def main(run: Path, num: int, first_seed: int, out: Path, batch_size: int) -> No
     import numpy as np
     from PIL import Image
 
-    from advkd.stages.device import best_device
+    from advkd.stages.device import best_device, forbid_tf32
     from advkd.stages.pictures import save_grid, save_image, to_pixels
     from advkd.stages.student.run import Run
     from advkd.stages.student.student import generate, load_student, noise_of
@@ -49,6 +49,7 @@ def main(run: Path, num: int, first_seed: int, out: Path, batch_size: int) -> No
     Run(run).read()
     student, geometry = load_student(Run(run).student)
     seeds = np.arange(first_seed, first_seed + num)
+    forbid_tf32()  # as the evaluation's images are
     images = generate(student.to(best_device()), noise_of(geometry, seeds), batch_size).numpy()
     if suffix == ".npy":
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ import numpy as np
 from advkd.cache.durable import write_atomically
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.stages.evaluate.intervals import Distances, Interval, paired_difference
+from advkd.stages.student.run import Run
+from advkd.stages.student.student import weights_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,11 @@ def _read(run: Path) -> Rung:
     path = run / "evaluation" / "scores.json"
     try:
         value = json.loads(path.read_bytes())
+        trained = weights_sha256(Run(run).student)
+        if trained is not None and value.get("weights_sha256") != trained:
+            raise TrainingError(f"{run} has gone on since its scores were taken: `advkd-evaluate --run {run}` again")
         protocol = {key: value["protocol"][key] for key in ("features", "num_sets", "set_size", "num_reference")}
+        protocol["features_sha256"] = value["protocol"].get("features_sha256")
         protocol["cache"] = value["student"]["cache"]["fingerprint"][:12]
         cost = value["cost"]["student"]
         teachers = [scores["frechet"] for name, scores in value["samplers"].items() if name.startswith("teacher")]

@@ -13,10 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from advkd.stages.teacher.loader import Teacher
 
-LATENCY_BATCHES = (1, 64)
+LARGE_BATCH = 64
+"""Images that are timed together, beside one alone."""
 TIMESTEP = 500
-MIN_REPEATS, MAX_REPEATS = 3, 25
+MIN_REPEATS, MAX_REPEATS = 3, 15
 SECONDS_OF_TIMING = 2.0
+SETTLE_SECONDS = 0.05
+"""Between two evaluations: threads of another library go on looking for work for a while, and hold the cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +51,8 @@ def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batc
     """Median seconds of each evaluation at a batch size, taken in turns so that drift hits all alike."""
 
     def seconds(name: str) -> float:
+        time.sleep(SETTLE_SECONDS)
+        float(evaluations[name](batch).flatten()[0])
         begin = time.perf_counter()
         float(evaluations[name](batch).flatten()[0])  # reading a value waits for the device
         return time.perf_counter() - begin
@@ -58,13 +63,16 @@ def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batc
     return {name: statistics.median(times[name] for times in rounds) for name in evaluations}
 
 
-def compare_costs(student: nn.Module, teacher: Teacher | None, item_shape: tuple[int, ...]) -> tuple[Cost, Cost | None]:
+def compare_costs(
+    student: nn.Module, teacher: Teacher | None, item_shape: tuple[int, ...], large_batch: int = LARGE_BATCH
+) -> tuple[Cost, Cost | None]:
     """Cost of one pass of the student and of one evaluation of the teacher, timed in turns.
 
     Args:
         student: x_T (N, C, H, W) → x_0.
         teacher: None where it is not here.
         item_shape: of an image, (C, H, W).
+        large_batch: how many images to time together, beside one alone.
     """
     device = next(student.parameters()).device
 
@@ -77,7 +85,7 @@ def compare_costs(student: nn.Module, teacher: Teacher | None, item_shape: tuple
         modules["teacher"] = teacher.unet
         timestep = torch.tensor(TIMESTEP, device=device)
         evaluations["teacher"] = lambda batch: teacher.predict(images_of(batch), timestep)
-    latency = {batch: interleaved_latency(evaluations, batch) for batch in LATENCY_BATCHES}
+    latency = {batch: interleaved_latency(evaluations, batch) for batch in sorted({1, large_batch})}
     costs = {
         name: Cost(
             num_parameters=count_parameters(modules[name]),

@@ -12,7 +12,7 @@ from torch import Tensor
 from advkd.cache.errors import UsageError
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
-from advkd.stages.evaluate.cost import LATENCY_BATCHES, interleaved_latency
+from advkd.stages.evaluate.cost import LARGE_BATCH, interleaved_latency
 from advkd.stages.evaluate.features import FeatureNetwork, extract, load_features
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
 from advkd.stages.evaluate.intervals import Distances, Interval, paired_difference
@@ -109,7 +109,7 @@ def _check_same_cache(student: Student, cache: TrajectoryCache) -> None:
 def time_forms(forms: Mapping[str, Form], student: Student) -> dict[int, dict[str, float]]:
     """Median seconds of a pass by batch size and form, taken in turns."""
     timed: dict[int, dict[str, float]] = {}
-    for batch in LATENCY_BATCHES:
+    for batch in (1, LARGE_BATCH):
         noise = student.noise(range(batch))
         passes = {name: _timed_pass(form, noise) for name, form in forms.items()}
         timed[batch] = interleaved_latency(passes, batch)

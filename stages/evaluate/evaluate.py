@@ -21,7 +21,7 @@ from torch import Tensor
 from advkd.cache.errors import NotCachedError, UsageError
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
-from advkd.stages.device import best_device
+from advkd.stages.device import best_device, forbid_tf32
 from advkd.stages.evaluate.config import (
     FULL_NUM_SETS,
     FULL_REFERENCE,
@@ -30,7 +30,7 @@ from advkd.stages.evaluate.config import (
     LPIPS,
     EvaluateConfig,
 )
-from advkd.stages.evaluate.cost import compare_costs
+from advkd.stages.evaluate.cost import LARGE_BATCH, compare_costs
 from advkd.stages.evaluate.features import FeatureNetwork, load_features, observe
 from advkd.stages.evaluate.images import real_batches
 from advkd.stages.evaluate.intervals import mean_interval
@@ -43,7 +43,8 @@ from advkd.stages.evaluate.yardstick import Yardstick, to_numpy, to_pixels
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.data import read_float
 from advkd.stages.student.run import Run
-from advkd.stages.student.student import generate, load_student
+from advkd.stages.student.student import generate, load_student, weights_sha256
+from advkd.stages.teacher.loader import tensors_sha256
 
 Seeds = npt.NDArray[np.int64]
 
@@ -75,6 +76,7 @@ def evaluate(
         CacheError: the cache can't be read.
     """
     reporter = reporter or SilentReporter()
+    forbid_tf32()  # a student's scores shall not depend on whether its teacher, which asks for this, is here
     cache = TrajectoryCache.open(cache_path)
     run = Run(run_path)
     student, geometry = load_student(run.student)
@@ -101,6 +103,7 @@ def evaluate(
         student_sampler(student, geometry), teacher, cache.recipe, cache.layout.dtype, config.solver_steps
     )
     yardstick = Yardstick(network, _read(cache, last, seeds, config.batch_size), real)
+    costs = compare_costs(student, teacher, cache.item_shape, min(LARGE_BATCH, config.batch_size))
     measured = measure(
         samplers,
         network,
@@ -113,10 +116,10 @@ def evaluate(
         reporter=reporter,
     )
     held_out = seeds[is_held_out(seeds)]
-    costs = compare_costs(student, teacher, cache.item_shape)
     return Evaluation(
         rows=measured.rows,
         features=network.name,
+        features_sha256=tensors_sha256(network.network.state_dict()),
         perceptual=config.perceptual,
         num_sets=config.num_sets,
         set_size=config.set_size,
@@ -131,6 +134,7 @@ def evaluate(
         real_source=config.real,
         reference_shares=yardstick.shares,
         pictures=measured.pictures,
+        weights_sha256=weights_sha256(run.student),
         identity=identity,
         device=str(device),
     )

@@ -46,6 +46,10 @@ class FeatureNetwork(Protocol):
     name: str
     device: torch.device
 
+    @property
+    def network(self) -> nn.Module:
+        """Its module."""
+
     def __call__(self, images: Tensor) -> Tensor:
         """Images in [−1, 1], shape (N, C, H, W) → features, shape (N, D)."""
 
@@ -142,14 +146,14 @@ class _SmallFeatures:
     name = SMALL_CNN
 
     def __init__(self, classifier: SmallClassifier, device: torch.device) -> None:
-        self.classifier = classifier.to(device)
+        self.network = classifier.to(device)
         self.device = device
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.classifier.features(images)
+        return self.network.features(images)
 
     def look(self, images: Tensor) -> Look:
-        return self.classifier.look(images)
+        return self.network.look(images)
 
 
 class _InceptionFeatures:

@@ -163,6 +163,8 @@ def _add_neighbours(
 ) -> None:
     """Nearest training images of all sets of student and teacher, in one pass over the cache."""
     distances = nearest_distances(np.concatenate([part for parts in near.values() for part in parts]), training())
+    if not np.isfinite(distances).all():  # this copy of the cache has none of the run's seeds
+        return
     for name, of_sampler in zip(near, np.split(distances, len(near)), strict=True):
         for of_set in np.split(of_sampler, num_sets):
             rows[name].add(

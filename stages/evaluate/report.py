@@ -85,10 +85,12 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
     held_out = evaluation.held_out
     return {
         "student": evaluation.identity,
+        "weights_sha256": evaluation.weights_sha256,
         "versions": versions("pytorch-fid", "scikit-learn", "scipy"),
         "protocol": {
             "form": "full" if evaluation.full else "short",
             "features": evaluation.features,
+            "features_sha256": evaluation.features_sha256,
             "perceptual": evaluation.perceptual,
             "num_sets": evaluation.num_sets,
             "set_size": evaluation.set_size,

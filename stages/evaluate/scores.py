@@ -81,6 +81,8 @@ class Evaluation:
     rows: list[Row]
     """The student first, the teacher second."""
     features: str
+    features_sha256: str
+    """Of that network's weights: only what was scored by the same ones can be compared."""
     perceptual: str
     num_sets: int
     set_size: int
@@ -99,6 +101,8 @@ class Evaluation:
     """Of the classes in the reference, shape (K,), where there is a classifier."""
     pictures: dict[str, Tensor]
     """The first seeds' images by sampler, for a picture."""
+    weights_sha256: str | None
+    """Of the student's file: scores are of these weights, whatever is trained later."""
     identity: dict[str, Any]
     """Of the run: its configuration, and the cache it was trained from."""
     device: str

@@ -53,7 +53,7 @@ def train_classifier(
         The classifier and its accuracy on the held-out split.
 
     Raises:
-        ConfigError: the held-out split is larger than what is left.
+        ConfigError: the held-out split is larger than what is left, or a batch is.
     """
     if 2 * config.held_out > len(images):
         raise ConfigError(
@@ -68,6 +68,8 @@ def train_classifier(
     classifier = SmallClassifier(images.shape[1], images.shape[2], int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.learning_rate, weight_decay=0.01)
     batches = len(train) // config.batch_size
+    if not batches:
+        raise ConfigError(f"classifier.batch_size: {config.batch_size} is more than the {len(train)} training images")
     num_steps = config.epochs * batches
     reporter.start("classifier", num_steps, "steps")
     for step in range(num_steps):

@@ -95,7 +95,7 @@ def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) ->
 def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator) -> Tensor:
     """Mean squared error of the predicted target at stratified timesteps, one stratum an image."""
     strata = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
-    timesteps = (strata * NUM_TIMESTEPS).long()
+    timesteps = (strata * NUM_TIMESTEPS).long().clamp_(max=NUM_TIMESTEPS - 1)  # the last stratum may round up to 1
     noise = torch.randn(images.shape, generator=generator)
     noisy = scheduler.add_noise(images, noise, timesteps)
     kind = scheduler.config.prediction_type

@@ -131,13 +131,14 @@ class Adversary:
         return loss
 
     def feature_distance(self, made: Judged, real: Judged) -> Tensor:
-        """Mean square distance of pairs in every layer of the critic, in units of the layer's own mean square."""
+        """Mean square distance of pairs of x_0 in every layer of their critic, in units of its own mean square."""
         critic = self.critic.critics[-1] if isinstance(self.critic, CriticOfEach) else self.critic
         assert isinstance(critic, Critic)
+        time = torch.full_like(made.time, self.num_judged - 1 if self.config.judged == "shared" else 0)
         self.critic.requires_grad_(False)
         with torch.no_grad():
-            theirs = critic.features(real.images, real.noise, real.time)
-        ours = critic.features(made.images, made.noise, made.time)
+            theirs = critic.features(real.images, real.noise, time)
+        ours = critic.features(made.images, made.noise, time)
         self.critic.requires_grad_(True)
         parts = [
             (one - other).square().mean() / (other.square().mean() + 1e-6)
@@ -151,8 +152,12 @@ class Adversary:
         penalise = step // config.every % config.penalty_every == 0 and max(config.r1, config.r2) > 0.0
         real_images = real.images.detach().requires_grad_(penalise and config.r1 > 0.0)
         fake_images = fake.images.detach().requires_grad_(penalise and config.r2 > 0.0)
-        real_logits = self._look(Judged(images=real_images, noise=real.noise, time=real.time), step, 4 * passed + 3)
-        fake_logits = self._look(Judged(images=fake_images, noise=fake.noise, time=fake.time), step, 4 * passed + 4)
+        # A compiled pass has no gradients of gradients.
+        critic = self.critic if penalise else self._logits
+        shown = Judged(images=real_images, noise=real.noise, time=real.time)
+        real_logits = self._look(shown, step, 4 * passed + 3, critic)
+        shown = Judged(images=fake_images, noise=fake.noise, time=fake.time)
+        fake_logits = self._look(shown, step, 4 * passed + 4, critic)
         loss = self._critic_loss(real_logits, fake_logits)
         metrics = {"critic": loss.detach(), "ahead": (real_logits > fake_logits).float().mean().detach()}
         for gamma, logits, images in ((config.r1, real_logits, real_images), (config.r2, fake_logits, fake_images)):
@@ -161,11 +166,11 @@ class Adversary:
         self.descent.backward(loss / passes)
         return metrics
 
-    def _look(self, judged: Judged, step: int, stream: int) -> Tensor:
+    def _look(self, judged: Judged, step: int, stream: int, critic: Any = None) -> Tensor:
         images, noise = judged.images, judged.noise
         if self.config.augment:
             images, noise = augment(self.config.augment, images, noise, self._share(torch.rand, step, stream))
-        logits: Tensor = self._logits(images, noise, judged.time)
+        logits: Tensor = (self._logits if critic is None else critic)(images, noise, judged.time)
         return logits
 
     def _share(self, draw: Any, step: int, stream: int) -> Callable[..., Tensor]:

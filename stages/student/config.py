@@ -131,6 +131,9 @@ class TrainConfig:
             or self.gradient_clip < 0.0
         ):
             raise ConfigError("train: learning rates must be positive, weight_decay and gradient_clip not negative")
+        unrolled_only = (self.mixed_precision, self.compile, self.accumulate)
+        if self.student.kind == "progressive" and unrolled_only != ("no", False, 1):
+            raise ConfigError("train: mixed_precision, compile and accumulate are the unrolled student's alone")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.accumulate: {self.accumulate} doesn't divide train.batch_size {self.batch_size}")
         if self.ema_width is not None and not 0.0 < self.ema_width < MAX_EMA_WIDTH:

@@ -6,6 +6,7 @@ its hooks know nothing of gradients of gradients, which the critics' penalties n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -58,14 +59,15 @@ class Descent:
                 optimizer.take_gradients()
             if scaler is not None:
                 scaler.unscale_(optimizer)
-        if self._clip:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        moves = True
+        if self._clip or scaler is not None:
+            norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or math.inf)
+            # An overflow anywhere spoils the norm that everything is clipped by: all optimisers skip the step, or none.
+            moves = scaler is None or bool(torch.isfinite(norm))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            if scaler is not None:
-                scaler.step(optimizer)
-            else:
+            if moves:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if scaler is not None:

@@ -182,6 +182,7 @@ class Student(nn.Module):
                     commit_message=commit_message,
                     revision=revision,
                     create_pr=create_pr,
+                    delete_patterns=[PROVENANCE],  # another student's, if this one has none
                 )
         except Exception as error:  # the Hub's client raises its own, its HTTP library's and OS errors
             raise TrainingError(f"the Hub did not take {repo_id} ({_first_line(error)})") from error

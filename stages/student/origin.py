@@ -17,6 +17,7 @@ from advkd.cache.reader import TrajectoryCache
 from advkd.cache.summary import origin_of
 from advkd.stages.provenance import versions
 from advkd.stages.student.run import Run, SeedSplit
+from advkd.stages.student.student import weights_sha256
 
 FORMAT = 1
 FILE = "provenance.json"
@@ -102,7 +103,7 @@ def _read_scores(run: Run) -> dict[str, Any] | None:
     """What `advkd-evaluate` measured of this very student; None where it did not, or of another one."""
     try:
         value = json.loads((run.path / "evaluation" / "scores.json").read_bytes())
-        if value["student"] != run.read()["identity"]:
+        if value["student"] != run.read()["identity"] or value["weights_sha256"] != weights_sha256(run.student):
             return None
         return {key: value[key] for key in ("protocol", "held_out_mse", "samplers", "cost") if key in value}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -166,11 +166,12 @@ class StudentPipeline:
     def _noise(self, batch_size: int, generator: Generators, seeds: Sequence[int] | None) -> Tensor:
         shape = self.student.geometry.item_shape
         if seeds is not None:
+            seeds = [int(seed) for seed in seeds]
             if generator is not None or batch_size not in (1, len(seeds)):
                 raise UsageError(f"{len(seeds)} seeds, batch_size {batch_size}: give seeds alone, or no seeds")
-            if not seeds or not all(0 <= int(seed) < 1 << 63 for seed in seeds):
+            if not seeds or not all(0 <= seed < 1 << 63 for seed in seeds):
                 raise UsageError("seeds: expected one or more whole numbers from 0 to 2^63 − 1")
-            return noise_of(self.student.geometry, list(seeds))
+            return noise_of(self.student.geometry, seeds)
         if batch_size < 1:
             raise UsageError(f"batch_size {batch_size} is not positive")
         if not isinstance(generator, list):

@@ -6,6 +6,7 @@ comes from, and the Hub.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +27,7 @@ from advkd.stages.student.progressive import ProgressiveStudent
 from advkd.stages.student.unrolled import UnrolledStudent
 
 FORMAT = 1
-
-
+WEIGHTS = "model.safetensors"
 MAX_BLOCKS = 4096
 """Residual blocks in all that a loaded configuration may ask for: it is believed before the weights are read."""
 
@@ -52,8 +52,16 @@ def build_student(config: StudentConfig, geometry: Geometry) -> StudentNetwork:
 def save_student(folder: Path, student: nn.Module, config: StudentConfig, geometry: Geometry) -> None:
     """Write weights, then the configuration that names them."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
-    write_atomically(folder / "model.safetensors", [save(weights)])
+    write_atomically(folder / WEIGHTS, [save(weights)])
     write_json(folder / "config.json", {"format": FORMAT, "student": asdict(config), "geometry": geometry.to_json()})
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """Which weights a student's folder holds; None if it holds none."""
+    try:
+        return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def load_student(folder: Path) -> tuple[StudentNetwork, Geometry]:
@@ -84,7 +92,7 @@ def read_student(folder: Path) -> tuple[StudentNetwork, StudentConfig, Geometry]
         # Without storage until the weights are there: a configuration from someone else can't claim memory.
         with torch.device("meta"):
             network = build_student(config, geometry)
-        network.load_state_dict(_fitting(load_file(folder / "model.safetensors"), network), assign=True)
+        network.load_state_dict(_fitting(load_file(folder / WEIGHTS), network), assign=True)
     except (
         OSError,
         ValueError,

@@ -94,6 +94,9 @@ class Trainer:
         # A checkpoint at a phase's very end holds that phase's discriminator; the next phase makes its own.
         self.program.begin(self._phase_of(max(0, self.step - 1)))
         load_checkpoint(self.run.checkpoint, self._modules(), self.program.optimizers())
+        scaler = self.team.accelerator.scaler  # of float16 alone
+        if scaler is not None and scalars.get("scaler"):
+            scaler.load_state_dict(scalars["scaler"])
         if self._phase_of(max(0, self.step - 1)) != self.phase:
             self.program.begin(self.phase)
         if self.team.is_first:
@@ -141,12 +144,13 @@ class Trainer:
             self.average.update(self.program.student, self.step)
             self.step += 1
             stop = self.team.any(should_stop())
-            if self.step % self.config.log_every == 0 or self.step == last_step or stop:
-                self._log(log, readings)
+            saved = stop or (self.step % self.config.checkpoint_every == 0 and self.step < self.num_steps)
+            if self.step % self.config.log_every == 0 or self.step == last_step or saved:
+                self._log(log, readings)  # before saving too: what exploded is not saved, and no reading is lost
                 readings = []
             if self.step % self.config.preview_every == 0 or self.step == self.num_steps:
                 self._validate(log)
-            if stop or (self.step % self.config.checkpoint_every == 0 and self.step < self.num_steps):
+            if saved:
                 self._save()
             self.reporter.advance(1, self._note)
             if stop:
@@ -205,7 +209,13 @@ class Trainer:
         if not self.team.is_first:
             return
         best = self.best if math.isfinite(self.best) else None
-        scalars = {"step": self.step, "identity": self.identity_digest, "best": best}
+        scaler = self.team.accelerator.scaler
+        scalars = {
+            "step": self.step,
+            "identity": self.identity_digest,
+            "best": best,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
         save_checkpoint(self.run.checkpoint, self._modules(), self.program.optimizers(), scalars)
         self._keep(self.run.student)
 

@@ -95,6 +95,9 @@ def test_ways_take_turns_and_ratios_are_taken_within_a_round() -> None:
     times = interleaved(ways, 3, calls={"b": 2})
     assert "".join(order) == "abbc" + "bbca" + "cabb"
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+    order.clear()
+    interleaved(ways, 1, calls={"b": 2}, settle=1e-9)
+    assert "".join(order) == "aa" + "bbb" + "cc", "once more, after the other library's threads went to sleep"
     # A machine that is three times slower in the second round changes medians, not ratios.
     figures = {"ours": [1.0, 3.0, 1.0], "theirs": [2.0, 6.0, 2.0]}
     assert ratio_between(figures, "ours", "theirs") == 0.5

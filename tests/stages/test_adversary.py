@@ -125,6 +125,22 @@ def test_the_distance_in_the_critics_layers_is_of_pairs() -> None:
     assert 0.0 < float(ours.feature_distance(near, truth)) < float(ours.feature_distance(far, truth))
 
 
+def test_a_shared_critic_sees_the_last_images_as_the_last() -> None:
+    """In its layers x_0 is compared with the embedding of the submodule that made it."""
+    ours = adversary(dataclasses.replace(SETTINGS, judged="shared"))
+    assert isinstance(ours.critic, Critic)
+    near, truth = judged(1, 0.4), judged(1, 0.5)
+    before = float(ours.feature_distance(near, truth))
+    embedding = next(module for module in ours.critic.modules() if isinstance(module, torch.nn.Embedding))
+    assert len(embedding.weight) == ours.num_judged == 3
+    with torch.no_grad():
+        embedding.weight[:-1] += 1.0
+    assert float(ours.feature_distance(near, truth)) == before
+    with torch.no_grad():
+        embedding.weight[-1] += 1.0
+    assert float(ours.feature_distance(near, truth)) != before
+
+
 def test_fresh_noise_is_of_the_step_alone() -> None:
     like = torch.zeros(1, 1, 8, 8)
     first = adversary().fresh_noise(5, 4, like)

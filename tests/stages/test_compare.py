@@ -55,6 +55,13 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     other = write_scores(tmp_path / "other", [1.0, 2.0, 3.0], set_size=128)
     with pytest.raises(UsageError, match=r"other was evaluated otherwise than .*one .*128.* against .*64"):
         read_rungs([one, other])
+    otherwise = write_scores(tmp_path / "otherwise", [1.0, 2.0, 3.0], features_sha256="ab" * 32)
+    with pytest.raises(UsageError, match="otherwise was evaluated otherwise than"):
+        read_rungs([one, otherwise])
+    (other / "student").mkdir()
+    (other / "student/model.safetensors").write_bytes(b"weights of a later step")
+    with pytest.raises(TrainingError, match=r"other has gone on since its scores were taken: `advkd-evaluate --run"):
+        read_rungs([other])
     with pytest.raises(TrainingError, match=r"none was not evaluated .*`advkd-evaluate --run"):
         read_rungs([tmp_path / "none"])
     (one / "evaluation/scores.json").write_text('{"protocol": 3}')

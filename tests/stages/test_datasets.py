@@ -1,6 +1,7 @@
 """The real images that packages ship: what stage 0 learns from."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from advkd.stages.evaluate.datasets import load_dataset
 from advkd.stages.evaluate.images import real_batches
 from advkd.stages.pretrain.classifier import train_classifier
 from advkd.stages.pretrain.config import ClassifierConfig, PretrainConfig
+from advkd.stages.pretrain.teacher import NUM_TIMESTEPS, diffusion_loss, make_scheduler
 from advkd.stages.reporter import SilentReporter
 
 
@@ -56,6 +58,27 @@ def test_a_held_out_split_larger_than_the_rest_is_refused() -> None:
     images, labels = load_dataset("digits", 8)
     with pytest.raises(ConfigError, match=r"classifier\.held_out: 1000 of 1797 images leaves too few to learn from"):
         train_classifier(images, torch.from_numpy(labels), ClassifierConfig(held_out=1000), 0, SilentReporter())
+
+
+def test_a_batch_larger_than_what_there_is_to_learn_from_is_refused() -> None:
+    images, labels = load_dataset("digits", 8)
+    config = ClassifierConfig(held_out=360, batch_size=1438)
+    with pytest.raises(ConfigError, match="batch_size: 1438 is more than the 1437 training images"):
+        train_classifier(images, torch.from_numpy(labels), config, 0, SilentReporter())
+
+
+def test_timesteps_stay_below_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(63 + 0.99999994) / 64 is 1 in float32."""
+    config = PretrainConfig()
+    scheduler, seen = make_scheduler(config), []
+
+    def unet(noisy: torch.Tensor, timesteps: torch.Tensor) -> SimpleNamespace:
+        seen.append(timesteps)
+        return SimpleNamespace(sample=noisy)
+
+    monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), 1.0 - 2.0**-24))
+    diffusion_loss(unet, scheduler, torch.zeros(64, 1, 8, 8), torch.Generator())  # type: ignore[arg-type]
+    assert int(seen[0].max()) == NUM_TIMESTEPS - 1
 
 
 def test_the_shipped_mnist_experiment() -> None:

@@ -44,7 +44,7 @@ from advkd.stages.student.train import train
 
 store, config, run, steps = sys.argv[1:]
 trained = train(store, from_plain(TrainConfig, json.loads(config), "test"), Path(run), max_steps=int(steps))
-print("step", trained.step)
+sys.stdout.write(f"step {trained.step}\\n")  # at once: two processes share the pipe
 """
 
 
@@ -144,6 +144,25 @@ def test_half_precision_is_unscaled_before_it_is_clipped() -> None:
 
     plain, scaled = stepped(None), stepped(torch.amp.GradScaler("cpu", init_scale=1024.0))
     torch.testing.assert_close(plain, scaled)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("what", [torch.inf, torch.nan])
+def test_an_overflow_of_one_optimisers_weights_skips_the_step_of_all(clip: float, what: float) -> None:
+    """The norm that everything is clipped by is of them all."""
+    kernel, bias = nn.Parameter(torch.ones(4, 4, 1, 1)), nn.Parameter(torch.ones(4))
+    accelerator = Accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizers = [KernelMuon([kernel], 0.1, 0.0), torch.optim.SGD([bias], lr=0.1)]
+    descent = Descent(accelerator, [kernel, bias], optimizers, clip=clip)
+    descent.backward(kernel.square().sum() + (bias * what).sum())
+    descent.step()
+    assert torch.equal(kernel.detach(), torch.ones(4, 4, 1, 1)) and torch.equal(bias.detach(), torch.ones(4))
+    assert accelerator.scaler.get_scale() == 512.0
+    descent.backward(kernel.square().sum() + bias.sum())
+    descent.step()
+    accelerator.scaler = None
+    assert bool((bias < 1.0).all()) and bool((kernel < 1.0).all())
 
 
 def test_an_overflow_in_half_precision_skips_the_step() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from advkd.cache.errors import UsageError
 from advkd.stages.evaluate.config import EvaluateConfig
-from advkd.stages.evaluate.cost import count_macs, interleaved_latency
+from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
 from advkd.stages.evaluate.features import SmallClassifier, extract, load_features, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
 from advkd.stages.evaluate.images import real_batches
@@ -57,6 +57,8 @@ def test_costs_are_counted() -> None:
     assert count_macs(lambda batch: layer(torch.zeros(batch, 3, 8, 8))) == 3 * 5 * 9 * 64
     latency = interleaved_latency({"a": lambda batch: torch.zeros(batch)}, 4)
     assert latency["a"] > 0.0
+    student, _ = compare_costs(layer, None, (3, 8, 8), large_batch=2)
+    assert set(student.latency) == {1, 2} and student.macs == 3 * 5 * 9 * 64
 
 
 def read_real(folder: Path) -> torch.Tensor:

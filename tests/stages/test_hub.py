@@ -19,7 +19,7 @@ from advkd.stages.student.card import model_card
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.hub import Student
 from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
-from advkd.stages.student.student import build_student, save_student
+from advkd.stages.student.student import build_student, save_student, weights_sha256
 from advkd.stages.student.train import train
 from tests.pipeline.servers import model_hub
 from tests.stages.test_student import geometry
@@ -62,7 +62,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder / "toy.zarr", CONFIG, folder / "runs/toy")
     identity = json.loads((folder / "runs/toy/run.json").read_text())["identity"]
     (folder / "runs/toy/evaluation").mkdir()
-    (folder / "runs/toy/evaluation/scores.json").write_text(json.dumps({"student": identity, **SCORES}))
+    told = {"student": identity, "weights_sha256": weights_sha256(folder / "runs/toy/student"), **SCORES}
+    (folder / "runs/toy/evaluation/scores.json").write_text(json.dumps(told))
     return folder
 
 
@@ -117,6 +118,13 @@ def test_scores_of_another_run_are_not_shown(run: Path) -> None:
     path.write_text(json.dumps(value))
     assert "scores" not in Student.from_pretrained(run).provenance
     path.write_text("[" * 10_000)
+    assert "scores" not in Student.from_pretrained(run).provenance
+
+
+def test_scores_of_an_earlier_step_are_not_shown(run: Path) -> None:
+    """Training that went on after an evaluation leaves the scores, and they are of other weights."""
+    weights = load_file(run / "student/model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, run / "student/model.safetensors")
     assert "scores" not in Student.from_pretrained(run).provenance
 
 

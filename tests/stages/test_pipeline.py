@@ -90,6 +90,7 @@ def test_many_images_come_in_parts(pipe: StudentPipeline, monkeypatch: pytest.Mo
     whole = pipe(seeds=range(7), output_type="np").images
     monkeypatch.setattr("advkd.stages.student.pipeline.MAX_BATCH", 3)
     np.testing.assert_allclose(pipe(seeds=range(7), output_type="np").images, whole, atol=1e-5)
+    np.testing.assert_allclose(pipe(seeds=np.arange(7), output_type="np").images, whole, atol=1e-5)
 
 
 def test_steps_are_ignored_with_a_word(pipe: StudentPipeline) -> None:

@@ -1,6 +1,7 @@
 """Training: from the cache alone, resumable to the digit, and never over another run."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -151,9 +152,14 @@ def test_divergence_stops_with_the_last_good_checkpoint_named(store: Path, tmp_p
         train(store, wild, tmp_path / "run")
     # Checkpoints come more often than logs here: what is not finite is still never kept.
     rare = dataclasses.replace(wild, log_every=10, checkpoint_every=2)
-    with pytest.raises(TrainingError, match=r"weights of the student are not finite by step 2; .* none yet"):
+    with pytest.raises(TrainingError, match=r"diverged: .*nan by step 2; .* none yet"):
         train(store, rare, tmp_path / "rare")
     assert not Run(tmp_path / "rare").checkpoint.exists()
+    # Nor are weights that the step after the last reading spoiled.
+    wilder = dataclasses.replace(wild, learning_rate=1e39, checkpoint_every=1)
+    with pytest.raises(TrainingError, match=r"weights of the student are not finite by step 1; .* none yet"):
+        train(store, wilder, tmp_path / "wilder")
+    assert not Run(tmp_path / "wilder").checkpoint.exists()
 
 
 def test_a_finished_run_needs_no_checkpoint(store: Path, tmp_path: Path) -> None:
@@ -295,6 +301,32 @@ def test_half_precision_without_a_gpu_is_refused(store: Path, tmp_path: Path) ->
         return
     with pytest.raises(UsageError, match="fp16 doesn't work here"):
         train(store, dataclasses.replace(UNROLLED, mixed_precision="fp16"), tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+def test_compiled_training_takes_the_critics_penalties(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of gradients, which compiled passes don't have; the backend that is asked for here compiles quickly."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    train(store, dataclasses.replace(UNROLLED, compile=True), tmp_path / "compiled")
+    train(store, UNROLLED, tmp_path / "plain")
+    last = {name: text.splitlines()[-1].split() for name, text in metrics(tmp_path / "plain").items()}
+    for name, text in metrics(tmp_path / "compiled").items():
+        step, value = text.splitlines()[-1].split()[-2:]
+        assert step == last[name][-2] and float(value) == pytest.approx(float(last[name][-1]), rel=0.02, abs=1e-3)
+
+
+def test_every_checkpoint_has_been_looked_at(store: Path, tmp_path: Path) -> None:
+    """Where they come between two rows of the log they have a row of their own, so that no reading is lost."""
+    config = dataclasses.replace(UNROLLED, log_every=5, checkpoint_every=4)
+    train(store, config, tmp_path / "run")
+    rows = (tmp_path / "run/log/plots/metrics/train/loss.tsv").read_text().splitlines()[1:]
+    assert [int(row.split()[0]) for row in rows] == [4, 5, 8, 10, 12]
+
+
+def test_progressive_takes_any_seed_that_a_run_may_have(store: Path, tmp_path: Path) -> None:
+    assert train(store, dataclasses.replace(PROGRESSIVE, seed=(1 << 31) - 1), tmp_path / "run", max_steps=2).step == 2
 
 
 def test_an_exploded_error_stops_the_run(store: Path, tmp_path: Path) -> None:
