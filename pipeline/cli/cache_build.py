@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from advkd.pipeline.cli.common import CONFIG_OPTION, command_line, example, guarded
+from advkd.pipeline.cli.common import command_line, config_option, example, guarded
 
 if TYPE_CHECKING:
     from advkd.pipeline.config import Experiment
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=example("advkd-cache build --config configs/cifar10.yaml --steps 1000"))
-@CONFIG_OPTION
+@config_option("digits")
 @click.option("--teacher", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline: a folder or a Hub id.")
 @click.option("--steps", type=int, help="Solver steps from x_T to x_0.")
 @click.option("--sampler", metavar="NAME", help="ddim, ddpm, dpmsolver++, euler or heun.")

@@ -93,8 +93,11 @@ def example(text: str) -> str:
     return f"\b\nExample:\n  {text}"
 
 
-CONFIG_OPTION: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
-    "--config",
-    metavar="FILE",
-    help="Experiment: a YAML file, or the name of one that ships, such as digits or cifar10.",
-)
+def config_option(otherwise: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--config`, and what holds without it."""
+    return click.option(
+        "--config",
+        metavar="FILE",
+        help="Experiment: a YAML file, or the name of one that ships, such as digits or cifar10; "
+        f"{otherwise} if not given.",
+    )

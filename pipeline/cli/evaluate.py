@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from advkd.pipeline.cli.common import CONFIG_OPTION, example, guarded
+from advkd.pipeline.cli.common import config_option, example, guarded
 
 
 @click.command(
@@ -17,7 +17,7 @@ from advkd.pipeline.cli.common import CONFIG_OPTION, example, guarded
 )
 @click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), required=True)
 @click.option("--cache", "store", metavar="STORE", required=True, help="A folder, or a URL that fsspec reads.")
-@CONFIG_OPTION
+@config_option("the defaults of its section `evaluate`")
 @click.option("--teacher", metavar="PATH_OR_HUB_ID", help="The cache's teacher; where the cache says if not given.")
 @click.option("--features", metavar="NAME|FOLDER", help="`inception`, or the folder of a small classifier.")
 @click.option("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where they can't be fetched.")

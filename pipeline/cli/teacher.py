@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from advkd.pipeline.cli.common import CONFIG_OPTION, example, guarded
+from advkd.pipeline.cli.common import config_option, example, guarded
 
 
 @click.command(
     epilog=example("advkd-teacher --config configs/digits.yaml"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@CONFIG_OPTION
+@config_option("digits")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="teachers/NAME if not given.")
 @guarded
 def main(config: str | None, out: Path | None) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from advkd.pipeline.cli.common import (
-    CONFIG_OPTION,
     INTERRUPTED,
     command_line,
+    config_option,
     example,
     guarded,
     parse_steps,
@@ -21,11 +21,11 @@ from advkd.pipeline.cli.common import (
 
 
 @click.command(
-    epilog=example("advkd-train --cache cache/digits.zarr"),
+    epilog=example("advkd-train --cache cache/digits.zarr --config digits"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("--cache", "store", metavar="STORE", required=True, help="A folder, or a URL that fsspec reads.")
-@CONFIG_OPTION
+@config_option("settings for 32×32 colour images")
 @click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), help="runs/NAME of the store if not given.")
 @click.option("--states", metavar="LIST", help="Learn from these recorded states only, such as 0,50.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many steps in all; goes on later.")

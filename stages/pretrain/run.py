@@ -23,6 +23,7 @@ from torch import Tensor
 from advkd.cache.durable import PARTIAL_SUFFIX, holds_something, write_json
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.locks import LOCK_FILE
+from advkd.stages.device import best_device
 from advkd.stages.evaluate.datasets import load_dataset
 from advkd.stages.evaluate.features import SmallClassifier, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
@@ -107,9 +108,10 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
     classifier, accuracy = train_classifier(images, torch.from_numpy(labels), config.classifier, config.seed, reporter)
     save_classifier(partial / "classifier", classifier, {"held_out_accuracy": accuracy})
     reporter.say(f"classifier: {accuracy:.1%} correct on {config.classifier.held_out} held-out real images")
-    unet, scheduler = train_teacher(images, config, reporter)
+    device = best_device()
+    unet, scheduler = train_teacher(images, config, reporter, device)
     save_pipeline(partial / "pipeline", unet, scheduler)
-    made = sample_pipeline(partial / "pipeline", config.report_samples, reporter)
+    made = sample_pipeline(partial / "pipeline", config.report_samples, reporter, device)
     save_grid(partial / "samples.png", made[:64].numpy())
     report = PretrainReport(
         frechet_to_real=_frechet(classifier, made, images),
@@ -136,9 +138,11 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def sample_pipeline(pipeline: Path, count: int, reporter: Reporter, batch_size: int = 256) -> Tensor:
+def sample_pipeline(
+    pipeline: Path, count: int, reporter: Reporter, device: torch.device, batch_size: int = 256
+) -> Tensor:
     """x_0 of some seeds by DDIM 50, shape (count, C, H, W), clipped to [−1, 1] as a picture would be."""
-    teacher = load_teacher(TeacherConfig(source=str(pipeline)), torch.device("cpu"))
+    teacher = load_teacher(TeacherConfig(source=str(pipeline)), device)
     reporter.start("samples", count, "images")
     parts = []
     for start in range(0, count, batch_size):

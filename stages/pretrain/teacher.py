@@ -54,7 +54,9 @@ def save_untrained(folder: Path, config: PretrainConfig) -> None:
     save_pipeline(folder, make_network(config), make_scheduler(config))
 
 
-def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) -> tuple[nn.Module, Any]:
+def train_teacher(
+    images: Tensor, config: PretrainConfig, reporter: Reporter, device: torch.device
+) -> tuple[nn.Module, Any]:
     """Train on images in [−1, 1], shape (N, C, H, W); the same seed gives the same teacher on a CPU.
 
     Returns:
@@ -65,7 +67,7 @@ def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) ->
     """
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    unet = make_network(config)
+    unet = make_network(config).to(device)
     scheduler = make_scheduler(config)
     average = ExponentialMovingAverage(unet, config.ema)
     optimizer = torch.optim.AdamW(
@@ -79,7 +81,7 @@ def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) ->
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * one_cycle(step, config.steps, config.warmup)
-        loss = diffusion_loss(unet, scheduler, images[chosen], generator)
+        loss = diffusion_loss(unet, scheduler, images[chosen].to(device), generator)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -93,10 +95,14 @@ def train_teacher(images: Tensor, config: PretrainConfig, reporter: Reporter) ->
 
 
 def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the predicted target at stratified timesteps, one stratum an image."""
+    """Mean squared error of the predicted target at stratified timesteps, one stratum an image.
+
+    Whatever the images' device, draws are made on the CPU: the same everywhere.
+    """
     strata = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
     timesteps = (strata * NUM_TIMESTEPS).long().clamp_(max=NUM_TIMESTEPS - 1)  # the last stratum may round up to 1
-    noise = torch.randn(images.shape, generator=generator)
+    timesteps = timesteps.to(images.device)
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
     noisy = scheduler.add_noise(images, noise, timesteps)
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":

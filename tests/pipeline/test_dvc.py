@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.conftest import ROOT
 from tests.pipeline.clones import edit_config, new_clone, repro, run
 from tests.stores import tree
 
@@ -55,3 +57,34 @@ def test_a_changed_teacher_reruns_everything_and_sets_the_stale_store_aside(clon
     assert tree(stale) == before
     assert run(clone, "git", "status", "--porcelain").split() == ["M", "configs/smoke.yaml", "??", "dvc.lock"]
     assert repro(clone) == []
+
+
+def test_an_experiment_whose_teacher_comes_from_elsewhere(clone: Path) -> None:
+    """Stage 0 writes down where from, and then nothing is made twice."""
+    experiment = yaml.safe_load((clone / "configs/smoke.yaml").read_text())
+    experiment |= {"name": "other", "pretrain": None}
+    (clone / "configs/elsewhere.yaml").write_text(yaml.safe_dump(experiment))
+    text = (clone / "dvc.yaml").read_text()
+    select(clone, text, "elsewhere", "other")
+    try:
+        assert repro(clone) == ["teacher", "cache", "train", "evaluate"]
+        note = json.loads((clone / "teachers/other/teacher.json").read_text())
+        assert note["source"] == experiment["teacher"]["source"] == "teachers/smoke/pipeline"
+        assert repro(clone) == []
+    finally:
+        (clone / "dvc.yaml").write_text(text)
+
+
+def select(clone: Path, text: str, config: str, name: str) -> None:
+    """Name another experiment in dvc.yaml's first lines."""
+    chosen = text.replace("config: smoke\n", f"config: {config}\n").replace("name: smoke\n", f"name: {name}\n")
+    (clone / "dvc.yaml").write_text(chosen)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_experiment_can_be_selected(path: Path) -> None:
+    """A section that DVC asks for and doesn't find ends `dvc repro`, even where a default would do."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    asked = {key for stage in stages for params in stage["params"] for keys in params.values() for key in keys}
+    assert asked == {"name", "pretrain", "teacher", "sampler", "cache", "train", "evaluate"}
+    assert asked == set(yaml.safe_load(path.read_text()))

@@ -18,7 +18,7 @@ from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.export import compare, export_int8, export_onnx
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.hub import Student
-from advkd.stages.student.onnx_student import METADATA, OnnxStudent
+from advkd.stages.student.onnx_student import METADATA, SPLIT_FROM, OnnxStudent
 from advkd.stages.student.pipeline import StudentPipeline
 from advkd.stages.student.student import build_student
 from tests.stages.test_hub import make_student
@@ -64,6 +64,12 @@ def test_it_drops_into_the_pipeline(student: Student, exported: Path) -> None:
     assert pipe.to("cpu").device.type == "cpu" and len(pipe(2).images) == 2
     with pytest.raises(UsageError, match="can't be saved again"):
         pipe.save_pretrained(exported.with_name("again"))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_batch_that_is_divided_among_threads_is_the_same(student: Student, exported: Path, threads: int) -> None:
+    noise = student.noise(range(threads * SPLIT_FROM + 1))
+    torch.testing.assert_close(OnnxStudent(exported, threads)(noise), student(noise), rtol=1e-3, atol=1e-4)
 
 
 def test_what_deviates_is_not_written(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
