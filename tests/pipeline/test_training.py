@@ -92,7 +92,7 @@ def test_the_ladder_runs_from_one_command(tmp_path: Path) -> None:
         if "stages" in rung["train"]:
             rung["train"]["stages"] |= {"epochs": [1], "batch_sizes": [64]}
         rung["evaluate"] |= {"num_sets": 2, "set_size": 64}
-        if "pretrain" in rung:
+        if rung.get("pretrain"):
             rung["pretrain"] |= {"channels": [8, 16], "steps": 4, "report_samples": 64, "classifier": {"epochs": 1}}
         if "cache" in rung:
             default = yaml.safe_load(smoke)
