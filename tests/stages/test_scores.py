@@ -10,8 +10,10 @@ from advkd.stages.evaluate.classes import class_shares, mean_confidence, overlap
 from advkd.stages.evaluate.intervals import mean_interval, paired_difference, standard_error
 from advkd.stages.evaluate.kernel import BLOCK_ENTRIES, KernelReference, kernel_distance, kernel_sum, own_term
 from advkd.stages.evaluate.manifolds import precision_and_recall
+from advkd.stages.evaluate.measure import _add_neighbours
 from advkd.stages.evaluate.neighbours import nearest_distances, to_rows
 from advkd.stages.evaluate.perceptual import LpipsDistance, perceptual_distance
+from advkd.stages.evaluate.scores import Row
 
 Array = npt.NDArray[np.float64]
 
@@ -170,3 +172,13 @@ def test_absent_lpips_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lpips", None)
     with pytest.raises(UsageError, match=r"pip install 'advkd\[lpips\]'"):
         LpipsDistance((3, 32, 32), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_copy_of_the_cache_without_the_runs_seeds_has_no_neighbours(there: bool) -> None:
+    """Scores are still written, without these two."""
+    row = Row(name="student", evaluations=1)
+    training = [np.ones((5, 3), dtype=np.float32)] if there else []
+    _add_neighbours({"student": row}, {"student": [np.zeros((4, 3), dtype=np.float32)]}, 2, lambda: training)
+    assert set(row.values) == ({"nearest_training", "nearest_training_closest"} if there else set())
+    assert all(values == pytest.approx([1.0, 1.0]) for values in row.values.values())
