@@ -139,6 +139,14 @@ def mix64(values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
 
+def mixed(*parts: int) -> int:
+    """One 64-bit word of some whole numbers, such as (seed, phase, step): each changes all of it."""
+    key = mix64(parts[0])
+    for part in parts[1:]:
+        key = mix64(key ^ np.uint64(part))
+    return int(key)
+
+
 def is_held_out(seeds: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Which seeds are never trained on: one in sixteen, a pure function of the seed."""
     chosen: npt.NDArray[np.bool_] = mix64(seeds) % np.uint64(16) == np.uint64(0)

@@ -57,7 +57,7 @@ def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batc
         float(evaluations[name](batch).flatten()[0])  # reading a value waits for the device
         return time.perf_counter() - begin
 
-    warm = [max(seconds(name) for name in evaluations) for _ in range(2)][-1]
+    warm = max(seconds(name) for name in evaluations)
     repeats = min(MAX_REPEATS, max(MIN_REPEATS, round(SECONDS_OF_TIMING / warm)))
     rounds = [{name: seconds(name) for name in evaluations} for _ in range(repeats)]
     return {name: statistics.median(times[name] for times in rounds) for name in evaluations}

@@ -79,6 +79,7 @@ def evaluate(
     forbid_tf32()  # a student's scores shall not depend on whether its teacher, which asks for this, is here
     cache = TrajectoryCache.open(cache_path)
     run = Run(run_path)
+    weights = weights_sha256(run.student)  # before they are read: training may go on meanwhile
     student, geometry = load_student(run.student)
     identity = _check_same_cache(run, cache)
     device = best_device()
@@ -134,7 +135,7 @@ def evaluate(
         real_source=config.real,
         reference_shares=yardstick.shares,
         pictures=measured.pictures,
-        weights_sha256=weights_sha256(run.student),
+        weights_sha256=weights,
         identity=identity,
         device=str(device),
     )

@@ -7,18 +7,17 @@ early state itself is nearly all noise and the same for both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from advkd.cache.noise import mix64
 from advkd.stages.student.augment import augment
 from advkd.stages.student.critics import Critic, CriticOfEach
 from advkd.stages.student.descent import Descent
+from advkd.stages.student.draws import generator_of
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.objective_config import AdversarialConfig
 from advkd.stages.student.objectives import ADVERSARIAL, squared_gradient
@@ -48,7 +47,7 @@ class Judged:
 
     def detached(self) -> Judged:
         """Without the graph that made the images."""
-        return Judged(images=self.images.detach(), noise=self.noise, time=self.time)
+        return replace(self, images=self.images.detach())
 
 
 class Adversary:
@@ -130,15 +129,16 @@ class Adversary:
         self.critic.requires_grad_(True)
         return loss
 
-    def feature_distance(self, made: Judged, real: Judged) -> Tensor:
+    def feature_distance(self, made: Tensor, real: Tensor, noise: Tensor) -> Tensor:
         """Mean square distance of pairs of x_0 in every layer of their critic, in units of its own mean square."""
         critic = self.critic.critics[-1] if isinstance(self.critic, CriticOfEach) else self.critic
         assert isinstance(critic, Critic)
-        time = torch.full_like(made.time, self.num_judged - 1 if self.config.judged == "shared" else 0)
+        last = self.num_judged - 1 if self.config.judged == "shared" else 0
+        time = torch.full((len(noise),), last, device=noise.device)
         self.critic.requires_grad_(False)
         with torch.no_grad():
-            theirs = critic.features(real.images, real.noise, time)
-        ours = critic.features(made.images, made.noise, time)
+            theirs = critic.features(real, noise, time)
+        ours = critic.features(made, noise, time)
         self.critic.requires_grad_(True)
         parts = [
             (one - other).square().mean() / (other.square().mean() + 1e-6)
@@ -152,12 +152,8 @@ class Adversary:
         penalise = step // config.every % config.penalty_every == 0 and max(config.r1, config.r2) > 0.0
         real_images = real.images.detach().requires_grad_(penalise and config.r1 > 0.0)
         fake_images = fake.images.detach().requires_grad_(penalise and config.r2 > 0.0)
-        # A compiled pass has no gradients of gradients.
-        critic = self.critic if penalise else self._logits
-        shown = Judged(images=real_images, noise=real.noise, time=real.time)
-        real_logits = self._look(shown, step, 4 * passed + 3, critic)
-        shown = Judged(images=fake_images, noise=fake.noise, time=fake.time)
-        fake_logits = self._look(shown, step, 4 * passed + 4, critic)
+        real_logits = self._look(replace(real, images=real_images), step, 4 * passed + 3, twice=penalise)
+        fake_logits = self._look(replace(fake, images=fake_images), step, 4 * passed + 4, twice=penalise)
         loss = self._critic_loss(real_logits, fake_logits)
         metrics = {"critic": loss.detach(), "ahead": (real_logits > fake_logits).float().mean().detach()}
         for gamma, logits, images in ((config.r1, real_logits, real_images), (config.r2, fake_logits, fake_images)):
@@ -166,17 +162,17 @@ class Adversary:
         self.descent.backward(loss / passes)
         return metrics
 
-    def _look(self, judged: Judged, step: int, stream: int, critic: Any = None) -> Tensor:
+    def _look(self, judged: Judged, step: int, stream: int, *, twice: bool = False) -> Tensor:
+        """Logits; with `twice` their gradients have gradients too, which a compiled pass's have not."""
         images, noise = judged.images, judged.noise
         if self.config.augment:
             images, noise = augment(self.config.augment, images, noise, self._share(torch.rand, step, stream))
-        logits: Tensor = (self._logits if critic is None else critic)(images, noise, judged.time)
+        logits: Tensor = (self.critic if twice else self._logits)(images, noise, judged.time)
         return logits
 
     def _share(self, draw: Any, step: int, stream: int) -> Callable[..., Tensor]:
         """Draws of (seed, step, stream), of which every process takes its share as it does of the seeds."""
-        key = mix64(mix64(self._seed) ^ np.uint64(step)) ^ np.uint64(stream)
-        generator = torch.Generator().manual_seed(int((mix64(key) if stream else key) >> np.uint64(1)))
+        generator = generator_of(self._seed, step, *([stream] if stream else []))
         processes, rank = self._accelerator.num_processes, self._accelerator.process_index
 
         def share(count: int, *shape: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from advkd.cache.noise import mix64
+from advkd.cache.noise import mix64, mixed
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter
 
@@ -24,7 +24,7 @@ Seeds = npt.NDArray[np.int64]
 
 def epoch_order(seeds: Seeds, root_seed: int, phase: int, epoch: int) -> Seeds:
     """A permutation of some seeds: sorted by a hash of (root seed, phase, epoch, seed), the same on every machine."""
-    key = mix64(mix64(mix64(root_seed) ^ np.uint64(phase)) ^ np.uint64(epoch))
+    key = np.uint64(mixed(root_seed, phase, epoch))
     ordered: Seeds = seeds[np.argsort(mix64(seeds.astype(np.uint64) ^ key), kind="stable")]
     return ordered
 

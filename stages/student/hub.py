@@ -25,9 +25,9 @@ from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.origin import FILE as PROVENANCE
 from advkd.stages.student.origin import Provenance, read_provenance, write_provenance
-from advkd.stages.student.student import StudentNetwork, noise_of, read_student, save_student
+from advkd.stages.student.student import WEIGHTS, StudentNetwork, noise_of, read_student, save_student
 
-FILES = ["config.json", "model.safetensors", PROVENANCE]
+FILES = ["config.json", WEIGHTS, PROVENANCE]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from advkd.cache.noise import mix64
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.descent import Descent
+from advkd.stages.student.draws import generator_of
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.objectives import (
     non_saturating_discriminator,
@@ -120,9 +119,7 @@ class ProgressiveProgram:
 
     def _mixing(self, batch_size: int, phase: int, step: int) -> Tensor:
         """Uniform weights between real and fake, a function of (seed, phase, step) alone."""
-        key = mix64(mix64(mix64(self.config.seed) ^ np.uint64(phase)) ^ np.uint64(step))
-        generator = torch.Generator().manual_seed(int(key >> np.uint64(1)))
-        return torch.rand(batch_size, 1, 1, 1, generator=generator)
+        return torch.rand(batch_size, 1, 1, 1, generator=generator_of(self.config.seed, phase, step))
 
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint must hold."""

@@ -142,8 +142,7 @@ class UnrolledProgram:
             return self.perceptual(made, truth)
         if not self.adversary.is_heard(step):  # a critic that has learnt nothing yet has no features
             return None
-        pairs = [Judged.of([images], noise, len(noise)) for images in (made, truth)]
-        return self.adversary.feature_distance(*pairs)
+        return self.adversary.feature_distance(made, truth, noise)
 
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint must hold."""

@@ -217,7 +217,12 @@ def test_a_stream_of_any_bytes_takes_no_more_memory_than_is_asked_for(data: byte
             continue
 
 
-def fuzz_metadata(whole: Path, packing: Packing, max_examples: int) -> None:
+@pytest.mark.parametrize("max_examples", [150, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packing", [ARCHIVE, Packing.of("zstd", "float16")], ids=str)
+def test_mutated_packed_metadata_are_read_or_refused(
+    whole: Path, packing: Packing, max_examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADVKD_SCRATCH", str(whole.with_name("scratch")))
     packed = packed_of(whole, packing)
     sound = files_of(packed)
     metadata = {name: data for name, data in sound.items() if name.endswith(".json") and "writer" not in name}
@@ -236,26 +241,6 @@ def fuzz_metadata(whole: Path, packing: Packing, max_examples: int) -> None:
                 put(packed / name, sound.get(name))
 
     run()
-
-
-MUTATED = pytest.mark.parametrize("packing", [ARCHIVE, Packing.of("zstd", "float16")], ids=str)
-
-
-@MUTATED
-def test_mutated_packed_metadata_are_read_or_refused(
-    whole: Path, packing: Packing, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ADVKD_SCRATCH", str(whole.with_name("scratch")))
-    fuzz_metadata(whole, packing, 150)
-
-
-@pytest.mark.slow
-@MUTATED
-def test_five_thousand_mutations_of_packed_metadata_are_read_or_refused(
-    whole: Path, packing: Packing, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ADVKD_SCRATCH", str(whole.with_name("scratch")))
-    fuzz_metadata(whole, packing, 5000)
 
 
 BOMBS = """

@@ -1,6 +1,7 @@
 """Clones as people have them: the files that git tracks, the experiment `smoke`, and the commands run for real."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,15 @@ def edit_config(clone: Path, section: str, **values: object) -> None:
     path.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
+def select_experiment(clone: Path, config: str, name: str) -> None:
+    """Name another experiment in dvc.yaml's first lines."""
+    text = (clone / "dvc.yaml").read_text()
+    for key, value in (("config", config), ("name", name)):
+        text, count = re.subn(rf"^      {key}: \S+$", f"      {key}: {value}", text, flags=re.MULTILINE)
+        assert count == 1
+    (clone / "dvc.yaml").write_text(text)
+
+
 def new_clone(folder: Path) -> Path:
     """What a user has after `git clone` and choosing the experiment, in a git repository of its own."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SHIPPED]
@@ -64,10 +74,7 @@ def new_clone(folder: Path) -> Path:
     for name in filter(None, tracked.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    dvc_yaml = folder / "dvc.yaml"
-    text = dvc_yaml.read_text()
-    assert text.count("config: digits\n") == text.count("name: digits\n") == 1
-    dvc_yaml.write_text(text.replace("config: digits\n", "config: smoke\n").replace("name: digits\n", "name: smoke\n"))
+    select_experiment(folder, "smoke", "smoke")
     run(folder, "git", "init", "-q", "--initial-branch", "main")
     commit(folder, "start")
     return folder

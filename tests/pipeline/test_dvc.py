@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.pipeline.clones import edit_config, new_clone, repro, run
+from tests.pipeline.clones import edit_config, new_clone, repro, run, select_experiment
 from tests.stores import tree
 
 
@@ -64,21 +64,14 @@ def test_an_experiment_whose_teacher_comes_from_elsewhere(clone: Path) -> None:
     experiment = yaml.safe_load((clone / "configs/smoke.yaml").read_text())
     experiment |= {"name": "other", "pretrain": None}
     (clone / "configs/elsewhere.yaml").write_text(yaml.safe_dump(experiment))
-    text = (clone / "dvc.yaml").read_text()
-    select(clone, text, "elsewhere", "other")
+    select_experiment(clone, "elsewhere", "other")
     try:
         assert repro(clone) == ["teacher", "cache", "train", "evaluate"]
         note = json.loads((clone / "teachers/other/teacher.json").read_text())
         assert note["source"] == experiment["teacher"]["source"] == "teachers/smoke/pipeline"
         assert repro(clone) == []
     finally:
-        (clone / "dvc.yaml").write_text(text)
-
-
-def select(clone: Path, text: str, config: str, name: str) -> None:
-    """Name another experiment in dvc.yaml's first lines."""
-    chosen = text.replace("config: smoke\n", f"config: {config}\n").replace("name: smoke\n", f"name: {name}\n")
-    (clone / "dvc.yaml").write_text(chosen)
+        select_experiment(clone, "smoke", "smoke")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -49,10 +49,7 @@ class DaskProcesses:
         for number in self.threads:
             options = ("--nthreads", number, "--memory-limit", "0", "--no-nanny", "--no-dashboard")
             self._start("worker", "--scheduler-file", file, *options)
-        deadline = time.monotonic() + 60
-        while not file.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(file.exists)
         self.address = str(json.loads(file.read_text())["address"])
         return self.address
 

@@ -12,7 +12,7 @@ from advkd.cache import TrajectoryCache
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT
-from tests.pipeline.clones import ENVIRONMENT, new_clone, repro, run
+from tests.pipeline.clones import ENVIRONMENT, new_clone, repro, run, select_experiment
 from tests.pipeline.readme import shell_blocks
 from tests.stores import write_store
 
@@ -77,13 +77,7 @@ def test_the_ladder_runs_from_one_command(tmp_path: Path) -> None:
     clone = new_clone(tmp_path / "advkd")
     smoke = (clone / "configs/smoke.yaml").read_text().replace("smoke", "digits")
     (clone / "configs/digits.yaml").write_text(smoke)
-    pipeline = (
-        (clone / "dvc.yaml")
-        .read_text()
-        .replace("name: smoke", "name: digits")
-        .replace("config: smoke", "config: digits")
-    )
-    (clone / "dvc.yaml").write_text(pipeline)
+    select_experiment(clone, "digits", "digits")
     configs = clone / "configs"
     for path in [*(configs / "ablation").glob("[0-9]*.yaml"), *configs.glob("digits-*.yaml"), configs / "mnist.yaml"]:
         rung = yaml.safe_load(path.read_text())

@@ -119,10 +119,12 @@ def test_critics_that_come_every_third_step_are_heard_three_times_as_loud() -> N
 
 def test_the_distance_in_the_critics_layers_is_of_pairs() -> None:
     ours, truth = adversary(), judged(1, 0.5)
-    assert float(ours.feature_distance(truth, truth)) == 0.0
-    near = dataclasses.replace(truth, images=truth.images + 0.01)
-    far = dataclasses.replace(truth, images=truth.images.roll(1, 0))
-    assert 0.0 < float(ours.feature_distance(near, truth)) < float(ours.feature_distance(far, truth))
+
+    def distance(images: torch.Tensor) -> float:
+        return float(ours.feature_distance(images, truth.images, truth.noise))
+
+    assert distance(truth.images) == 0.0
+    assert 0.0 < distance(truth.images + 0.01) < distance(truth.images.roll(1, 0))
 
 
 def test_a_shared_critic_sees_the_last_images_as_the_last() -> None:
@@ -130,15 +132,19 @@ def test_a_shared_critic_sees_the_last_images_as_the_last() -> None:
     ours = adversary(dataclasses.replace(SETTINGS, judged="shared"))
     assert isinstance(ours.critic, Critic)
     near, truth = judged(1, 0.4), judged(1, 0.5)
-    before = float(ours.feature_distance(near, truth))
+
+    def distance() -> float:
+        return float(ours.feature_distance(near.images, truth.images, truth.noise))
+
+    before = distance()
     embedding = next(module for module in ours.critic.modules() if isinstance(module, torch.nn.Embedding))
     assert len(embedding.weight) == ours.num_judged == 3
     with torch.no_grad():
         embedding.weight[:-1] += 1.0
-    assert float(ours.feature_distance(near, truth)) == before
+    assert distance() == before
     with torch.no_grad():
         embedding.weight[-1] += 1.0
-    assert float(ours.feature_distance(near, truth)) != before
+    assert distance() != before
 
 
 def test_fresh_noise_is_of_the_step_alone() -> None:
