@@ -1,6 +1,5 @@
 """A store is written whole, read back equal, and never trusted further than its ledger."""
 
-import errno
 import json
 import os
 import shutil
@@ -21,14 +20,12 @@ from advkd.cache.errors import (
     CacheError,
     CacheNotFoundError,
     DamagedError,
-    LockedError,
     MismatchError,
     NotACacheError,
     NotCachedError,
     UsageError,
 )
 from advkd.cache.layout import blocks_of, parse_seed_range
-from advkd.cache.locks import StoreLocks
 from advkd.cache.reader import TrajectoryCache
 from advkd.cache.writer import CacheWriter
 from tests.stores import BLOCK_SIZE, ITEM_SHAPE, block_states, make_layout, make_recipe, tree, write_store
@@ -266,65 +263,6 @@ def test_a_failing_disk_loses_at_most_the_block_in_flight(
     write_store(path, "0:32")
     write_store(tmp_path / "whole.zarr", "0:32")
     assert tree(path) == tree(tmp_path / "whole.zarr")
-
-
-def in_another_process(store: Path, program: str) -> str:
-    """Run a program that has `store`, `writer` and `locks`; what it prints."""
-    prelude = (
-        "from pathlib import Path; from tests.stores import *; from advkd.cache.locks import StoreLocks\n"
-        f"store = Path({str(store)!r}); writer = CacheWriter.open(store, make_recipe(), make_layout())\n"
-        "locks = StoreLocks(store)\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.run(
-        [sys.executable, "-c", prelude + program], cwd=root, capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def test_two_writers_share_a_store_but_no_block(store: Path) -> None:
-    writer = CacheWriter.open(store, make_recipe(), make_layout())
-    program = "with writer.writing(), writer.claim(3) as third, writer.claim(4) as fourth: print(third, fourth)"
-    with writer.writing(), writer.claim(3) as claimed:
-        assert claimed
-        assert in_another_process(store, program) == "False True"
-        with CacheWriter.open(store, make_recipe(), make_layout()).claim(3) as again:
-            assert not again
-    assert in_another_process(store, program) == "True True"
-
-
-def test_who_moves_a_store_is_alone_and_told_who_is_not(store: Path) -> None:
-    writer = CacheWriter.open(store, make_recipe(), make_layout())
-    program = "try:\n    with locks.alone(): print('alone')\nexcept BlockingIOError as error: print(error)"
-    with writer.writing():
-        assert f"process {os.getpid()} on" in in_another_process(store, program)
-        changed = make_recipe(noise={"rule": "philox4x64-as241-v1", "root_seed": 1})
-        with pytest.raises(LockedError, match="another build is writing"):
-            CacheWriter.open(store, changed, make_layout(), "set-aside")
-    assert in_another_process(store, program) == "alone"
-
-
-def test_a_writer_does_not_outwait_a_repair(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("advkd.cache.locks.PATIENCE", 0.05)
-    writer = CacheWriter.open(store, make_recipe(), make_layout())
-    with StoreLocks(store).alone(), pytest.raises(LockedError, match="being moved or repaired"), writer.writing():
-        pass
-
-
-def test_a_lock_dies_with_its_owner(store: Path) -> None:
-    program = "import os, signal\nwith writer.claim(3) as claimed: os.kill(os.getpid(), signal.SIGKILL)"
-    with pytest.raises(subprocess.CalledProcessError):
-        in_another_process(store, program)
-    with CacheWriter.open(store, make_recipe(), make_layout()).claim(3) as claimed:
-        assert claimed
-
-
-def test_a_file_system_without_locks_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("advkd.cache.locks.fcntl.fcntl", no_locks)
-    with pytest.raises(LockedError, match="gives no locks"), StoreLocks(store).alone():
-        pass
 
 
 def test_litter_of_a_killed_writer_is_swept(store: Path) -> None:
