@@ -9,11 +9,16 @@ import torch
 from PIL import Image
 
 from advkd.cache.errors import UsageError
+from advkd.stages.evaluate import evaluate as evaluating
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
 from advkd.stages.evaluate.features import SmallClassifier, extract, load_features, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
 from advkd.stages.evaluate.images import real_batches
+from advkd.stages.student.config import StudentConfig, TrainConfig
+from advkd.stages.student.run import Run
+from advkd.stages.student.student import load_student, weights_sha256
+from advkd.stages.student.train import train
 from tests.conftest import save_random_inception
 
 
@@ -122,3 +127,22 @@ def test_absent_inception_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(inception, "load_state_dict_from_url", unreachable)
     with pytest.raises(UsageError, match=r"pt_inception-2015-12-05-6726825d.pth .* --inception-weights FILE"):
         load_features(EvaluateConfig(), (3, 32, 32))
+
+
+def test_scores_name_the_weights_that_were_scored(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where training goes on meanwhile, and writes the next ones."""
+    run = tmp_path / "run"
+    config = TrainConfig(student=StudentConfig(width=8, depth=1), steps=4, batch_size=16)
+    train(store, config, run, max_steps=2)
+    save_classifier(tmp_path / "classifier", SmallClassifier(1, 8, 10), {})
+    scored = weights_sha256(Run(run).student)
+
+    def load_and_go_on(folder: Path) -> object:
+        student = load_student(folder)
+        train(store, config, run)
+        return student
+
+    monkeypatch.setattr(evaluating, "load_student", load_and_go_on)
+    protocol = EvaluateConfig(features=str(tmp_path / "classifier"), num_sets=2, set_size=8, solver_steps=[])
+    scores = evaluating.evaluate(run, store, protocol, teacher_source=None)
+    assert scores.weights_sha256 == scored != weights_sha256(Run(run).student)
