@@ -126,7 +126,6 @@ def evaluate(
         set_size=config.set_size,
         num_reference=len(seeds),
         num_training=len(trained_on),
-        full=full,
         held_out=_held_out(student, network, distance, cache, (first, last), held_out, config.batch_size),
         student=costs[0],
         teacher=costs[1],

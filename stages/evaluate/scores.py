@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from advkd.stages.evaluate.classes import Shares
+from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_REFERENCE, FULL_SET_SIZE
 from advkd.stages.evaluate.cost import Cost
 from advkd.stages.evaluate.intervals import Interval, paired_difference, standard_error
 
@@ -89,7 +90,6 @@ class Evaluation:
     num_reference: int
     num_training: int
     """Cached training images that nearest neighbours were looked for among."""
-    full: bool
     held_out: HeldOut | None
     student: Cost
     teacher: Cost | None
@@ -106,6 +106,12 @@ class Evaluation:
     identity: dict[str, Any]
     """Of the run: its configuration, and the cache it was trained from."""
     device: str
+
+    @property
+    def full(self) -> bool:
+        """Whether sets and reference are at least the whole protocol's, however that was asked for."""
+        enough = self.num_sets >= FULL_NUM_SETS and self.set_size >= FULL_SET_SIZE
+        return enough and self.num_reference >= FULL_REFERENCE
 
     def latency_ratio(self, batch: int) -> float | None:
         """Seconds of one pass of the student in evaluations of the teacher."""

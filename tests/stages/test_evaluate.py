@@ -1,5 +1,6 @@
 """Scores: against closed forms, against pytorch-fid, and honest about what was not measured."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -146,3 +147,7 @@ def test_scores_name_the_weights_that_were_scored(store: Path, tmp_path: Path, m
     protocol = EvaluateConfig(features=str(tmp_path / "classifier"), num_sets=2, set_size=8, solver_steps=[])
     scores = evaluating.evaluate(run, store, protocol, teacher_source=None)
     assert scores.weights_sha256 == scored != weights_sha256(Run(run).student)
+    # And call the whole protocol what is one, whichever option asked for it.
+    whole = {"num_sets": 5, "set_size": 2048, "num_reference": 8192}
+    assert not scores.full and dataclasses.replace(scores, **whole).full
+    assert not any(dataclasses.replace(scores, **whole | {name: value - 1}).full for name, value in whole.items())
