@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+PASSED_ON = 1.0
+"""Seconds within which a second Ctrl-C is the same one: the terminal sends it to all processes of a command, and a
+launcher such as `accelerate launch` passes on to its processes what it got itself."""
+
 
 class StopRequest:
-    """While active, the first signal sets `requested`; a second one interrupts at once."""
+    """While active, the first signal sets `requested`. A second Ctrl-C interrupts at once; a second SIGTERM, which
+    cluster managers send to every process and launchers pass on, is the same request again."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._earlier: dict[int, Any] = {}
 
     def __call__(self) -> bool:
@@ -30,6 +37,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > PASSED_ON:
             raise KeyboardInterrupt
-        self.requested = True

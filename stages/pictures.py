@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
+
+from advkd.cache.durable import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MARGIN = 2
 FRAME_MILLISECONDS = 350
@@ -47,6 +53,15 @@ def save_image(path: Path, image: Image.Image) -> Path:
     partial = path.with_name(f"{path.name}.partial")
     image.save(partial, format="PNG")
     partial.replace(path)
+    return path
+
+
+def save_figure(path: Path, figure: Figure) -> Path:
+    """Write a plot as a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_atomically(path, [picture.getbuffer()])
     return path
 
 

@@ -32,8 +32,14 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def guarded(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors into one line and an exit code: 2 for a wrong request, 1 for a failure, 130 when interrupted."""
+def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P, None]:
+    """Turn errors into one line and an exit code: 2 for a wrong request, 1 for a failure, 130 when interrupted.
+
+    Args:
+        function: a command's.
+        resumes: whether the same command goes on where it was interrupted.
+    """
+    again = "; what was committed is kept. To go on" if resumes else ". To begin again"
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -55,10 +61,14 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
             where = f" ({error.filename})" if error.filename else ""
             _fail(f"{error.strerror or error}{where}; what was committed before is kept", 1)
         except KeyboardInterrupt:
-            click.echo(f"\nstopped; what was committed is kept. To go on: {command_line()}", err=True)
+            click.echo(f"\nstopped{again}: {command_line()}", err=True)
             sys.exit(INTERRUPTED)
 
     return wrapper
+
+
+all_or_nothing = functools.partial(guarded, resumes=False)
+"""The same for commands that keep nothing before their end."""
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from advkd.pipeline.cli.common import example, guarded
+from advkd.pipeline.cli.common import all_or_nothing, example
 
 
 @click.command(
@@ -15,7 +15,7 @@ from advkd.pipeline.cli.common import example, guarded
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", metavar="NAME", type=click.Path(path_type=Path), help="Writes NAME.md and NAME.png as well.")
-@guarded
+@all_or_nothing
 def main(runs: tuple[Path, ...], out: Path | None) -> None:
     """Compare evaluated runs of one cache, each with the one before.
 

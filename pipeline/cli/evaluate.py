@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from advkd.pipeline.cli.common import config_option, example, guarded
+from advkd.pipeline.cli.common import all_or_nothing, config_option, example
 
 
 @click.command(
@@ -29,7 +29,7 @@ from advkd.pipeline.cli.common import config_option, example, guarded
     type=click.IntRange(min=2),
     help="So many sets, to tell samplers apart that are close: the intervals shrink. At least five with --full.",
 )
-@guarded
+@all_or_nothing
 def main(
     run: Path,
     store: str,

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from advkd.pipeline.cli.common import example, guarded
+from advkd.pipeline.cli.common import all_or_nothing, example
 
 if TYPE_CHECKING:
+    from advkd.cache.reader import TrajectoryCache
+    from advkd.stages.evaluate.config import EvaluateConfig
     from advkd.stages.evaluate.deployed import Form, FormScore
+    from advkd.stages.evaluate.features import FeatureNetwork
     from advkd.stages.student.export import Deviation
     from advkd.stages.student.hub import Student
+
+    Scoring = tuple[TrajectoryCache, FeatureNetwork, EvaluateConfig]
 
 PYTORCH = "PyTorch"
 
@@ -30,7 +35,7 @@ PYTORCH = "PyTorch"
 @click.option("--time", "timed", is_flag=True, help="Time what was exported, beside PyTorch.")
 @click.option("--folder", metavar="FOLDER", type=click.Path(path_type=Path), help="Save it here, with a model card.")
 @click.option("--push", metavar="REPO", help="Publish it as this repository of the Hub, with a model card.")
-@guarded
+@all_or_nothing
 def main(
     source: str,
     onnx: Path | None,
@@ -65,13 +70,15 @@ def main(
     from advkd.stages.student.hub import Student
 
     student = Student.from_pretrained(source)
+    # What a score needs is looked at before hours of work.
+    scoring = _scoring(student, store, features) if store and features else None
     if folder:
         student.save_pretrained(folder)
         click.echo(f"{folder}: weights, configuration, model card")
     if onnx:
         forms = _export(student, onnx, int8, max_error)
-        if store and features:
-            _score(forms, student, store, features)
+        if scoring:
+            _score(forms, student, scoring)
         if timed:
             _time(forms, student)
     if push:
@@ -100,16 +107,25 @@ def _say(path: Path, form: str, deviation: Deviation) -> None:
     )
 
 
-def _score(forms: dict[str, Form], student: Student, store: str, features: str) -> None:
+def _scoring(student: Student, store: str, features: str) -> Scoring:
     from advkd.cache.reader import TrajectoryCache
-    from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_SET_SIZE, EvaluateConfig
-    from advkd.stages.evaluate.deployed import score_forms
+    from advkd.stages.evaluate.deployed import check_same_cache
+    from advkd.stages.evaluate.features import load_features
 
     cache = TrajectoryCache.open(store)
+    check_same_cache(student, cache)
     config = EvaluateConfig(features=features, num_sets=FULL_NUM_SETS, set_size=FULL_SET_SIZE)
+    return cache, load_features(config, cache.item_shape), config
+
+
+def _score(forms: dict[str, Form], student: Student, scoring: Scoring) -> None:
+    from advkd.pipeline.progress import TerminalReporter
+    from advkd.stages.evaluate.deployed import score_forms
+
+    cache, network, config = scoring
     with TerminalReporter() as reporter:
-        scores = score_forms(forms, student, cache, config, reporter)
+        scores = score_forms(forms, student, cache, network, config, reporter)
     click.echo(
         f"Fréchet distance to the teacher's cached x_0, mean ± sd over {config.num_sets} sets of {config.set_size} "
         f"fresh seeds (reference {len(cache.seeds())} seeds):"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import click
 
-from advkd.pipeline.cli.common import example, guarded
+from advkd.pipeline.cli.common import all_or_nothing, example
 
 
 @click.command(
@@ -25,7 +26,7 @@ from advkd.pipeline.cli.common import example, guarded
     help="A .png grid, a .npy array (float32 in [-1, 1], N×C×H×W), or a folder of one PNG a seed.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-@guarded
+@all_or_nothing
 def main(run: Path, num: int, first_seed: int, out: Path, batch_size: int) -> None:
     """Sample a student in one pass.
 
@@ -41,6 +42,7 @@ def main(run: Path, num: int, first_seed: int, out: Path, batch_size: int) -> No
     import numpy as np
     from PIL import Image
 
+    from advkd.cache.durable import write_atomically
     from advkd.stages.device import best_device, forbid_tf32
     from advkd.stages.pictures import save_grid, save_image, to_pixels
     from advkd.stages.student.run import Run
@@ -52,8 +54,10 @@ def main(run: Path, num: int, first_seed: int, out: Path, batch_size: int) -> No
     forbid_tf32()  # as the evaluation's images are
     images = generate(student.to(best_device()), noise_of(geometry, seeds), batch_size).numpy()
     if suffix == ".npy":
+        array = io.BytesIO()
+        np.save(array, images)
         out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(out, images)
+        write_atomically(out, [array.getbuffer()])
     elif suffix == ".png":
         save_grid(out, images)
     else:

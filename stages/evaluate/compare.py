@@ -14,6 +14,7 @@ import numpy as np
 from advkd.cache.durable import write_atomically
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.stages.evaluate.intervals import Distances, Interval, paired_difference
+from advkd.stages.pictures import save_figure
 from advkd.stages.student.run import Run
 from advkd.stages.student.student import weights_sha256
 
@@ -128,5 +129,4 @@ def _plot(rungs: Sequence[Rung], path: Path) -> None:
     if rungs[0].teacher:
         axes.axvline(float(np.mean(rungs[0].teacher)), color="black", linestyle="--", label="the teacher itself")
         axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(path, figure)

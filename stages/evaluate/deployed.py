@@ -13,7 +13,7 @@ from advkd.cache.errors import UsageError
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import LARGE_BATCH, interleaved_latency
-from advkd.stages.evaluate.features import FeatureNetwork, extract, load_features
+from advkd.stages.evaluate.features import FeatureNetwork, extract
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
 from advkd.stages.evaluate.intervals import Distances, Interval, paired_difference
 from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
@@ -38,6 +38,7 @@ def score_forms(
     forms: Mapping[str, Form],
     student: Student,
     cache: TrajectoryCache,
+    network: FeatureNetwork,
     config: EvaluateConfig,
     reporter: Reporter | None = None,
 ) -> list[FormScore]:
@@ -47,16 +48,16 @@ def score_forms(
         forms: by name, the one to compare with first.
         student: whose forms they are.
         cache: the one it was trained from; its last state is the reference.
-        config: features and sets.
+        network: that gives features.
+        config: sets.
         reporter: hears of progress.
 
     Raises:
-        UsageError: the cache is another one, or the features don't fit.
+        UsageError: the cache is another one.
         CacheError: the cache can't be read.
     """
     reporter = reporter or SilentReporter()
-    _check_same_cache(student, cache)
-    network = load_features(config, cache.item_shape)
+    check_same_cache(student, cache)
     seeds, size = cache.seeds(), config.batch_size
     reporter.start("reference", len(seeds), "images")
     parts = []
@@ -93,7 +94,12 @@ def _features(network: FeatureNetwork, images: Tensor) -> np.ndarray[tuple[int, 
     return extract(network, images.clamp(-1.0, 1.0))
 
 
-def _check_same_cache(student: Student, cache: TrajectoryCache) -> None:
+def check_same_cache(student: Student, cache: TrajectoryCache) -> None:
+    """Refuse a cache that has nothing to compare a student's images with.
+
+    Raises:
+        UsageError: it is not the one that the student was trained from, or holds no such images.
+    """
     known = student.provenance.get("cache")
     trained_on = known.get("fingerprint") if isinstance(known, dict) else None
     if trained_on is not None and trained_on != cache.recipe.fingerprint:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from advkd.cache.errors import NotCachedError, UsageError
+from advkd.cache.layout import parse_seed_range
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.device import best_device, forbid_tf32
@@ -103,7 +104,7 @@ def evaluate(
     samplers = all_samplers(
         student_sampler(student, geometry), teacher, cache.recipe, cache.layout.dtype, config.solver_steps
     )
-    yardstick = Yardstick(network, _read(cache, last, seeds, config.batch_size), real)
+    yardstick = Yardstick(network, _read(cache, last, seeds, config.batch_size), real, config.num_sets)
     costs = compare_costs(student, teacher, cache.item_shape, min(LARGE_BATCH, config.batch_size))
     measured = measure(
         samplers,
@@ -163,10 +164,11 @@ def _check_same_cache(run: Run, cache: TrajectoryCache) -> dict[str, Any]:
 
 
 def _training_seeds(identity: dict[str, Any], cache: TrajectoryCache, seeds: Seeds) -> Seeds:
-    """The cached seeds that the run may have trained on."""
+    """The cached seeds that the run trained on."""
+    asked, size = identity["config"].get("seeds"), cache.layout.block_size
     first, last = identity["cache"]["blocks"]
-    blocks = seeds // cache.layout.block_size
-    chosen: Seeds = seeds[(first <= blocks) & (blocks < last) & ~is_held_out(seeds)]
+    span = parse_seed_range(asked) if asked else range(first * size, last * size)
+    chosen: Seeds = seeds[(span.start <= seeds) & (seeds < span.stop) & ~is_held_out(seeds)]
     return chosen
 
 

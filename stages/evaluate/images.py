@@ -21,14 +21,13 @@ def real_batches(source: str, item_shape: tuple[int, ...], batch_size: int = 256
     """Real images by a data set's name or from a folder, in batches; float32 in [−1, 1], shape (N, *item_shape).
 
     Raises:
-        UsageError: nothing usable is there.
+        UsageError: nothing usable is there; an image that can't be read is found when its turn comes.
     """
     channels, height, _ = item_shape
     if source in DATASETS:
         if channels != 1:
             raise UsageError(f"real images {source}: they are grey, the cache's have {channels} channels")
-        yield from torch.split(load_dataset(source, height)[0], batch_size)
-        return
+        return iter(torch.split(load_dataset(source, height)[0], batch_size))
     folder = Path(source)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
     if len(paths) < 2:
@@ -36,8 +35,8 @@ def real_batches(source: str, item_shape: tuple[int, ...], batch_size: int = 256
             f"real images {source}: expected {' or '.join(f'`{name}`' for name in DATASETS)}, or a folder "
             "with image files"
         )
-    for start in range(0, len(paths), batch_size):
-        yield torch.stack([_read(path, item_shape) for path in paths[start : start + batch_size]])
+    parts = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
+    return (torch.stack([_read(path, item_shape) for path in part]) for part in parts)
 
 
 def _read(path: Path, item_shape: tuple[int, ...]) -> Tensor:

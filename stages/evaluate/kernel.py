@@ -5,8 +5,9 @@ With k(x, y) = (x·y / D + 1)³ and samples x of P, y of Q (Gretton et al. 2012,
     MMD²(P, Q) = Σ_{i≠j} k(xᵢ, xⱼ) / m(m−1) + Σ_{i≠j} k(yᵢ, yⱼ) / n(n−1) − 2 Σ_{i,j} k(xᵢ, yⱼ) / mn
 
 It is unbiased at any number of samples – 0 on average for equal distributions, so it may be negative –, where a Fréchet
-distance grows as samples get fewer. Bińkowski et al. average it over random subsets that overlap; here the subsets
-are the evaluation's sets of seeds, which do not, so that sd / √(number of sets) is an honest standard error.
+distance grows as samples get fewer. Bińkowski et al. average it over random subsets that overlap; here neither the
+evaluation's sets of seeds overlap nor the parts of the reference that each is held against, so that
+sd / √(number of sets) is an honest standard error: a reference that all sets shared would err alike for all of them.
 """
 
 from __future__ import annotations

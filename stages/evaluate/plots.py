@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from advkd.stages.evaluate.scores import Evaluation, Row
+from advkd.stages.pictures import save_figure
 
 STUDENT, TEACHER = 0, 1
 Draw = Callable[[Any, Evaluation], None]
@@ -18,7 +19,9 @@ def plot_scores(path: Path, evaluation: Evaluation) -> Path:
     """Write a PNG with a panel for everything that was measured."""
     from matplotlib.figure import Figure
 
-    panels: list[Draw] = [_distances("frechet", "Fréchet distance to the teacher", "log"), _kernel]
+    panels: list[Draw] = [_distances("frechet", "Fréchet distance to the teacher", "log")]
+    if any("kid" in row.values for row in evaluation.rows):
+        panels.append(_kernel)
     if any("precision" in row.values for row in evaluation.rows):
         panels.append(_manifolds)
     if evaluation.reference_shares is not None:
@@ -31,8 +34,7 @@ def plot_scores(path: Path, evaluation: Evaluation) -> Path:
         axes.set_axisbelow(True)
     sets = f"mean ± sd over {evaluation.num_sets} sets of {evaluation.set_size} fresh seeds"
     figure.suptitle(f"{sets}; reference {evaluation.num_reference} seeds; {evaluation.features} features", fontsize=10)
-    figure.savefig(path, dpi=120)
-    return path
+    return save_figure(path, figure)
 
 
 def _group(row: Row) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from advkd.cache.durable import write_json
+from advkd.cache.durable import write_atomically, write_json
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.evaluate.classes import Shares
 from advkd.stages.evaluate.kernel import MAX_REFERENCE
@@ -95,7 +96,7 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
             "num_sets": evaluation.num_sets,
             "set_size": evaluation.set_size,
             "num_reference": evaluation.num_reference,
-            "num_kid_reference": min(evaluation.num_reference, MAX_REFERENCE),
+            "num_kid_reference": min(evaluation.num_reference // evaluation.num_sets, MAX_REFERENCE),
             "num_precision_recall": min(evaluation.set_size, evaluation.num_reference),
             "num_training": evaluation.num_training,
             "num_held_out": held_out.num_seeds if held_out else 0,
@@ -145,12 +146,13 @@ def _listed(shares: Shares | None) -> list[float] | None:
 
 
 def _write_table(path: Path, evaluation: Evaluation) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sampler", "evaluations", *COLUMNS, "num_sets", "set_size"])
-        for row in evaluation.rows:
-            cells = [_cell(row, column) for column in COLUMNS]
-            writer.writerow([row.name, row.evaluations, *cells, evaluation.num_sets, evaluation.set_size])
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["sampler", "evaluations", *COLUMNS, "num_sets", "set_size"])
+    for row in evaluation.rows:
+        cells = [_cell(row, column) for column in COLUMNS]
+        writer.writerow([row.name, row.evaluations, *cells, evaluation.num_sets, evaluation.set_size])
+    write_atomically(path, [table.getvalue().encode()])
 
 
 def _cell(row: Row, column: str) -> str:

@@ -49,28 +49,32 @@ class Yardstick:
         network: that gives features.
         reference: the teacher's cached x_0 in batches, shape (N, C, H, W).
         real: real images in batches; None where there are none.
+        num_sets: how many sets will be scored.
     """
 
-    def __init__(self, network: FeatureNetwork, reference: Iterable[Tensor], real: Iterable[Tensor] | None) -> None:
+    def __init__(
+        self, network: FeatureNetwork, reference: Iterable[Tensor], real: Iterable[Tensor] | None, num_sets: int
+    ) -> None:
         self.features, probabilities = see(network, reference)
         self.shares: Shares | None = None if probabilities is None else class_shares(probabilities)
         self._gaussian = Gaussian.fit(self.features)
-        self._kernel = KernelReference(self.features)
+        parts = [self.features[index::num_sets] for index in range(num_sets)]
+        self._kernels = [KernelReference(part) for part in parts if len(part) > 1]
         self._real = None if real is None else Gaussian.fit(see(network, real)[0])
 
     def score(self, index: int, features: Floats, probabilities: Floats | None) -> dict[str, float]:
         """Scores of one set by measure.
 
         Args:
-            index: of the set; precision and recall compare it with as many reference seeds, others for each set.
+            index: of the set, from 0. KID compares it with a part of the reference of its own, so that sets are
+                independent; precision and recall with as many reference seeds, others for each set.
             features: shape (N, D).
             probabilities: shape (N, K), or None.
         """
         gaussian = Gaussian.fit(features)
-        found = {
-            "frechet": frechet_distance(gaussian, self._gaussian),
-            "kid": kernel_distance(features, self._kernel),
-        }
+        found = {"frechet": frechet_distance(gaussian, self._gaussian)}
+        if index < len(self._kernels):
+            found["kid"] = kernel_distance(features, self._kernels[index])
         count = min(len(features), len(self.features))
         if count > NEIGHBOURS:
             chosen = (np.arange(count) + index * count) % len(self.features)

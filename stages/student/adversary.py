@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from advkd.cache.errors import UsageError
 from advkd.stages.student.augment import augment
 from advkd.stages.student.critics import Critic, CriticOfEach
 from advkd.stages.student.descent import Descent
@@ -77,7 +78,13 @@ class Adversary:
         self._seed = seed
         self._accelerator = accelerator
         self._generator_loss, self._critic_loss = ADVERSARIAL[config.loss]
-        self.num_judged = 1 if config.judged == "last" else len(geometry.levels) - 1
+        if config.weight and geometry.item_shape[1] % 2:
+            raise UsageError(
+                f"critics look at patches of 2×2 pixels, images of {geometry.item_shape[1]} don't divide into such: "
+                "objective.adversarial.weight 0 leaves critics out"
+            )
+        # Critics that nobody hears ask for no states but x_0.
+        self.num_judged = 1 if config.judged == "last" or not config.weight else len(geometry.levels) - 1
         channels, shared = geometry.item_shape[0], config.judged == "shared"
 
         def critic(num_times: int) -> Critic:

@@ -25,7 +25,7 @@ from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.origin import FILE as PROVENANCE
 from advkd.stages.student.origin import Provenance, read_provenance, write_provenance
-from advkd.stages.student.student import WEIGHTS, StudentNetwork, noise_of, read_student, save_student
+from advkd.stages.student.student import WEIGHTS, StudentNetwork, is_student, noise_of, read_student, save_student
 
 FILES = ["config.json", WEIGHTS, PROVENANCE]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -130,7 +130,7 @@ class Student(nn.Module):
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is a file: give a folder to save the student in")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        if folder.is_dir() and any(folder.iterdir()) and not is_student(folder):
             raise UsageError(f"{folder} holds something that is no student: give an empty folder, or a new one")
         name = repo_id or folder.absolute().name
         folder.mkdir(parents=True, exist_ok=True)

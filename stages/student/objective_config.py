@@ -37,7 +37,8 @@ class AdversarialConfig:
     every: int = 1
     """Steps between those with critics, whom the student hears the more then."""
     fresh: int = 32
-    """Images a step, from noise that is in no cache, that the critics judge; 0 takes the batch's own."""
+    """Images a step, in each process, from noise that is in no cache, that the critics judge; 0 takes the batch's
+    own."""
     r1: float = 0.05
     """γ of the zero-centred gradient penalty on real images."""
     r2: float = 0.05

@@ -141,7 +141,7 @@ class Run:
         if on_mismatch != "stop" or not self._file.is_file():
             return None
         value = self.read()
-        if value["status"] == "complete":
+        if value["status"] == "complete" or value["identity"]["cache"]["fingerprint"] != cache.recipe.fingerprint:
             return None
         first, last = value["identity"]["cache"]["blocks"]
         return f"{first * cache.layout.block_size}:{last * cache.layout.block_size}"

@@ -64,6 +64,15 @@ def weights_sha256(folder: Path) -> str | None:
         return None
 
 
+def is_student(folder: Path) -> bool:
+    """Whether a folder's config.json is a student's, and not that of one of the many other networks that have one."""
+    try:
+        value = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"format", "student", "geometry"} <= value.keys()
+
+
 def load_student(folder: Path) -> tuple[StudentNetwork, Geometry]:
     """Load what `save_student` wrote, ready to evaluate.
 

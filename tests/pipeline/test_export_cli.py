@@ -82,6 +82,8 @@ def test_mistakes_cost_a_line(invoke: Invoke, trained: Path, tmp_path: Path) -> 
         ((run, "--int8", "--folder", "x"), 2, "are about --onnx FILE, which is missing"),
         ((run, "--onnx", "x.pt"), 2, "expected a name that ends in .onnx"),
         ((run, "--onnx", "x.onnx", "--cache", "y"), 2, "a score needs both --cache STORE and --features"),
+        ((run, "--onnx", "x.onnx", "--cache", "none.zarr", "--features", "f"), 1, "no cache at none.zarr"),
+        ((run, "--onnx", "x.onnx", "--cache", run.parents[1] / "cache/toy.zarr", "--features", "f"), 2, "features f: "),
         ((run, "--folder", "thesis"), 2, "thesis holds something that is no student"),
         ((trained / "classifier", "--onnx", "x.onnx"), 1, "holds no student that this advkd can load"),
         ((trained, "--onnx", "x.onnx"), 1, "no student in"),
@@ -133,7 +135,7 @@ def test_interrupted_it_leaves_nothing(trained: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     _, errors = process.communicate(timeout=50)
     assert process.returncode == 130 and time.monotonic() - started < 50, errors
-    assert errors.strip().startswith("stopped; what was committed is kept. To go on: advkd-export")
+    assert errors.strip().startswith("stopped. To begin again: advkd-export")
     assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
     assert not [path for path in temporary.iterdir() if path.is_file() or any(path.rglob("*.onnx"))]
 

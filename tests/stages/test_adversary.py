@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from advkd.cache.errors import UsageError
 from advkd.stages.student.adversary import Adversary, Judged
 from advkd.stages.student.augment import augment
 from advkd.stages.student.critics import Critic, CriticOfEach
@@ -28,6 +29,13 @@ def adversary(config: AdversarialConfig = SETTINGS) -> Adversary:
     made = Adversary(config, GEOMETRY, num_steps=100, seed=3, accelerator=Accelerator())
     made.begin()
     return made
+
+
+def test_images_that_critics_cannot_look_at_are_refused() -> None:
+    odd = dataclasses.replace(GEOMETRY, item_shape=(1, 9, 9))
+    with pytest.raises(UsageError, match=r"images of 9 don't divide .*weight 0 leaves critics out"):
+        Adversary(SETTINGS, odd, num_steps=100, seed=3, accelerator=Accelerator())
+    Adversary(dataclasses.replace(SETTINGS, weight=0.0), odd, num_steps=100, seed=3, accelerator=Accelerator())
 
 
 def judged(num_times: int, level: float, count: int = 6) -> Judged:

@@ -10,17 +10,20 @@ import torch
 from PIL import Image
 
 from advkd.cache.errors import UsageError
+from advkd.cache.reader import TrajectoryCache
 from advkd.stages.evaluate import evaluate as evaluating
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
 from advkd.stages.evaluate.features import SmallClassifier, extract, load_features, save_classifier
 from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
 from advkd.stages.evaluate.images import real_batches
+from advkd.stages.evaluate.report import write_report
 from advkd.stages.student.config import StudentConfig, TrainConfig
-from advkd.stages.student.run import Run
+from advkd.stages.student.run import Run, split_seeds
 from advkd.stages.student.student import load_student, weights_sha256
 from advkd.stages.student.train import train
 from tests.conftest import save_random_inception
+from tests.stores import tree
 
 
 def test_distance_of_known_gaussians() -> None:
@@ -81,7 +84,7 @@ def test_real_images_from_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="can't be read"):
         read_real(tmp_path)
     with pytest.raises(UsageError, match="they are grey, the cache's have 3 channels"):
-        next(real_batches("digits", (3, 8, 8)))
+        real_batches("digits", (3, 8, 8))  # at once, not when the first image is wanted
     with pytest.raises(UsageError, match="expected `digits` or `mnist`, or a folder"):
         read_real(tmp_path / "none")
 
@@ -130,24 +133,53 @@ def test_absent_inception_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch
         load_features(EvaluateConfig(), (3, 32, 32))
 
 
-def test_scores_name_the_weights_that_were_scored(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+CONFIG = TrainConfig(student=StudentConfig(width=8, depth=1), steps=4, batch_size=16, seeds="10:200")
+
+
+@pytest.fixture
+def protocol(tmp_path: Path) -> EvaluateConfig:
+    save_classifier(tmp_path / "classifier", SmallClassifier(1, 8, 10), {})
+    return EvaluateConfig(features=str(tmp_path / "classifier"), num_sets=2, set_size=8, solver_steps=[])
+
+
+def test_scores_name_the_weights_that_were_scored(
+    store: Path, tmp_path: Path, protocol: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where training goes on meanwhile, and writes the next ones."""
     run = tmp_path / "run"
-    config = TrainConfig(student=StudentConfig(width=8, depth=1), steps=4, batch_size=16)
-    train(store, config, run, max_steps=2)
-    save_classifier(tmp_path / "classifier", SmallClassifier(1, 8, 10), {})
+    train(store, CONFIG, run, max_steps=2)
     scored = weights_sha256(Run(run).student)
 
     def load_and_go_on(folder: Path) -> object:
         student = load_student(folder)
-        train(store, config, run)
+        train(store, CONFIG, run)
         return student
 
     monkeypatch.setattr(evaluating, "load_student", load_and_go_on)
-    protocol = EvaluateConfig(features=str(tmp_path / "classifier"), num_sets=2, set_size=8, solver_steps=[])
     scores = evaluating.evaluate(run, store, protocol, teacher_source=None)
     assert scores.weights_sha256 == scored != weights_sha256(Run(run).student)
-    # And call the whole protocol what is one, whichever option asked for it.
+
+
+def test_a_report_tells_what_was_measured_and_harms_no_linked_file(
+    store: Path, tmp_path: Path, protocol: EvaluateConfig
+) -> None:
+    train(store, CONFIG, tmp_path / "run")
+    cache = TrajectoryCache.open(store)
+    scores = evaluating.evaluate(tmp_path / "run", store, protocol, teacher_source=None)
+    assert scores.num_training == len(split_seeds(cache, CONFIG.seeds).training)
+    # The whole protocol is what is one, whichever option asked for it.
     whole = {"num_sets": 5, "set_size": 2048, "num_reference": 8192}
     assert not scores.full and dataclasses.replace(scores, **whole).full
     assert not any(dataclasses.replace(scores, **whole | {name: value - 1}).full for name, value in whole.items())
+    # As DVC leaves its outputs where `cache.type` is hardlink: the same file as in its own cache.
+    evaluation = tmp_path / "evaluation"
+    write_report(evaluation, scores, cache)
+    (tmp_path / "linked").mkdir()
+    for path in evaluation.iterdir():
+        (tmp_path / "linked" / path.name).hardlink_to(path)
+    before = tree(tmp_path / "linked")
+    assert before.keys() >= {"samplers.csv", "scores.json", "scores.png", "samples.png", "trajectory.png"}
+    write_report(evaluation, dataclasses.replace(scores, num_reference=7, features="others"), cache)
+    assert tree(tmp_path / "linked") == before
+    assert tree(evaluation)["scores.png"] != before["scores.png"]
+    assert not any(path.name.endswith(".partial") for path in evaluation.iterdir())

@@ -12,7 +12,7 @@ from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.deployed import score_forms, time_forms
-from advkd.stages.evaluate.features import SmallClassifier, save_classifier
+from advkd.stages.evaluate.features import SmallClassifier, load_features, save_classifier
 from advkd.stages.student import export
 from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.export import compare, export_int8, export_onnx
@@ -178,12 +178,13 @@ def test_forms_are_scored_beside_the_first(store: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_classifier(tmp_path / "classifier", SmallClassifier(1, 8, 10).eval(), {})
     settings = EvaluateConfig(features=str(tmp_path / "classifier"), num_sets=3, set_size=64, batch_size=50)
+    features = load_features(settings, (1, 8, 8))
 
     def broken(noise: Tensor) -> Tensor:
         return torch.full_like(noise, 5.0)
 
     forms = {"PyTorch": student, "same": student.network, "broken": broken}
-    base, same, worse = score_forms(forms, student, TrajectoryCache.open(store), settings)
+    base, same, worse = score_forms(forms, student, TrajectoryCache.open(store), features, settings)
     assert base.difference is None and len(base.distances) == 3
     assert same.distances == base.distances and same.difference is not None and same.difference.mean == 0.0
     assert worse.difference is not None and worse.difference.low > 0.0
@@ -191,7 +192,7 @@ def test_forms_are_scored_beside_the_first(store: Path, tmp_path: Path) -> None:
     assert sorted(timed) == [1, 64] and all(seconds["PyTorch"] > 0 for seconds in timed.values())
     student.provenance = {"cache": {"fingerprint": "0" * 64}}
     with pytest.raises(UsageError, match="give the cache that it was trained from"):
-        score_forms(forms, student, TrajectoryCache.open(store), settings)
+        score_forms(forms, student, TrajectoryCache.open(store), features, settings)
 
 
 def test_comparing_uses_every_batch_size(student: Student, exported: Path) -> None:

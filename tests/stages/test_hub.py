@@ -23,7 +23,7 @@ from advkd.stages.student.student import build_student, save_student, weights_sh
 from advkd.stages.student.train import train
 from tests.pipeline.servers import model_hub
 from tests.stages.test_student import geometry
-from tests.stores import write_store
+from tests.stores import tree, write_store
 
 SMALL = StudentConfig(width=8, depth=1)
 CONFIG = TrainConfig(
@@ -213,6 +213,16 @@ def test_foreign_folders_are_not_written_into(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a file"):
         make_student().save_pretrained(tmp_path / "thesis/chapter.tex")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    # Other networks have such files too.
+    (tmp_path / "bert").mkdir()
+    for name, text in (("config.json", '{"model_type": "bert"}'), ("model.safetensors", "theirs"), ("README.md", "a")):
+        (tmp_path / "bert" / name).write_text(text)
+    before = tree(tmp_path / "bert")
+    for config in ('{"model_type": "bert"}', "[]", "{"):
+        (tmp_path / "bert/config.json").write_text(config)
+        with pytest.raises(UsageError, match="holds something that is no student"):
+            make_student().save_pretrained(tmp_path / "bert")
+        assert tree(tmp_path / "bert") == before | {"config.json": config.encode()}
 
 
 def test_what_is_no_student_is_refused_in_a_line(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_another_run_in_the_folder_is_left_alone(store: Path, tmp_path: Path) ->
     other = dataclasses.replace(UNROLLED, learning_rate=1.0)
     with pytest.raises(UsageError, match=r"another run \(config.learning_rate: 0.001 → 1.0\)"):
         train(store, other, tmp_path / "run")
-    write_store(tmp_path / "other.zarr", "0:256", noise={"rule": "philox4x64-as241-v1", "root_seed": 9})
+    write_store(tmp_path / "other.zarr", "0:128", noise={"rule": "philox4x64-as241-v1", "root_seed": 9})
     with pytest.raises(UsageError, match=r"another run \(cache"):
         train(tmp_path / "other.zarr", UNROLLED, tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
@@ -228,10 +228,10 @@ def test_only_the_states_in_use_are_read(store: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.rmtree(store / "states/0002")
-    config = dataclasses.replace(
-        UNROLLED, objective=dataclasses.replace(UNROLLED.objective, state=0.0, head_target="x0")
-    )
-    assert train(store, config, tmp_path / "run").complete
+    unheard = AdversarialConfig(width=4, weight=0.0, judged="each")
+    for index, adversarial in enumerate((UNROLLED.objective.adversarial, unheard)):
+        objective = ObjectiveConfig(state=0.0, head_target="x0", adversarial=adversarial)
+        assert train(store, dataclasses.replace(UNROLLED, objective=objective), tmp_path / f"run-{index}").complete
     with pytest.raises(NotCachedError, match="state 0002 is not here"):
         train(store, UNROLLED, tmp_path / "other")
 
