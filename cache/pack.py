@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from advkd.cache.combine import carry, check_whole
-from advkd.cache.errors import CacheError, MismatchError, NotCachedError
+from advkd.cache.errors import CacheError, MismatchError
 from advkd.cache.pack_block import Done, pack_block, packed_source, unpack_block
 from advkd.cache.packing import MAX_PACKED_BLOCK_BYTES, Packing
 from advkd.cache.parallel import over_blocks
@@ -65,8 +65,7 @@ def pack(
         CacheError: the codec can't keep its promise.
     """
     check_whole(cache)
-    if not cache.blocks:
-        raise NotCachedError(f"{cache.address} is empty: finish it with `advkd-cache build`")
+    cache.check_begun()
     block_bytes = cache.layout.block_bytes(cache.item_shape)
     if block_bytes > MAX_PACKED_BLOCK_BYTES:
         raise CacheError(

@@ -147,6 +147,18 @@ class TrajectoryCache:
         """Committed blocks, ascending: those that the ledger has a record of, valid or not."""
         return self.source.blocks(self.num_blocks)
 
+    def check_begun(self) -> None:
+        """Refuse a cache without a block.
+
+        Raises:
+            NotCachedError: it has none.
+        """
+        if not self.blocks:
+            raise NotCachedError(
+                f"{self.address} is empty (0 of {self.num_blocks} blocks): finish it with the `advkd-cache build` "
+                "command that began it"
+            )
+
     @property
     def digest(self) -> str:
         """The content digest of all committed blocks."""

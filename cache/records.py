@@ -111,5 +111,5 @@ class Records(Generic[Record]):
         seeds = seeds_of(block, self._layout.block_size)
         return NotCachedError(
             f"{self._source.address} does not hold seeds {seeds.start}:{seeds.stop}; "
-            f"`advkd-cache build --seeds {seeds.start}:{seeds.stop}` adds them"
+            f"the `advkd-cache build` command that made it adds them, with `--seeds {seeds.start}:{seeds.stop}`"
         )

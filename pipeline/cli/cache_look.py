@@ -92,14 +92,13 @@ def _ranges(runs: list[list[int]], most: int = 8) -> str:
 @guarded
 def preview(store: str, seeds: str | None, out: Path | None) -> None:
     """Draw trajectories: a PNG contact sheet, timesteps as labels, and an animated GIF of the denoising."""
-    from advkd.cache.errors import NotCachedError, UsageError
+    from advkd.cache.errors import UsageError
     from advkd.cache.layout import parse_seed_range
     from advkd.cache.reader import TrajectoryCache
     from advkd.stages.pictures import save_denoising, save_trajectories
 
     cache = TrajectoryCache.open(store)
-    if not cache.blocks:
-        raise NotCachedError(f"{cache.address} is empty: finish it with `advkd-cache build`")
+    cache.check_begun()
     first = cache.blocks[0] * cache.layout.block_size
     chosen = parse_seed_range(seeds) if seeds else range(first, first + min(8, cache.layout.block_size))
     if len(chosen) > 256:

@@ -18,7 +18,12 @@ from advkd.pipeline.cli.common import all_or_nothing, config_option, example
 @click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), required=True)
 @click.option("--cache", "store", metavar="STORE", required=True, help="A folder, or a URL that fsspec reads.")
 @config_option("the defaults of its section `evaluate`")
-@click.option("--teacher", metavar="PATH_OR_HUB_ID", help="The cache's teacher; where the cache says if not given.")
+@click.option(
+    "--teacher",
+    metavar="PATH_OR_HUB_ID",
+    help="The cache's teacher; the configuration's, or where the cache says, if not given.",
+)
+@click.option("--no-teacher", is_flag=True, help="Score the student alone: the teacher and its solvers cost the most.")
 @click.option("--features", metavar="NAME|FOLDER", help="`inception`, or the folder of a small classifier.")
 @click.option("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where they can't be fetched.")
 @click.option("--real", metavar="NAME|FOLDER", help="Real images to compare with: `digits`, `mnist`, or a folder.")
@@ -35,6 +40,7 @@ def main(
     store: str,
     config: str | None,
     teacher: str | None,
+    no_teacher: bool,
     features: str | None,
     inception_weights: str | None,
     real: str | None,
@@ -45,6 +51,7 @@ def main(
 
     Writes metrics.json, samplers.csv and pictures to RUN/evaluation.
     """
+    from advkd.cache.errors import UsageError
     from advkd.cache.reader import TrajectoryCache
     from advkd.cache.summary import origin_of
     from advkd.pipeline.cli.evaluate_tables import print_evaluation
@@ -52,7 +59,10 @@ def main(
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.evaluate.config import EvaluateConfig
     from advkd.stages.evaluate.report import write_report
+    from advkd.stages.teacher.config import TeacherConfig
 
+    if teacher and no_teacher:
+        raise UsageError("--teacher and --no-teacher contradict each other: give one of them")
     cache = TrajectoryCache.open(store)
     experiment = load_experiment(config) if config else None
     settings = experiment.evaluate if experiment else EvaluateConfig()
@@ -60,10 +70,12 @@ def main(
         "features": features, "inception_weights": inception_weights, "real": real, "num_sets": sets,
     }  # fmt: skip
     settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
-    known = origin_of(cache)
-    source = {"source": teacher} if teacher else {"source": known.get("source"), "revision": known.get("commit")}
-    if experiment and not teacher:
-        source = {"source": experiment.teacher.source, "revision": experiment.teacher.revision}
+    candidates = [TeacherConfig(source=teacher)] if teacher else []
+    if not teacher and not no_teacher:
+        candidates = [experiment.teacher] if experiment else []
+        known = origin_of(cache)
+        if "source" in known:
+            candidates.append(TeacherConfig(source=known["source"], revision=known.get("commit")))
     from advkd.stages.evaluate.evaluate import evaluate
 
     with TerminalReporter() as reporter:
@@ -71,8 +83,7 @@ def main(
             run,
             store,
             settings,
-            teacher_source=source.get("source"),
-            teacher_revision=source.get("revision"),
+            teachers=candidates,
             full=full,
             reporter=reporter,
         )

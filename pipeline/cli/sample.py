@@ -14,7 +14,7 @@ from advkd.pipeline.cli.common import all_or_nothing, example
     epilog=example("advkd-sample --run runs/digits --num 64 --out samples.png"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), required=True)
+@click.option("--run", metavar="RUN", required=True, help="A run's folder, a student's, or the id of a Hub repository.")
 @click.option("--num", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
 @click.option("--first-seed", type=click.IntRange(min=0, max=1 << 60), default=0, show_default=True)
 @click.option(
@@ -27,7 +27,7 @@ from advkd.pipeline.cli.common import all_or_nothing, example
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
 @all_or_nothing
-def main(run: Path, num: int, first_seed: int, out: Path, batch_size: int) -> None:
+def main(run: str, num: int, first_seed: int, out: Path, batch_size: int) -> None:
     """Sample a student in one pass.
 
     Seed i is the same noise as the teacher's seed i in the cache, so samples can be compared with its own.
@@ -45,14 +45,13 @@ def main(run: Path, num: int, first_seed: int, out: Path, batch_size: int) -> No
     from advkd.cache.durable import write_atomically
     from advkd.stages.device import best_device, forbid_tf32
     from advkd.stages.pictures import save_grid, save_image, to_pixels
-    from advkd.stages.student.run import Run
-    from advkd.stages.student.student import generate, load_student, noise_of
+    from advkd.stages.student.hub import Student
+    from advkd.stages.student.student import generate
 
-    Run(run).read()
-    student, geometry = load_student(Run(run).student)
+    student = Student.from_pretrained(run)
     seeds = np.arange(first_seed, first_seed + num)
     forbid_tf32()  # as the evaluation's images are
-    images = generate(student.to(best_device()), noise_of(geometry, seeds), batch_size).numpy()
+    images = generate(student.to(best_device()), student.noise(seeds), batch_size).numpy()
     if suffix == ".npy":
         array = io.BytesIO()
         np.save(array, images)

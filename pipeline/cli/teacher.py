@@ -19,8 +19,8 @@ from advkd.pipeline.cli.common import config_option, example, guarded
 def main(config: str | None, out: Path | None) -> None:
     """Train the small teacher that an experiment describes, and the classifier that scores samples.
 
-    Where the teacher comes from elsewhere there is nothing to train; its address is written down, so that a change
-    of it is seen by DVC.
+    Where the teacher comes from elsewhere there is nothing to train; its address, not its weights, is written down,
+    so that a change of it is seen by DVC.
     """
     from advkd.cache.durable import write_json
     from advkd.pipeline.config import load_experiment, to_plain

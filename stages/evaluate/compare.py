@@ -61,7 +61,9 @@ def _read(run: Path) -> Rung:
         value = json.loads(path.read_bytes())
         trained = weights_sha256(Run(run).student)
         if trained is not None and value.get("weights_sha256") != trained:
-            raise TrainingError(f"{run} has gone on since its scores were taken: `advkd-evaluate --run {run}` again")
+            raise TrainingError(
+                f"{run} has gone on since its scores were taken: `advkd-evaluate --run {run} --cache STORE` again"
+            )
         protocol = {key: value["protocol"][key] for key in ("features", "num_sets", "set_size", "num_reference")}
         protocol["features_sha256"] = value["protocol"].get("features_sha256")
         protocol["cache"] = value["student"]["cache"]["fingerprint"][:12]
@@ -77,7 +79,9 @@ def _read(run: Path) -> Rung:
             protocol=protocol,
         )
     except FileNotFoundError:
-        raise TrainingError(f"{run} was not evaluated (no {path}): `advkd-evaluate --run {run}` comes first") from None
+        raise TrainingError(
+            f"{run} was not evaluated (no {path}): `advkd-evaluate --run {run} --cache STORE` comes first"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is not what advkd-evaluate writes ({type(error).__name__}: {error})") from None
 

@@ -9,7 +9,7 @@ of at least 8,192; the short form takes what the configuration says, and says so
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from advkd.cache.errors import NotCachedError, UsageError
+from advkd.cache.errors import UsageError
 from advkd.cache.layout import parse_seed_range
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
@@ -45,6 +45,7 @@ from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.data import read_float
 from advkd.stages.student.run import Run
 from advkd.stages.student.student import generate, load_student, weights_sha256
+from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.loader import tensors_sha256
 
 Seeds = npt.NDArray[np.int64]
@@ -55,8 +56,7 @@ def evaluate(
     cache_path: str | Path,
     config: EvaluateConfig,
     *,
-    teacher_source: str | None,
-    teacher_revision: str | None = None,
+    teachers: Sequence[TeacherConfig] = (),
     full: bool = False,
     reporter: Reporter | None = None,
 ) -> Evaluation:
@@ -66,8 +66,7 @@ def evaluate(
         run_path: the run.
         cache_path: the cache it was trained from; its last state is the reference.
         config: sets, features, solvers.
-        teacher_source: folder or Hub id of the cache's teacher; None leaves its rows unmeasured.
-        teacher_revision: on the Hub.
+        teachers: where the cache's teacher may be, the first that is it being taken; none leave its rows unmeasured.
         full: the whole protocol instead of the configured short form.
         reporter: hears of progress.
 
@@ -90,13 +89,13 @@ def evaluate(
         config = _whole_protocol(config)
         if len(seeds) < FULL_REFERENCE:
             raise UsageError(
-                f"--full needs a reference of {FULL_REFERENCE} seeds; {cache_path} has {len(seeds)}: extend it with "
-                f"`advkd-cache build --seeds 0:{FULL_REFERENCE}`"
+                f"--full needs a reference of {FULL_REFERENCE} seeds; {cache_path} has {len(seeds)}: the "
+                f"`advkd-cache build` command that made it extends it, with `--seeds 0:{FULL_REFERENCE}`"
             )
     network = load_features(config, cache.item_shape, device)
     distance = LpipsDistance(cache.item_shape, device) if config.perceptual == LPIPS else None
     real = real_batches(config.real, cache.item_shape, config.batch_size) if config.real else None
-    teacher, why_not = find_teacher(teacher_source, teacher_revision, cache.recipe, device)
+    teacher, why_not = find_teacher(teachers, cache.recipe, device)
     if why_not:
         reporter.say(f"rows of the teacher are not measured: {why_not}")
     first, last = geometry.steps[0], geometry.steps[-1]
@@ -158,8 +157,7 @@ def _check_same_cache(run: Run, cache: TrajectoryCache) -> dict[str, Any]:
             f"{run.path} was trained from a cache with fingerprint {trained_on[:12]}, "
             f"{cache.address} has {cache.recipe.fingerprint[:12]}: give the cache that it was trained from"
         )
-    if not cache.blocks:
-        raise NotCachedError(f"{cache.address} is empty: finish it with `advkd-cache build`")
+    cache.check_begun()
     return identity
 
 

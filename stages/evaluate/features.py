@@ -194,7 +194,7 @@ def load_features(
         shape = "×".join(map(str, item_shape))
         raise UsageError(
             f"features inception: needs colour images of at least 32 pixels, these are {shape}; "
-            "give --features FOLDER of a small classifier"
+            "give --features FOLDER of a small classifier (docs/evaluation.md says how to make one)"
         )
     return _InceptionFeatures(_load_inception(config.inception_weights), device)
 

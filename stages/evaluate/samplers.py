@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,19 +73,17 @@ def all_samplers(
 
 
 def find_teacher(
-    source: str | None, revision: str | None, recipe: Recipe, device: torch.device
+    candidates: Sequence[TeacherConfig], recipe: Recipe, device: torch.device
 ) -> tuple[Teacher | None, str]:
-    """The cache's teacher if it can be had, and why not otherwise."""
-    if source is None:
-        return None, "no teacher was named"
-    try:
-        teacher = load_teacher(
-            TeacherConfig(source=source, revision=revision),
-            device,
-            str(recipe.precision["compute"]),
-        )
-    except (TeacherError, ConfigError) as error:
-        return None, str(error)
-    if teacher.identity() != recipe.teacher:
-        return None, f"{source} is not the teacher that made this cache"
-    return teacher, ""
+    """The first candidate that is the cache's teacher, and why there is none otherwise."""
+    reasons = []
+    for candidate in dict.fromkeys(candidates):
+        try:
+            teacher = load_teacher(candidate, device, str(recipe.precision["compute"]))
+        except (TeacherError, ConfigError) as error:
+            reasons.append(str(error))
+            continue
+        if teacher.identity() == recipe.teacher:
+            return teacher, ""
+        reasons.append(f"{candidate.source} is not the teacher that made this cache")
+    return None, "; ".join(reasons) or "no teacher was named"

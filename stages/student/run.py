@@ -53,16 +53,13 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
     Raises:
         NotCachedError: the cache is empty, or blocks of the range are missing.
     """
-    if not cache.blocks:
-        raise NotCachedError(
-            f"{cache.address} is empty (0 of {cache.num_blocks} blocks): finish it with `advkd-cache build`"
-        )
+    cache.check_begun()
     size = cache.layout.block_size
     asked = parse_seed_range(wanted) if wanted else range(cache.num_seeds)
     if asked.stop > cache.num_seeds:
         raise NotCachedError(
             f"{cache.address} declares seeds 0:{cache.num_seeds}, train.seeds asks for {asked.start}:{asked.stop}: "
-            f"`advkd-cache build --seeds {asked.start}:{asked.stop}` extends it"
+            f"the `advkd-cache build` command that made it extends it, with `--seeds {asked.start}:{asked.stop}`"
         )
     blocks = blocks_of(asked, size)
     missing = sorted(set(blocks) - set(cache.blocks))
@@ -70,7 +67,8 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
         raise NotCachedError(
             f"{cache.address} is partial: {len(blocks) - len(missing)} of the {len(blocks)} blocks of seeds "
             f"{asked.start}:{asked.stop} are there, block {missing[0]} (seeds {missing[0] * size}:"
-            f"{(missing[0] + 1) * size}) is not; finish it with `advkd-cache build`, or choose train.seeds"
+            f"{(missing[0] + 1) * size}) is not; finish it with the `advkd-cache build` command that "
+            "began it, or choose train.seeds"
         )
     seeds = np.arange(asked.start, asked.stop, dtype=np.int64)
     held_out = is_held_out(seeds)
@@ -124,7 +122,8 @@ class Run:
                 raise ValueError("not what advkd writes")
         except (FileNotFoundError, NotADirectoryError):
             raise TrainingError(
-                f"{self.path} is no run (no run.json): `advkd-train --cache STORE --run RUN` makes one"
+                f"{self.path} is no run (no run.json): `advkd-train --cache STORE --run {self.path}` makes one, "
+                "`dvc pull train` brings one that is shared"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise TrainingError(f"{self.path} is no run (run.json: {error})") from None

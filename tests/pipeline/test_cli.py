@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ FLAGS = {
     "advkd-sample": {"--run", "--num", "--first-seed", "--out", "--batch-size"},
     "advkd-evaluate": {
         "--run", "--cache", "--config", "--teacher", "--features", "--inception-weights", "--real", "--full",
-        "--sets",
+        "--sets", "--no-teacher",
     },
     "advkd-compare": {"--out"},
     "advkd-export": {
@@ -113,6 +114,8 @@ def test_build_train_sample_evaluate(
         assert invoke(sample_command, "--run", "runs/toy", "--num", "5", "--out", name).exit_code == 0
     assert picture_size("grid.png")[0] > 100
     assert np.load("array.npy").shape == (5, 1, 8, 8)
+    assert invoke(sample_command, "--run", "runs/toy/student", "--num", "5", "--out", "alone.npy").exit_code == 0
+    np.testing.assert_array_equal(np.load("alone.npy"), np.load("array.npy"))
     assert picture_size("folder/000003.png") == (8, 8)
     save_classifier(Path("classifier"), SmallClassifier(1, 8, 10).eval(), {})
     result = invoke(evaluate_command, "--run", "runs/toy", "--cache", store, "--config", toy_yaml)
@@ -135,7 +138,16 @@ def test_build_train_sample_evaluate(
     assert scores["latency_ratio"] == {"batch_1": None, "batch_64": None}
     result = invoke(evaluate_command, *bare, "--full")
     assert result.exit_code == 2 and "--full needs a reference of 8192 seeds" in result.stderr
-    assert invoke(evaluate_command, *bare, "--teacher", "gone/for/good", "--sets", "3").exit_code == 0
+    # A configuration that names another teacher doesn't hide the one that the cache knows.
+    elsewhere = toy_yaml.with_name("elsewhere.yaml")
+    elsewhere.write_text(re.sub(r"source: [^,}\n]+", "source: ./gone", toy_yaml.read_text(), count=1))
+    assert invoke(evaluate_command, *bare, "--config", elsewhere).exit_code == 0
+    scores = json.loads(Path("runs/toy/evaluation/metrics.json").read_text())
+    assert scores["frechet"]["teacher (ddim 4)"] > 0
+    assert invoke(evaluate_command, *bare, "--no-teacher", "--sets", "3").exit_code == 0
+    scores = json.loads(Path("runs/toy/evaluation/metrics.json").read_text())
+    assert scores["frechet"]["teacher (ddim 4)"] is None and scores["frechet"]["student"] > 0
+    assert invoke(evaluate_command, *bare, "--no-teacher", "--teacher", "x").exit_code == 2
     details = json.loads(Path("runs/toy/evaluation/scores.json").read_text())
     assert len(details["samplers"]["student"]["frechet"]) == 3
     assert invoke(evaluate_command, *bare, "--sets", "1").exit_code == 2
@@ -296,8 +308,8 @@ def test_bad_samples_and_evaluations(invoke: Invoke, tmp_path: Path) -> None:
     write_store(tmp_path / "a.zarr", "0:16")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for command, flags, code, message in (
-        (sample_command, ("--run", "runs/none"), 1, "is no run"),
-        (sample_command, ("--run", "a.zarr"), 1, "is no run"),
+        (sample_command, ("--run", "./runs/none"), 1, "no student in ./runs/none: no such folder"),
+        (sample_command, ("--run", "a.zarr"), 1, "no student in a.zarr"),
         (sample_command, ("--run", "runs/none", "--out", "x.gif"), 2, "expected a .png, a .npy or a folder"),
         (sample_command, ("--run", "runs/none", "--out", "a.zarr/states"), 2, "the folder is not empty"),
         (evaluate_command, ("--run", "runs/none", "--cache", "none.zarr"), 1, "no cache at none.zarr"),

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -66,6 +67,12 @@ def test_the_commands_for_ones_own_teacher(invoke: Invoke, tmp_path: Path, monke
     config["cache"] |= {"seeds": "0:32", "block_size": 32, "batch_size": 32}
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/cifar10.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "teachers/mine").mkdir(parents=True)
+    shutil.copytree(tmp_path / "google/ddpm-cifar10-32", tmp_path / "teachers/mine/pipeline")
+    config |= {"name": "mine", "teacher": {"source": "teachers/mine/pipeline"}, "sampler": {"steps": 10}}
+    config["train"] |= {"steps": 2, "batch_size": 8, "student": {"width": 8, "depth": 1}}
+    config["evaluate"] |= {"num_sets": 2, "set_size": 2, "solver_steps": [1]}
+    (tmp_path / "configs/mine.yaml").write_text(yaml.safe_dump(config))
     student = student_config.StudentConfig(width=8, depth=1)
     monkeypatch.setattr(
         student_config,
@@ -84,7 +91,8 @@ def test_the_commands_for_ones_own_teacher(invoke: Invoke, tmp_path: Path, monke
         result = invoke(COMMANDS[name], *arguments)
         assert result.exit_code == 0, f"{command}: {result.output}"
     assert (tmp_path / "samples.png").is_file()
-    assert (tmp_path / "runs/cifar/evaluation/metrics.json").is_file()
+    for name in ("cifar", "mine"):
+        assert (tmp_path / f"runs/{name}/evaluation/metrics.json").is_file()
 
 
 def test_the_commands_that_look_after_a_cache(invoke: Invoke, pipeline_folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from advkd.cache import TrajectoryCache
+from advkd.stages.evaluate.features import SmallClassifier, save_classifier
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT
@@ -28,27 +29,38 @@ train:
   preview_every: 2
   checkpoint_every: 2
   objective: {adversarial: {width: 4}}
+evaluate: {features: classifier, num_sets: 2, set_size: 16, solver_steps: [2]}
 """
 
 
 def test_the_commands_that_train(tmp_path: Path) -> None:
     """Alone, and in four processes that `accelerate launch` starts; one of them speaks."""
     (tmp_path / "configs").mkdir()
-    for name in ("digits", "cifar10"):
+    for name in ("digits", "digits-small", "cifar10"):
         (tmp_path / f"configs/{name}.yaml").write_text(f"name: {name}\n{SMALL}")
+    save_classifier(tmp_path / "classifier", SmallClassifier(1, 8, 10), {})
     for name in ("digits", "cifar"):
         write_store(tmp_path / f"cache/{name}.zarr", "0:256")
     environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    commands = [command for block in shell_blocks(TRAINING) for command in block]
-    assert len(commands) == 2
-    for command, name, processes in zip(commands, ("digits", "cifar"), (1, 4), strict=True):
+    said = {}
+    first, *rest = [command for block in shell_blocks(TRAINING) for command in block]
+    scored = "advkd-evaluate --config configs/digits.yaml --run runs/digits --cache cache/digits.zarr"
+    for command in (first, scored, *rest):  # as `dvc repro` scores the run that others are compared with
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count(f"runs/{name}: step 4 of 4") == 1
+        said[command] = done.stdout
+    for (command, output), name, processes in zip(
+        [item for item in said.items() if "advkd-train" in item[0]],
+        ("digits", "small", "cifar"),
+        (1, 1, 4),
+        strict=True,
+    ):
+        assert output.count(f"runs/{name}: step 4 of 4") == 1, command
         record = json.loads((tmp_path / f"runs/{name}/run.json").read_text())
         assert record["identity"]["processes"] == processes
+    assert "| small | " in (tmp_path / "runs/compared.md").read_text()
 
 
 def test_every_key_that_the_page_names_exists() -> None:

@@ -156,7 +156,7 @@ def test_scores_name_the_weights_that_were_scored(
         return student
 
     monkeypatch.setattr(evaluating, "load_student", load_and_go_on)
-    scores = evaluating.evaluate(run, store, protocol, teacher_source=None)
+    scores = evaluating.evaluate(run, store, protocol)
     assert scores.weights_sha256 == scored != weights_sha256(Run(run).student)
 
 
@@ -165,7 +165,7 @@ def test_a_report_tells_what_was_measured_and_harms_no_linked_file(
 ) -> None:
     train(store, CONFIG, tmp_path / "run")
     cache = TrajectoryCache.open(store)
-    scores = evaluating.evaluate(tmp_path / "run", store, protocol, teacher_source=None)
+    scores = evaluating.evaluate(tmp_path / "run", store, protocol)
     assert scores.num_training == len(split_seeds(cache, CONFIG.seeds).training)
     # The whole protocol is what is one, whichever option asked for it.
     whole = {"num_sets": 5, "set_size": 2048, "num_reference": 8192}
