@@ -27,6 +27,7 @@ from advkd.cache.errors import (
 )
 from advkd.cache.layout import blocks_of, parse_seed_range
 from advkd.cache.reader import TrajectoryCache
+from advkd.cache.recipe import differences
 from advkd.cache.writer import CacheWriter
 from tests.stores import BLOCK_SIZE, ITEM_SHAPE, block_states, make_layout, make_recipe, tree, write_store
 
@@ -108,6 +109,19 @@ def test_another_recipe_is_refused_with_both_sides_named(store: Path) -> None:
     assert tree(store) == before
 
 
+def test_what_differs_at_the_top_is_named_first() -> None:
+    """The sampler, before the many options that follow from it."""
+    found, expected = (
+        {"sampler": {"config": {"beta": index, "clip": index}, "name": name}}
+        for index, name in ((1, "ddim"), (2, "heun"))
+    )
+    assert differences(found, expected) == [
+        "sampler.name: ddim → heun",
+        "sampler.config.beta: 1 → 2",
+        "sampler.config.clip: 1 → 2",
+    ]
+
+
 def test_set_aside_renames_and_never_deletes(store: Path) -> None:
     before = tree(store)
     changed = make_recipe(noise={"rule": "philox4x64-as241-v1", "root_seed": 1})
@@ -121,7 +135,8 @@ def test_set_aside_renames_and_never_deletes(store: Path) -> None:
 
 
 def test_what_is_no_cache_is_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(CacheNotFoundError, match="no cache at"):
+    write_store(tmp_path / "mine-50.zarr", "0:16")
+    with pytest.raises(CacheNotFoundError, match=r"no cache at .*none\.zarr: .* beside it are mine-50\.zarr"):
         TrajectoryCache.open(tmp_path / "none.zarr")
     folder = tmp_path / "folder"
     folder.mkdir()
