@@ -27,7 +27,7 @@ from advkd.stages.teacher.build import build
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.plan import make_plan
 from tests.pipeline.clones import edit_config, new_clone, repro
-from tests.pipeline.processes import Process, finish, start, stop, wait_until
+from tests.pipeline.processes import BIN, DEADLINE, Process, finish, start, stop, wait_until
 from tests.stores import tree, write_store
 
 Resume = Callable[[Path], object]
@@ -313,6 +313,25 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert "going on from step" in error
     weights = "student/model.safetensors"
     assert (tmp_path / "runs/toy" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_a_stop_that_reaches_launcher_and_processes_saves_first(tmp_path: Path) -> None:
+    """As SLURM sends it: to all at once, and the launcher passes on what it got itself."""
+    write_store(tmp_path / "toy.zarr", "0:256")
+    (tmp_path / "toy.yaml").write_text(
+        "name: toy\nteacher: {source: none}\ntrain: {student: {width: 8, depth: 1}, steps: 100000, batch_size: 16,\n"
+        "  log_every: 10, preview_every: 100000, checkpoint_every: 100000, objective: {adversarial: {width: 4}}}\n"
+    )
+    launch = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2", BIN / "advkd-train")
+    command = (*launch, "--cache", "toy.zarr", "--config", "toy.yaml")
+    process = start(tmp_path, *command, CUDA_VISIBLE_DEVICES="")
+    wait_until(lambda: _logged(tmp_path) > 20, process)
+    launcher = psutil.Process(process.pid)
+    for part in (*launcher.children(recursive=True), launcher):
+        part.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=DEADLINE)
+    assert "checkpoint saved" in error, error
+    assert (tmp_path / "runs/toy/checkpoint/last.safetensors").is_file()
 
 
 def _logged(folder: Path) -> int:
