@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 WIDTH = 100
 """Of what is printed where there is no terminal."""
 NOT_MEASURED = "–"
+TEACHER = "teacher itself"
+"""The name of its row, which is short; the sampler stands below."""
 BESIDE = {
     "precision": "precision",
     "recall": "recall",
@@ -65,14 +67,15 @@ def _samplers(evaluation: Evaluation) -> Table:
         f"Against the teacher's cached x_0 of {evaluation.num_reference:,} seeds, in {evaluation.features} features "
         f"({form}).\nMean ± sd over {evaluation.num_sets} sets of {evaluation.set_size:,} fresh seeds "
         "(KID: ± standard error; precision, recall: %)\n",
-        "student minus this: Fréchet distance, 95 % interval; ahead or behind where it excludes 0\n",
+        "student minus this: Fréchet distance, 95 % interval; ahead or behind where it excludes 0; "
+        f"{TEACHER}: {evaluation.rows[1].name.removeprefix('teacher ').strip('()')}\n",
         ["sampler", "evals", "Fréchet", "KID", "precision", "recall", "student minus this", "student"],
     )
     for row in evaluation.rows:
         gap = evaluation.student_minus(row, "frechet") if row is not evaluation.rows[0] else None
         verdict = ("ahead" if gap.mean < 0.0 else "behind") if gap and gap.excludes_zero else ""
         table.add_row(
-            row.name,
+            TEACHER if row is evaluation.rows[1] else row.name,
             str(row.evaluations),
             _spread(row, "frechet", 1),
             _spread(row, "kid"),

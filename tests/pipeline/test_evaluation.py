@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from advkd.pipeline.cli.evaluate import main as evaluate_command
-from advkd.stages.evaluate.scores import MEASURES
+from advkd.pipeline.cli.evaluate_tables import print_evaluation
+from advkd.stages.evaluate.cost import Cost
+from advkd.stages.evaluate.scores import MEASURES, Evaluation, Row
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.train import train
 from tests.conftest import ROOT, Invoke
@@ -49,6 +52,32 @@ def test_the_page_runs_as_it_stands(invoke: Invoke, tmp_path: Path) -> None:
     scores = json.loads(Path("runs/mine/evaluation/scores.json").read_text())
     assert scores["samplers"]["student"]["frechet"][0] > 0.0
     assert scores["protocol"]["measures"] == MEASURES
+
+
+def test_the_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the teacher's sampler is called, and of a student that is far off."""
+    values = {"frechet": [1178.0, 1190.0], "kid": [17504.0, 16389.0], "precision": [0.93, 0.9], "recall": [0.79, 0.8]}
+    names = ("student", "teacher (dpmsolver++ 1000)", "ddim 50", "dpmsolver++ 50")
+    rows = [
+        Row(
+            name=name,
+            evaluations=1000,
+            values={key: [value * (1 + 0.3 * index) for value in pair] for key, pair in values.items()},
+        )
+        for index, name in enumerate(names)
+    ]
+    cost = Cost(num_parameters=35_746_307, macs=6.1e9, latency={1: 0.1, 64: 6.0})
+    print_evaluation(
+        Evaluation(
+            rows=rows, features="small-cnn", features_sha256="", perceptual="features", num_sets=5, set_size=2048,
+            num_reference=1_000_000, num_training=937_500, held_out=None, student=cost, teacher=cost,
+            deployed_parameters=1, without_teacher="", real_source=None, reference_shares=None, pictures={},
+            weights_sha256=None, identity={}, device="cpu",
+        )
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "teacher itself: dpmsolver++ 1000" in said
+    assert max(map(len, said.splitlines())) <= 100 and "…" not in said
 
 
 def test_its_links_are_there() -> None:
