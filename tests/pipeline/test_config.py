@@ -13,7 +13,17 @@ MINIMAL = {"name": "x", "teacher": {"source": "somewhere"}}
 
 
 def test_all_of_them_ship_and_load() -> None:
-    shipped = ["celebahq256", "cifar10", "digits", "digits-long", "digits-small", "mnist", "smoke"]
+    shipped = [
+        "celebahq256",
+        "cifar10",
+        "digits",
+        "digits-long",
+        "digits-small",
+        "mnist",
+        "mnist-progressive",
+        "mnist-small",
+        "smoke",
+    ]
     assert shipped_experiments() == shipped
     for name in shipped_experiments():
         experiment = load_experiment(name)
