@@ -72,6 +72,8 @@ def _samplers(evaluation: Evaluation) -> Table:
         ["sampler", "evals", "Fréchet", "KID", "precision", "recall", "student minus this", "student"],
     )
     for row in evaluation.rows:
+        if not row.values:  # said in a line below, and why
+            continue
         gap = evaluation.student_minus(row, "frechet") if row is not evaluation.rows[0] else None
         verdict = ("ahead" if gap.mean < 0.0 else "behind") if gap and gap.excludes_zero else ""
         table.add_row(
