@@ -18,7 +18,7 @@ from advkd.cache.paths import MAX_METADATA_BYTES, read_bounded, safe_folder
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _AT_ONCE = 256
-MAX_NAMED = 3
+_MAX_NAMED = 3
 
 
 def is_url(address: str | Path) -> bool:
@@ -154,7 +154,7 @@ def open_source(address: str | Path) -> Source:
         return RemoteSource(str(address))
     path = Path(address)
     if not path.exists():
-        others = [other.name for other in sorted(path.parent.glob("*.zarr"))[:MAX_NAMED]]
+        others = [other.name for other in sorted(path.parent.glob("*.zarr"))[:_MAX_NAMED]]
         raise CacheNotFoundError(
             f"no cache at {path}: `advkd-cache build --config FILE --out {path}` makes one, `dvc pull {path}` brings "
             f"one that is shared{'; beside it are ' + ', '.join(others) if others else ''}"

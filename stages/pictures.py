@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
-
-from advkd.cache.durable import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,19 +46,19 @@ def grid(images: Images, columns: int) -> Image.Image:
 
 def save_image(path: Path, image: Image.Image) -> Path:
     """Write a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
-    return path
+    return _save(path, lambda partial: image.save(partial, format="PNG"))
 
 
 def save_figure(path: Path, figure: Figure) -> Path:
     """Write a plot as a PNG, whole or not at all."""
+    return _save(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
+
+
+def _save(path: Path, write: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_atomically(path, [picture.getbuffer()])
+    partial = path.with_name(f"{path.name}.partial")
+    write(partial)
+    partial.replace(path)
     return path
 
 
@@ -106,11 +103,8 @@ def save_denoising(path: Path, timesteps: Sequence[float], states: Sequence[Imag
         ImageDraw.Draw(frame).text((MARGIN, 1), _label(timestep), fill="black")
         frames.append(frame.quantize(256))
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    frames[0].save(partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    partial.replace(path)
-    return path
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+    return _save(path, lambda partial: frames[0].save(partial, format="GIF", **options))
 
 
 def _label(timestep: float) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from advkd.pipeline.cli.common import all_or_nothing, config_option, example
+
+if TYPE_CHECKING:
+    from advkd.cache.reader import TrajectoryCache
+    from advkd.pipeline.config import Experiment
+    from advkd.stages.teacher.config import TeacherConfig
 
 
 @click.command(
@@ -53,13 +58,11 @@ def main(
     """
     from advkd.cache.errors import UsageError
     from advkd.cache.reader import TrajectoryCache
-    from advkd.cache.summary import origin_of
     from advkd.pipeline.cli.evaluate_tables import print_evaluation
     from advkd.pipeline.config import load_experiment
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.evaluate.config import EvaluateConfig
     from advkd.stages.evaluate.report import write_report
-    from advkd.stages.teacher.config import TeacherConfig
 
     if teacher and no_teacher:
         raise UsageError("--teacher and --no-teacher contradict each other: give one of them")
@@ -70,12 +73,6 @@ def main(
         "features": features, "inception_weights": inception_weights, "real": real, "num_sets": sets,
     }  # fmt: skip
     settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
-    candidates = [TeacherConfig(source=teacher)] if teacher else []
-    if not teacher and not no_teacher:
-        candidates = [experiment.teacher] if experiment else []
-        known = origin_of(cache)
-        if "source" in known:
-            candidates.append(TeacherConfig(source=known["source"], revision=known.get("commit")))
     from advkd.stages.evaluate.evaluate import evaluate
 
     with TerminalReporter() as reporter:
@@ -83,10 +80,22 @@ def main(
             run,
             store,
             settings,
-            teachers=candidates,
+            teachers=[] if no_teacher else _candidates(teacher, experiment, cache),
             full=full,
             reporter=reporter,
         )
     pictures = write_report(run / "evaluation", evaluation, cache)
     print_evaluation(evaluation)
     click.echo("look: " + "  ".join(map(str, pictures)))
+
+
+def _candidates(named: str | None, experiment: Experiment | None, cache: TrajectoryCache) -> list[TeacherConfig]:
+    """Where the teacher may be: where the user says, else where the configuration does, then where the cache does."""
+    from advkd.cache.summary import origin_of
+    from advkd.stages.teacher.config import TeacherConfig
+
+    if named:
+        return [TeacherConfig(source=named)]
+    known = origin_of(cache)
+    recorded = [TeacherConfig(source=known["source"], revision=known.get("commit"))] if "source" in known else []
+    return [*([experiment.teacher] if experiment else []), *recorded]

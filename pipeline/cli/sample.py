@@ -55,7 +55,6 @@ def main(run: str, num: int, first_seed: int, out: Path, batch_size: int) -> Non
     if suffix == ".npy":
         array = io.BytesIO()
         np.save(array, images)
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, [array.getbuffer()])
     elif suffix == ".png":
         save_grid(out, images)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from advkd.cache.errors import UsageError
-from advkd.cache.layout import parse_seed_range
 from advkd.cache.noise import is_held_out
 from advkd.cache.reader import TrajectoryCache
 from advkd.stages.device import best_device, forbid_tf32
@@ -43,7 +42,7 @@ from advkd.stages.evaluate.scores import Evaluation, HeldOut
 from advkd.stages.evaluate.yardstick import Yardstick, to_numpy, to_pixels
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.data import read_float
-from advkd.stages.student.run import Run
+from advkd.stages.student.run import Run, seeds_of
 from advkd.stages.student.student import generate, load_student, weights_sha256
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.loader import tensors_sha256
@@ -163,10 +162,8 @@ def _check_same_cache(run: Run, cache: TrajectoryCache) -> dict[str, Any]:
 
 def _training_seeds(identity: dict[str, Any], cache: TrajectoryCache, seeds: Seeds) -> Seeds:
     """The cached seeds that the run trained on."""
-    asked, size = identity["config"].get("seeds"), cache.layout.block_size
-    first, last = identity["cache"]["blocks"]
-    span = parse_seed_range(asked) if asked else range(first * size, last * size)
-    chosen: Seeds = seeds[(span.start <= seeds) & (seeds < span.stop) & ~is_held_out(seeds)]
+    begun = seeds_of(identity, cache.layout.block_size)
+    chosen: Seeds = seeds[(begun.start <= seeds) & (seeds < begun.stop) & ~is_held_out(seeds)]
     return chosen
 
 

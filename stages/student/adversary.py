@@ -125,7 +125,7 @@ class Adversary:
 
     def fresh_noise(self, step: int, count: int, like: Tensor) -> Tensor:
         """x_T from no cache: a function of (seed, step) alone, this process's share of it."""
-        return self._share(torch.randn, step, 0)(count, *like.shape[1:]).to(like.device)
+        return self._share(torch.randn, step)(count, *like.shape[1:]).to(like.device)
 
     def student_loss(self, real: Judged, fake: Judged, step: int, passed: int = 0) -> Tensor:
         """What the student hears in a step's pass number `passed`."""
@@ -177,9 +177,9 @@ class Adversary:
         logits: Tensor = (self.critic if twice else self._logits)(images, noise, judged.time)
         return logits
 
-    def _share(self, draw: Any, step: int, stream: int) -> Callable[..., Tensor]:
-        """Draws of (seed, step, stream), of which every process takes its share as it does of the seeds."""
-        generator = generator_of(self._seed, step, *([stream] if stream else []))
+    def _share(self, draw: Any, *parts: int) -> Callable[..., Tensor]:
+        """Draws of (seed, *parts), of which every process takes its share as it does of the seeds."""
+        generator = generator_of(self._seed, *parts)
         processes, rank = self._accelerator.num_processes, self._accelerator.process_index
 
         def share(count: int, *shape: int) -> Tensor:

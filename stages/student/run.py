@@ -91,6 +91,17 @@ def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_
     }
 
 
+def seeds_of(identity: dict[str, Any], block_size: int) -> range:
+    """The seeds that a run began with, held out or not.
+
+    Raises:
+        UsageError: the record of them is not what advkd writes.
+    """
+    first, last = identity["cache"]["blocks"]
+    asked = identity["config"].get("seeds")
+    return parse_seed_range(str(asked)) if asked else range(first * block_size, last * block_size)
+
+
 class Run:
     """The folder of one run."""
 
@@ -142,8 +153,8 @@ class Run:
         value = self.read()
         if value["status"] == "complete" or value["identity"]["cache"]["fingerprint"] != cache.recipe.fingerprint:
             return None
-        first, last = value["identity"]["cache"]["blocks"]
-        return f"{first * cache.layout.block_size}:{last * cache.layout.block_size}"
+        seeds = seeds_of(value["identity"], cache.layout.block_size)
+        return f"{seeds.start}:{seeds.stop}"
 
     @contextmanager
     def claimed(self, wanted: dict[str, Any], *, resume: bool, on_mismatch: OnMismatch) -> Iterator[Status]:
