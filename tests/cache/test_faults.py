@@ -21,9 +21,9 @@ from advkd.cache.verify import verify
 from advkd.cache.writer import CacheWriter
 from tests.cache.faults import Faults, Killed
 from tests.cache.harm import content, files_of, flipped, put
+from tests.conftest import ROOT
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, write_store
 
-ROOT = Path(__file__).resolve().parents[2]
 HOWS = ("once", "full", "killed")
 
 

@@ -25,9 +25,10 @@ from advkd.cache.summary import summarize
 from advkd.cache.upgrade import upgrade
 from advkd.cache.verify import verify
 from tests.cache import golden
+from tests.conftest import ROOT
 from tests.stores import tree
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/cache-format.md").read_text()
+PAGE = (ROOT / "docs/cache-format.md").read_text()
 FINGERPRINT = "bdb75809f83c9b3b292c7f267b7102aacb0ed9cd653e9974915e482028106d24"
 LAYOUT_HASH = "8d7cb1de8db4105c556da670fd71a2a24caa0c793b9191c1c54673458ff5c975"
 DIGEST = "6f185fc75a08dce4877d8dacf54a175a620b9005269d5a6a9c6afe4fafc164e6"

@@ -11,6 +11,7 @@ import pytest
 from advkd.cache.errors import LockedError
 from advkd.cache.locks import StoreLocks
 from advkd.cache.writer import CacheWriter
+from tests.conftest import ROOT
 from tests.stores import make_layout, make_recipe
 
 
@@ -21,9 +22,8 @@ def in_another_process(store: Path, program: str) -> str:
         f"store = Path({str(store)!r}); writer = CacheWriter.open(store, make_recipe(), make_layout())\n"
         "locks = StoreLocks(store)\n"
     )
-    root = Path(__file__).resolve().parents[2]
     return subprocess.run(
-        [sys.executable, "-c", prelude + program], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", prelude + program], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
 
 

@@ -20,9 +20,9 @@ from advkd.cache.recipe import Layout, State
 from advkd.cache.seal import seal
 from advkd.cache.summary import MAX_BLOCKS_FOR_STATISTICS, runs, summarize
 from advkd.cache.writer import CacheWriter
+from tests.conftest import ROOT
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, write_store
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_BLOCKS = 6250
 SHAPE = (3, 256, 256)
 WATCHED = ("open", "stat", "lstat", "scandir", "listdir", "mkdir", "unlink", "replace", "rename", "link", "fsync")

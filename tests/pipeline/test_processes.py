@@ -290,13 +290,19 @@ def test_dvc_repro_killed_at_twenty_four_moments(clone: Path, tmp_path: Path) ->
         (clone / "dvc.lock").write_text(before)
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    write_store(tmp_path / "toy.zarr", "0:256")
-    (tmp_path / "toy.yaml").write_text(
-        "name: toy\nteacher: {source: none}\ntrain: {student: {width: 8, depth: 1}, steps: 300, batch_size: 16,\n"
-        "  log_every: 10, preview_every: 300, checkpoint_every: 50, objective: {adversarial: {width: 4}}}\n"
+def toy_training(folder: Path, *, steps: int, checkpoint_every: int) -> tuple[str, ...]:
+    """A small store and a configuration; the command that trains from them."""
+    write_store(folder / "toy.zarr", "0:256")
+    (folder / "toy.yaml").write_text(
+        f"name: toy\nteacher: {{source: none}}\ntrain: {{student: {{width: 8, depth: 1}}, steps: {steps},\n"
+        f"  batch_size: 16, log_every: 10, preview_every: {steps}, checkpoint_every: {checkpoint_every},\n"
+        "  objective: {adversarial: {width: 4}}}\n"
     )
-    command = ("advkd-train", "--cache", "toy.zarr", "--config", "toy.yaml")
+    return ("advkd-train", "--cache", "toy.zarr", "--config", "toy.yaml")
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    command = toy_training(tmp_path, steps=300, checkpoint_every=50)
     finish(start(tmp_path, *command, "--run", "whole"))
     checkpoint = tmp_path / "runs/toy/checkpoint/last.safetensors"
     process = start(tmp_path, *command)
@@ -317,14 +323,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 
 def test_a_stop_that_reaches_launcher_and_processes_saves_first(tmp_path: Path) -> None:
     """As SLURM sends it: to all at once, and the launcher passes on what it got itself."""
-    write_store(tmp_path / "toy.zarr", "0:256")
-    (tmp_path / "toy.yaml").write_text(
-        "name: toy\nteacher: {source: none}\ntrain: {student: {width: 8, depth: 1}, steps: 100000, batch_size: 16,\n"
-        "  log_every: 10, preview_every: 100000, checkpoint_every: 100000, objective: {adversarial: {width: 4}}}\n"
-    )
+    _, *options = toy_training(tmp_path, steps=100_000, checkpoint_every=100_000)
     launch = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2", BIN / "advkd-train")
-    command = (*launch, "--cache", "toy.zarr", "--config", "toy.yaml")
-    process = start(tmp_path, *command, CUDA_VISIBLE_DEVICES="")
+    process = start(tmp_path, *launch, *options, CUDA_VISIBLE_DEVICES="")
     wait_until(lambda: _logged(tmp_path) > 20, process)
     launcher = psutil.Process(process.pid)
     for part in (*launcher.children(recursive=True), launcher):
