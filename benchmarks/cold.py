@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from advkd.cache.dataset import BlockShuffle, TrajectoryDataset
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from benchmarks.harness import (
     Benchmark,
     Comparison,

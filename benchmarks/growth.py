@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from advkd.cache.durable import pretty_json
-from advkd.cache.layout import chunk_path, metadata_files, record_path, states_path
-from advkd.cache.seal import seal
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.files.strict_json import pretty_json
+from advkd.cache.format.store_paths import chunk_path, record_path, states_path
+from advkd.cache.format.zarr_metadata import metadata_files
 from benchmarks.harness import Benchmark, Comparison, Row, Target, run
 from benchmarks.networks import layout_of, recipe_of
 
@@ -32,9 +33,9 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 from benchmarks.harness import peak_megabytes
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.writer import CacheWriter
-from advkd.stages.student.data import epoch_order
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
+from advkd.stages.student.training.data import epoch_order
 
 store = Path(sys.argv[1])
 cache = TrajectoryCache.open(store)
@@ -95,7 +96,7 @@ def declare(store: Path, num_seeds: int, num_states: int) -> int:
 
 def zero_crcs(num_bytes: int) -> str:
     """What a ledger record says of a file of zeros."""
-    from advkd.cache.ledger import SEGMENT_BYTES, crc32c
+    from advkd.cache.format.ledger import SEGMENT_BYTES, crc32c
 
     sizes = [min(SEGMENT_BYTES, num_bytes - start) for start in range(0, num_bytes, SEGMENT_BYTES)]
     known = {size: crc32c(bytes(size)).to_bytes(4, "big").hex() for size in set(sizes)}

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from advkd.cache.noise import NOISE_RULE
-from advkd.cache.recipe import Layout, Recipe, State
-from advkd.cache.writer import CacheWriter
-from advkd.stages.teacher.loader import new_training_scheduler, new_unet, save_pipeline
+from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.noise import NOISE_RULE
+from advkd.cache.format.recipe import Recipe
+from advkd.cache.write.writer import CacheWriter
+from advkd.stages.teacher.load.loader import new_training_scheduler, new_unet, save_pipeline
 
 CIFAR: dict[str, Any] = {
     "act_fn": "silu",

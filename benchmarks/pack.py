@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache import CacheWriter, Layout, Recipe, State, TrajectoryCache, plain, standard_normal
-from advkd.cache.chain import Chain
-from advkd.cache.noise import NOISE_RULE
-from advkd.cache.packing import PLAIN, Packing
+from advkd.cache import CacheWriter, Layout, Recipe, State, TrajectoryCache, standard_normal
+from advkd.cache.codec import standard as plain
+from advkd.cache.codec.state_codec import Chain
+from advkd.cache.format.encoding import PLAIN, Packing
+from advkd.cache.format.noise import NOISE_RULE
 
 Values = npt.NDArray[Any]
 SIDE, FACTOR, NUM_CROPS, NUM_PHOTO_SEEDS, STEPS, RECORDED = 32, 4, 4096, 512, 50, 5

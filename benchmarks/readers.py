@@ -17,7 +17,7 @@ import torch
 import zarr
 from PIL import Image
 
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from benchmarks.networks import write_states
 
 Values = npt.NDArray[Any]

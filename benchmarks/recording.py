@@ -16,11 +16,11 @@ import json, sys, time
 from pathlib import Path
 import torch
 from benchmarks.harness import peak_megabytes
-from advkd.stages.teacher import behind, build
-from advkd.stages.teacher.block import sample_block
+from advkd.stages.teacher.build import background as behind, build
+from advkd.stages.teacher.build.block import sample_block
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.plan import make_plan
-from advkd.stages.teacher.sampling import initial_noise, sample
+from advkd.stages.teacher.build.plan import make_plan
+from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
 how, teacher, store, block_size, batch, blocks, device = sys.argv[1:]
 config = CacheConfig(seeds=f"0:{int(block_size) * int(blocks)}", record=10, block_size=int(block_size),

@@ -14,12 +14,12 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
-from advkd.cache.writer import CacheWriter
-from advkd.stages.teacher.block import commit_block, sample_block
-from advkd.stages.teacher.build import begin_store
+from advkd.cache.write.writer import CacheWriter
+from advkd.stages.teacher.build.block import commit_block, sample_block
+from advkd.stages.teacher.build.build import begin_store
+from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.plan import Plan, make_plan
-from advkd.stages.teacher.sampling import initial_noise
+from advkd.stages.teacher.sample.sampling import initial_noise
 from benchmarks.harness import (
     Benchmark,
     Comparison,

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.config import load_experiment
 from advkd.stages.pretrain.teacher import save_untrained
-from advkd.stages.student.export import PACKAGES, export_int8, export_onnx
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.hub import Student
-from advkd.stages.student.onnx_student import OnnxStudent
+from advkd.stages.student.sharing.export import PACKAGES, export_int8, export_onnx
+from advkd.stages.student.sharing.onnx_student import OnnxStudent
 from advkd.stages.student.student import build_student
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
-from advkd.stages.teacher.loader import Teacher, load_teacher
-from advkd.stages.teacher.sampling import sample
+from advkd.stages.teacher.load.loader import Teacher, load_teacher
+from advkd.stages.teacher.sample.sampling import sample
 from benchmarks.harness import (
     Benchmark,
     Comparison,

@@ -15,21 +15,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.config import Experiment, load_experiment
 from advkd.stages.schedules import one_cycle
-from advkd.stages.student import trainer
 from advkd.stages.student.config import TrainConfig
-from advkd.stages.student.data import read_float
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.objectives import (
-    relativistic_discriminator,
-    relativistic_generator,
-    squared_gradient,
-)
 from advkd.stages.student.student import build_student
 from advkd.stages.student.train import train
-from advkd.stages.student.unrolled_program import UnrolledProgram
+from advkd.stages.student.training import trainer
+from advkd.stages.student.training.data import read_float
+from advkd.stages.student.training.losses import relativistic_discriminator, relativistic_generator, squared_gradient
+from advkd.stages.student.unrolled.program import UnrolledProgram
 from benchmarks.harness import Benchmark, Comparison, Target, ratio_between, rows_of, run, wait_for
 from benchmarks.networks import write_states
 from benchmarks.sampling import has_bfloat16

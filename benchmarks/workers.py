@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from advkd.stages.reporter import SilentReporter
-from advkd.stages.teacher import workers
+from advkd.stages.teacher.build import workers
+from advkd.stages.teacher.build.tasks import Request
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.tasks import Request
 from benchmarks.harness import Benchmark, Comparison, Row, Target, ratio_between, rows_of, run
 from benchmarks.networks import save_random, tiny
 

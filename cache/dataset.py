@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from advkd.cache.errors import UsageError
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 
 
 class TrajectoryDataset(Dataset[tuple[Tensor, ...]]):

@@ -11,27 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from advkd.cache.durable import pretty_json, write_atomically
 from advkd.cache.errors import CacheError, DamagedError, NotACacheError
-from advkd.cache.layout import (
-    CRC_BYTES,
-    FORMAT,
-    MAX_BLOCKS,
-    chunk_path,
-    metadata_files,
-    metadata_path,
-    record_path,
-    states_path,
-)
-from advkd.cache.ledger import ArrayRecord, BlockRecord
-from advkd.cache.locks import NOTE_FILE, StoreLocks
-from advkd.cache.metadata import read_metadata
-from advkd.cache.parse import in_line, parse_json
-from advkd.cache.paths import safe_target
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import MAX_BLOCK_BYTES, Layout, Recipe, digest
-from advkd.cache.seal import seal
-from advkd.cache.source import LocalSource, check_num_blocks, open_source
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.locks import NOTE_FILE, StoreLocks
+from advkd.cache.files.paths import safe_target
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.files.strict_json import in_line, parse_json, pretty_json
+from advkd.cache.format.layout import MAX_BLOCK_BYTES, Layout
+from advkd.cache.format.ledger import ArrayRecord, BlockRecord
+from advkd.cache.format.metadata import read_metadata
+from advkd.cache.format.recipe import Recipe, digest
+from advkd.cache.format.source import LocalSource, check_num_blocks, open_source
+from advkd.cache.format.store_paths import chunk_path, metadata_path, record_path, states_path
+from advkd.cache.format.zarr_metadata import CRC_BYTES, FORMAT, MAX_BLOCKS, metadata_files
+from advkd.cache.read.reader import TrajectoryCache
 
 _DRAFT = "draft of format 1"
 

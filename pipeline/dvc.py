@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from advkd.cache.durable import PARTIAL_SUFFIX
 from advkd.cache.errors import ConfigError, UsageError
-from advkd.cache.layout import blocks_of, parse_seed_range, record_path, seeds_of
-from advkd.cache.locks import LOCK_FILE, NOTE_FILE
+from advkd.cache.files.durable import PARTIAL_SUFFIX
+from advkd.cache.files.locks import LOCK_FILE, NOTE_FILE
+from advkd.cache.format.seeds import blocks_of, parse_seed_range, seeds_of
+from advkd.cache.format.store_paths import record_path
 from advkd.pipeline.config import Experiment, from_plain, to_plain
 from advkd.stages.teacher.config import recorded_steps
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from advkd.cache.errors import UsageError
 from advkd.pipeline.config import Experiment
-from advkd.stages.teacher.solvers import find_solver
+from advkd.stages.teacher.path.solvers import find_solver
 
 _SECTIONS = {
     "teacher": ("teacher", "source"),

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.layout import parse_seed_range
-from advkd.cache.noise import NOISE_RULE, standard_normal
-from advkd.cache.recipe import Layout, Recipe, State
-from advkd.cache.writer import CacheWriter
+from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.noise import NOISE_RULE, standard_normal
+from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.seeds import parse_seed_range
+from advkd.cache.write.writer import CacheWriter
 
 ITEM_SHAPE = (1, 8, 8)
 BLOCK_SIZE = 16

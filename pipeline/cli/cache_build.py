@@ -12,7 +12,7 @@ from advkd.pipeline.cli.common import command_line, config_option, example, guar
 
 if TYPE_CHECKING:
     from advkd.pipeline.config import Experiment
-    from advkd.stages.teacher.plan import Plan
+    from advkd.stages.teacher.build.plan import Plan
 
 
 @click.command(epilog=example("advkd-cache build --config configs/cifar10.yaml --steps 1000"))
@@ -70,7 +70,7 @@ def build(
     experiment = load_experiment(config)
     changed, suffix = with_flags(experiment, flags)
     store = out or changed.store.with_name(f"{changed.name}{suffix}.zarr")
-    from advkd.stages.teacher.plan import check_request
+    from advkd.stages.teacher.build.plan import check_request
 
     # The device is for whoever computes: on a cluster, its workers.
     here = changed.cache if scheduler is None else dataclasses.replace(changed.cache, device=None)
@@ -100,7 +100,7 @@ def _make_teacher(experiment: Experiment) -> None:
 
 
 def _plan(experiment: Experiment, store: Path) -> Plan:
-    from advkd.stages.teacher.plan import make_plan
+    from advkd.stages.teacher.build.plan import make_plan
 
     return make_plan(experiment.teacher, experiment.sampler, experiment.cache, store)
 
@@ -123,7 +123,7 @@ def _dry_run(experiment: Experiment, store: Path, num_workers: int) -> None:
 
 
 def _estimate(experiment: Experiment, store: Path, teacher: str, num_workers: int) -> None:
-    from advkd.stages.teacher.plan import measure_evaluation, missing_blocks
+    from advkd.stages.teacher.build.plan import measure_evaluation, missing_blocks
 
     plan = _plan(experiment, store)
     todo = missing_blocks(plan)
@@ -153,7 +153,7 @@ def _look_at_store(plan: Plan, *, recorded: bool, rebuild: bool) -> None:
         MismatchError: dvc.lock records this very request, but another store lies there.
     """
     from advkd.cache.errors import MismatchError
-    from advkd.cache.writer import CacheWriter
+    from advkd.cache.write.writer import CacheWriter
     from advkd.pipeline.dvc import YES
 
     writer = CacheWriter(plan.store, plan.recipe, plan.layout)
@@ -176,8 +176,8 @@ def _build(
     scheduler: str | None,
 ) -> None:
     from advkd.pipeline.progress import TerminalReporter
-    from advkd.stages.teacher.build import build as run_build
-    from advkd.stages.teacher.workers import build_with_workers
+    from advkd.stages.teacher.build.build import build as run_build
+    from advkd.stages.teacher.build.workers import build_with_workers
 
     if workers is None and scheduler is None:
         plan = _plan(experiment, store)

@@ -10,7 +10,7 @@ import click
 from advkd.pipeline.cli.common import example, guarded, parse_steps
 
 if TYPE_CHECKING:
-    from advkd.cache.combine import Combined
+    from advkd.cache.write.combine import Combined
 
 _OUT = click.option(
     "--out", metavar="STORE", type=click.Path(path_type=Path), required=True, help="The store to write."
@@ -27,9 +27,9 @@ def merge(stores: tuple[str, ...], out: Path, prefer: str | None) -> None:
 
     Files are linked, not copied, where the file system can. A killed merge goes on when it is run again.
     """
-    from advkd.cache.combine import merge as run_merge
     from advkd.cache.errors import UsageError
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.read.reader import TrajectoryCache
+    from advkd.cache.write.combine import merge as run_merge
     from advkd.pipeline.progress import TerminalReporter
 
     if prefer is not None and prefer not in stores:
@@ -55,8 +55,8 @@ def merge(stores: tuple[str, ...], out: Path, prefer: str | None) -> None:
 @guarded
 def subset(store: str, out: Path, seeds: str | None, states: str | None) -> None:
     """Cut some seeds and states out of a cache, a folder or a URL, into one of its own with the same fingerprint."""
-    from advkd.cache.combine import subset as run_subset
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.read.reader import TrajectoryCache
+    from advkd.cache.write.combine import subset as run_subset
     from advkd.pipeline.progress import TerminalReporter
 
     steps = parse_steps("--states", states) if states is not None else None
@@ -78,7 +78,7 @@ def subset(store: str, out: Path, seeds: str | None, states: str | None) -> None
 @guarded
 def upgrade(store: Path) -> None:
     """Rewrite an older cache's metadata for this version; its data stays as it is."""
-    from advkd.cache.layout import FORMAT
+    from advkd.cache.format.zarr_metadata import FORMAT
     from advkd.cache.upgrade import upgrade as run_upgrade
 
     found, num_blocks = run_upgrade(store)

@@ -18,8 +18,8 @@ from advkd.pipeline.cli.common import example, guarded, printable, store_name
 @guarded
 def info(store: str, as_json: bool) -> None:
     """Say what a cache holds: STORE is a folder or a URL."""
-    from advkd.cache.reader import TrajectoryCache
-    from advkd.cache.summary import summarize
+    from advkd.cache.care.summary import summarize
+    from advkd.cache.read.reader import TrajectoryCache
 
     summary = summarize(TrajectoryCache.open(store))
     if as_json:
@@ -93,8 +93,8 @@ def _ranges(runs: list[list[int]], most: int = 8) -> str:
 def preview(store: str, seeds: str | None, out: Path | None) -> None:
     """Draw trajectories: a PNG contact sheet, timesteps as labels, and an animated GIF of the denoising."""
     from advkd.cache.errors import UsageError
-    from advkd.cache.layout import parse_seed_range
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.format.seeds import parse_seed_range
+    from advkd.cache.read.reader import TrajectoryCache
     from advkd.stages.pictures import save_denoising, save_trajectories
 
     cache = TrajectoryCache.open(store)
@@ -119,9 +119,9 @@ def preview(store: str, seeds: str | None, out: Path | None) -> None:
 @guarded
 def diff(first: str, second: str) -> None:
     """Say how two caches differ in recipe, layout and content; exit code 1 if they do."""
-    from advkd.cache.compare import compare, tolerance_of
-    from advkd.cache.reader import TrajectoryCache
-    from advkd.cache.summary import runs
+    from advkd.cache.care.summary import runs
+    from advkd.cache.read.compare import compare, tolerance_of
+    from advkd.cache.read.reader import TrajectoryCache
 
     one, other = TrajectoryCache.open(first), TrajectoryCache.open(second)
     found = compare(one, other)

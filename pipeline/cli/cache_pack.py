@@ -49,10 +49,10 @@ def pack(
     earlier ones. Every chunk is decoded again from the file that was written; the ledger says what the error is. Run
     the same command again to go on, or to add what the cache has gained: only new blocks are written.
     """
-    from advkd.cache.pack import pack as run_pack
-    from advkd.cache.packing import Packing
-    from advkd.cache.parallel import num_cores
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.files.processes import num_cores
+    from advkd.cache.format.encoding import Packing
+    from advkd.cache.read.reader import TrajectoryCache
+    from advkd.cache.write.pack import pack as run_pack
     from advkd.pipeline.progress import TerminalReporter
 
     cache = TrajectoryCache.open(store)
@@ -91,9 +91,9 @@ def unpack(packed: str, out: Path, workers: int | None) -> None:
 
     From lossless it has the same bytes as the one that was packed. Run the same command again to go on.
     """
-    from advkd.cache.pack import unpack as run_unpack
-    from advkd.cache.parallel import num_cores
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.files.processes import num_cores
+    from advkd.cache.read.reader import TrajectoryCache
+    from advkd.cache.write.pack import unpack as run_unpack
     from advkd.pipeline.progress import TerminalReporter
 
     with TerminalReporter() as reporter:

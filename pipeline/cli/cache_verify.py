@@ -12,7 +12,7 @@ import click
 from advkd.pipeline.cli.common import example, guarded, printable
 
 if TYPE_CHECKING:
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.read.reader import TrajectoryCache
 
 MAX_LINES = 50
 
@@ -39,10 +39,10 @@ def verify(
 
     STORE is a folder or a URL. Exit code 1 if anything is wrong; each finding names file, block and state.
     """
-    from advkd.cache.reader import TrajectoryCache
-    from advkd.cache.repair import repair as run_repair
-    from advkd.cache.verify import bytes_to_verify
-    from advkd.cache.verify import verify as run_verify
+    from advkd.cache.care.repair import repair as run_repair
+    from advkd.cache.care.verify import bytes_to_verify
+    from advkd.cache.care.verify import verify as run_verify
+    from advkd.cache.read.reader import TrajectoryCache
     from advkd.pipeline.progress import TerminalReporter
 
     cache = TrajectoryCache.open(store)
@@ -70,8 +70,8 @@ def verify(
 
 def _recompute(cache: TrajectoryCache, count: int, teacher: str | None, batch_size: int, device: str | None) -> bool:
     from advkd.pipeline.progress import TerminalReporter
+    from advkd.stages.teacher.build.recompute import choose_blocks, plan_of, recompute
     from advkd.stages.teacher.config import TeacherConfig
-    from advkd.stages.teacher.recompute import choose_blocks, plan_of, recompute
 
     plan = plan_of(cache, TeacherConfig(source=teacher) if teacher else None, batch_size, device)
     with TerminalReporter() as reporter:

@@ -11,7 +11,7 @@ import click
 from advkd.pipeline.cli.common import all_or_nothing, config_option, example
 
 if TYPE_CHECKING:
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.read.reader import TrajectoryCache
     from advkd.pipeline.config import Experiment
     from advkd.stages.teacher.config import TeacherConfig
 
@@ -57,7 +57,7 @@ def main(
     Writes metrics.json, samplers.csv and pictures to RUN/evaluation.
     """
     from advkd.cache.errors import UsageError
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.read.reader import TrajectoryCache
     from advkd.pipeline.cli.evaluate_tables import print_evaluation
     from advkd.pipeline.config import load_experiment
     from advkd.pipeline.progress import TerminalReporter
@@ -91,7 +91,7 @@ def main(
 
 def _candidates(named: str | None, experiment: Experiment | None, cache: TrajectoryCache) -> list[TeacherConfig]:
     """Where the teacher may be: where the user says, else where the configuration does, then where the cache does."""
-    from advkd.cache.summary import origin_of
+    from advkd.cache.care.summary import origin_of
     from advkd.stages.teacher.config import TeacherConfig
 
     if named:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from advkd.stages.evaluate.intervals import Interval
     from advkd.stages.evaluate.scores import Evaluation, Row
+    from advkd.stages.metrics.intervals import Interval
 
 WIDTH = 100
 """Of what is printed where there is no terminal."""

@@ -10,12 +10,12 @@ import click
 from advkd.pipeline.cli.common import all_or_nothing, example
 
 if TYPE_CHECKING:
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.read.reader import TrajectoryCache
     from advkd.stages.evaluate.config import EvaluateConfig
     from advkd.stages.evaluate.deployed import Form, FormScore
-    from advkd.stages.evaluate.features import FeatureNetwork
-    from advkd.stages.student.export import Deviation
+    from advkd.stages.metrics.features import FeatureNetwork
     from advkd.stages.student.hub import Student
+    from advkd.stages.student.sharing.export import Deviation
 
     Scoring = tuple[TrajectoryCache, FeatureNetwork, EvaluateConfig]
 
@@ -64,7 +64,7 @@ def main(
     if bool(store) != bool(features):
         raise UsageError("a score needs both --cache STORE and --features NAME|FOLDER")
     if onnx:
-        from advkd.stages.student.export import check_packages
+        from advkd.stages.student.sharing.export import check_packages
 
         check_packages()
     from advkd.stages.student.hub import Student
@@ -86,8 +86,8 @@ def main(
 
 
 def _export(student: Student, path: Path, int8: bool, max_error: float) -> dict[str, Form]:
-    from advkd.stages.student.export import export_int8, export_onnx
-    from advkd.stages.student.onnx_student import OnnxStudent
+    from advkd.stages.student.sharing.export import export_int8, export_onnx
+    from advkd.stages.student.sharing.onnx_student import OnnxStudent
 
     _say(path, "float32", export_onnx(student, path, max_error=max_error))
     forms: dict[str, Form] = {PYTORCH: student, "ONNX": OnnxStudent(path)}
@@ -99,7 +99,7 @@ def _export(student: Student, path: Path, int8: bool, max_error: float) -> dict[
 
 
 def _say(path: Path, form: str, deviation: Deviation) -> None:
-    from advkd.stages.student.export import NUM_CHECKED
+    from advkd.stages.student.sharing.export import NUM_CHECKED
 
     click.echo(
         f"{path}: {form}, {path.stat().st_size / 1e6:.2f} MB; deviation from PyTorch on {NUM_CHECKED} seeds: largest "
@@ -108,10 +108,10 @@ def _say(path: Path, form: str, deviation: Deviation) -> None:
 
 
 def _scoring(student: Student, store: str, features: str) -> Scoring:
-    from advkd.cache.reader import TrajectoryCache
+    from advkd.cache.read.reader import TrajectoryCache
     from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_SET_SIZE, EvaluateConfig
     from advkd.stages.evaluate.deployed import check_same_cache
-    from advkd.stages.evaluate.features import load_features
+    from advkd.stages.metrics.features import load_features
 
     cache = TrajectoryCache.open(store)
     check_same_cache(student, cache)

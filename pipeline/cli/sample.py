@@ -42,7 +42,7 @@ def main(run: str, num: int, first_seed: int, out: Path, batch_size: int) -> Non
     import numpy as np
     from PIL import Image
 
-    from advkd.cache.durable import write_atomically
+    from advkd.cache.files.durable import write_atomically
     from advkd.stages.device import best_device, forbid_tf32
     from advkd.stages.pictures import save_grid, save_image, to_pixels
     from advkd.stages.student.hub import Student

@@ -22,7 +22,7 @@ def main(config: str | None, out: Path | None) -> None:
     Where the teacher comes from elsewhere there is nothing to train; its address, not its weights, is written down,
     so that a change of it is seen by DVC.
     """
-    from advkd.cache.durable import write_json
+    from advkd.cache.files.durable import write_json
     from advkd.pipeline.config import load_experiment, to_plain
     from advkd.pipeline.dvc import check_teacher_not_again, runs_under_dvc
     from advkd.pipeline.progress import TerminalReporter

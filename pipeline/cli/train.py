@@ -52,8 +52,8 @@ def main(
     Item shape, recorded states and noise schedule come from the cache. Run the same command again to go on after an
     interruption.
     """
-    from advkd.cache.metadata import read_metadata
-    from advkd.cache.source import open_source
+    from advkd.cache.format.metadata import read_metadata
+    from advkd.cache.format.source import open_source
 
     read_metadata(open_source(store))  # a wrong path is said at once, before anything heavy is imported
     from advkd.pipeline.config import load_experiment

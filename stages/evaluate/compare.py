@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from advkd.cache.durable import write_atomically
 from advkd.cache.errors import TrainingError, UsageError
-from advkd.stages.evaluate.intervals import Distances, Interval, paired_difference
+from advkd.cache.files.durable import write_atomically
+from advkd.stages.metrics.intervals import Distances, Interval, paired_difference
 from advkd.stages.pictures import save_figure
-from advkd.stages.student.run import Run
 from advkd.stages.student.student import weights_sha256
+from advkd.stages.student.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

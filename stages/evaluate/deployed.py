@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from advkd.cache.errors import UsageError
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import LARGE_BATCH, interleaved_latency
-from advkd.stages.evaluate.features import FeatureNetwork, extract
-from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
-from advkd.stages.evaluate.intervals import Distances, Interval, paired_difference
 from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
+from advkd.stages.metrics.features import FeatureNetwork, extract
+from advkd.stages.metrics.frechet import Gaussian, frechet_distance
+from advkd.stages.metrics.intervals import Distances, Interval, paired_difference
 from advkd.stages.reporter import Reporter, SilentReporter
-from advkd.stages.student.data import read_float
 from advkd.stages.student.hub import Student
+from advkd.stages.student.training.data import read_float
 
 Form = Callable[[Tensor], Tensor]
 """x_T (N, C, H, W) → x_0."""

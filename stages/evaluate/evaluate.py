@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from advkd.cache.errors import UsageError
-from advkd.cache.noise import is_held_out
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.format.hashing import is_held_out
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.device import best_device, forbid_tf32
 from advkd.stages.evaluate.config import (
     FULL_NUM_SETS,
@@ -31,21 +31,21 @@ from advkd.stages.evaluate.config import (
     EvaluateConfig,
 )
 from advkd.stages.evaluate.cost import LARGE_BATCH, compare_costs
-from advkd.stages.evaluate.features import FeatureNetwork, load_features, observe
-from advkd.stages.evaluate.images import real_batches
-from advkd.stages.evaluate.intervals import mean_interval
 from advkd.stages.evaluate.measure import ImageDistance, measure, pair_distance
-from advkd.stages.evaluate.neighbours import to_rows
-from advkd.stages.evaluate.perceptual import LpipsDistance
+from advkd.stages.evaluate.reference import Yardstick, to_numpy, to_pixels
 from advkd.stages.evaluate.samplers import all_samplers, find_teacher, student_sampler
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
-from advkd.stages.evaluate.yardstick import Yardstick, to_numpy, to_pixels
+from advkd.stages.images.real import real_batches
+from advkd.stages.metrics.features import FeatureNetwork, load_features, observe
+from advkd.stages.metrics.intervals import mean_interval
+from advkd.stages.metrics.neighbours import to_rows
+from advkd.stages.metrics.perceptual import LpipsDistance
 from advkd.stages.reporter import Reporter, SilentReporter
-from advkd.stages.student.data import read_float
-from advkd.stages.student.run import Run, seeds_of
 from advkd.stages.student.student import generate, load_student, weights_sha256
+from advkd.stages.student.training.data import read_float
+from advkd.stages.student.training.run import Run, seeds_of
 from advkd.stages.teacher.config import TeacherConfig
-from advkd.stages.teacher.loader import tensors_sha256
+from advkd.stages.teacher.load.loader import tensors_sha256
 
 Seeds = npt.NDArray[np.int64]
 

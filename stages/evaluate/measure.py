@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from advkd.stages.evaluate.classes import class_shares
-from advkd.stages.evaluate.features import FeatureNetwork, Look, observe
-from advkd.stages.evaluate.neighbours import nearest_distances, to_rows
-from advkd.stages.evaluate.perceptual import perceptual_distance
+from advkd.stages.evaluate.reference import Floats, Yardstick, to_numpy, to_pixels
 from advkd.stages.evaluate.samplers import Sampler
 from advkd.stages.evaluate.scores import Row
-from advkd.stages.evaluate.yardstick import Floats, Yardstick, to_numpy, to_pixels
+from advkd.stages.metrics.classes import class_shares
+from advkd.stages.metrics.features import FeatureNetwork, Look, observe
+from advkd.stages.metrics.neighbours import nearest_distances, to_rows
+from advkd.stages.metrics.perceptual import perceptual_distance
 from advkd.stages.reporter import Reporter
 
 FIRST_FRESH_SEED = 1 << 40

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from advkd.cache.durable import write_atomically, write_json
-from advkd.cache.reader import TrajectoryCache
-from advkd.stages.evaluate.classes import Shares
-from advkd.stages.evaluate.kernel import MAX_REFERENCE
+from advkd.cache.files.durable import write_atomically, write_json
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.plots import plot_scores
 from advkd.stages.evaluate.scores import MEASURES, Evaluation, Row
+from advkd.stages.metrics.classes import Shares
+from advkd.stages.metrics.kid import MAX_REFERENCE
 from advkd.stages.pictures import save_rows, save_trajectories
 from advkd.stages.provenance import versions
 

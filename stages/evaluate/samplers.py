@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import ConfigError, TeacherError
-from advkd.cache.recipe import Recipe
+from advkd.cache.format.recipe import Recipe
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.student import noise_of
+from advkd.stages.teacher.build.plan import sampler_of
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
-from advkd.stages.teacher.loader import Teacher, load_teacher
-from advkd.stages.teacher.plan import sampler_of
-from advkd.stages.teacher.sampling import initial_noise, sample
-from advkd.stages.teacher.solvers import find_solver
+from advkd.stages.teacher.load.loader import Teacher, load_teacher
+from advkd.stages.teacher.path.solvers import find_solver
+from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
 FAST_SOLVERS = ("ddim", "dpmsolver++")
 Generate = Callable[[range], Tensor]

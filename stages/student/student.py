@@ -1,7 +1,7 @@
 """A student's network: built from a configuration, saved and loaded without running anyone's code.
 
-Folder layout: `config.json` (kind, options, geometry) and `model.safetensors`. `advkd.stages.student.hub` adds where it
-comes from, and the Hub.
+Folder layout: `config.json` (kind, options, geometry) and `model.safetensors`.
+`advkd.stages.student.hub` adds where it comes from, and the Hub.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from advkd.cache.durable import write_atomically, write_json
 from advkd.cache.errors import AdvkdError, TrainingError
-from advkd.cache.noise import standard_normal
+from advkd.cache.files.durable import write_atomically, write_json
+from advkd.cache.format.noise import standard_normal
 from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.progressive import ProgressiveStudent
-from advkd.stages.student.unrolled import UnrolledStudent
+from advkd.stages.student.progressive.network import ProgressiveStudent
+from advkd.stages.student.unrolled.network import UnrolledStudent
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"

@@ -16,20 +16,20 @@ import torch
 from torch import nn
 
 from advkd.cache.errors import UsageError
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import digest
+from advkd.cache.format.recipe import digest
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.config import TrainConfig
-from advkd.stages.student.data import fetch_states
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.programs import Program
-from advkd.stages.student.progressive import ProgressiveStudent
-from advkd.stages.student.progressive_program import ProgressiveProgram
-from advkd.stages.student.run import Run, identity, split_seeds
+from advkd.stages.student.progressive.network import ProgressiveStudent
+from advkd.stages.student.progressive.program import ProgressiveProgram
 from advkd.stages.student.student import build_student, load_student
-from advkd.stages.student.team import Team
-from advkd.stages.student.trainer import Trainer
-from advkd.stages.student.unrolled_program import UnrolledProgram
+from advkd.stages.student.training.data import fetch_states
+from advkd.stages.student.training.distributed import Team
+from advkd.stages.student.training.protocol import Program
+from advkd.stages.student.training.run import Run, identity, split_seeds
+from advkd.stages.student.training.trainer import Trainer
+from advkd.stages.student.unrolled.program import UnrolledProgram
 
 
 @dataclass(frozen=True, kw_only=True)

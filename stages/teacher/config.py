@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from advkd.cache.errors import ConfigError
-from advkd.cache.recipe import DTYPES
+from advkd.cache.format.layout import DTYPES
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 SPACINGS = ("trailing", "leading", "linspace")
@@ -26,7 +26,7 @@ class SamplerConfig:
     """Which diffusers scheduler denoises, in how many steps."""
 
     name: str = "ddim"
-    """One of `advkd.stages.teacher.solvers.SOLVERS`."""
+    """One of `advkd.stages.teacher.path.solvers.SOLVERS`."""
     steps: int = 50
     eta: float = 0.0
     """Only for ddim: 0 is the deterministic ODE solver, 1 as noisy as DDPM (Song et al. 2021, eq. 16)."""

@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 
 from advkd.pipeline.config import load_experiment
-from advkd.stages.student.data import read_float
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.objective_config import AdversarialConfig
 from advkd.stages.student.student import build_student
-from advkd.stages.student.unrolled import UnrolledStudent
-from advkd.stages.student.unrolled_program import UnrolledProgram
+from advkd.stages.student.training.data import read_float
+from advkd.stages.student.unrolled.config import AdversarialConfig
+from advkd.stages.student.unrolled.network import UnrolledStudent
+from advkd.stages.student.unrolled.program import UnrolledProgram
 from benchmarks.__main__ import PROGRAMS, readme_part
 from benchmarks.harness import RESULTS, Comparison, Target, interleaved, ratio_between, rows_of
 from benchmarks.table import comparison_lines, comparisons_of, read_results, summary, table

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from advkd.cache.combine import merge, subset
-from advkd.cache.compare import compare, tolerance_of
+from advkd.cache.care.repair import repair
+from advkd.cache.care.summary import summarize
+from advkd.cache.care.verify import verify
 from advkd.cache.errors import CacheError
-from advkd.cache.locks import StoreLocks
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.repair import repair
-from advkd.cache.summary import summarize
+from advkd.cache.files.locks import StoreLocks
+from advkd.cache.read.compare import compare, tolerance_of
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.upgrade import upgrade
-from advkd.cache.verify import verify
-from advkd.cache.writer import CacheWriter
+from advkd.cache.write.combine import merge, subset
+from advkd.cache.write.writer import CacheWriter
 from tests.cache.harm import Pristine
 from tests.stores import block_states, make_layout, make_recipe
 

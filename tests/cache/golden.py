@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.durable import write_atomically
-from advkd.cache.layout import provenance_path
-from advkd.cache.noise import NOISE_RULE, standard_normal
-from advkd.cache.recipe import Layout, Recipe, State
-from advkd.cache.seal import seal
-from advkd.cache.writer import CacheWriter
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.noise import NOISE_RULE, standard_normal
+from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.store_paths import provenance_path
+from advkd.cache.write.writer import CacheWriter
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FORMAT_1 = DATA / "format-1.zarr"

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.durable import write_atomically
 from advkd.cache.errors import CacheError
-from advkd.cache.layout import provenance_path
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.seal import seal
-from advkd.cache.writer import CacheWriter
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.format.store_paths import provenance_path
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, write_store
 
 NUM_BLOCKS = 3

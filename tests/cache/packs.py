@@ -6,11 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from advkd.cache import TrajectoryCache
-from advkd.cache.noise import standard_normal
-from advkd.cache.pack import pack
-from advkd.cache.packing import PLAIN, Packing
-from advkd.cache.recipe import Layout, Recipe, State
-from advkd.cache.writer import CacheWriter
+from advkd.cache.format.encoding import PLAIN, Packing
+from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.noise import standard_normal
+from advkd.cache.format.recipe import Recipe
+from advkd.cache.write.pack import pack
+from advkd.cache.write.writer import CacheWriter
 from tests.conftest import ROOT
 from tests.stores import make_recipe
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advkd.cache import durable
-from advkd.cache.combine import Combined, merge, subset
-from advkd.cache.compare import MAX_TOLERANCE, compare, tolerance_of
-from advkd.cache.durable import write_atomically
+from advkd.cache.care.verify import verify
 from advkd.cache.errors import DamagedError, LockedError, MismatchError, NotCachedError, UsageError
-from advkd.cache.layout import parse_seed_range
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.seal import seal
-from advkd.cache.verify import verify
-from advkd.cache.writer import CacheWriter
+from advkd.cache.files import durable
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.format.seeds import parse_seed_range
+from advkd.cache.read.compare import MAX_TOLERANCE, compare, tolerance_of
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.combine import Combined, merge, subset
+from advkd.cache.write.writer import CacheWriter
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, tree, write_store
 
 TOLERANCE = {"0002": 1e-2, "0004": 1e-2}

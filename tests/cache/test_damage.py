@@ -11,15 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from advkd.cache import chunks, ledger
-from advkd.cache import verify as verification
+from advkd.cache.care import verify as verification
+from advkd.cache.care.repair import repair
+from advkd.cache.care.verify import Finding, verify
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
-from advkd.cache.layout import provenance_path
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.repair import repair
-from advkd.cache.seal import seal
-from advkd.cache.verify import Finding, verify
-from advkd.cache.writer import CacheWriter
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.format import ledger
+from advkd.cache.format.store_paths import provenance_path
+from advkd.cache.read import chunks
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
 from tests.cache.harm import (
     NOTES_OF_NOW,
     NUM_BLOCKS,

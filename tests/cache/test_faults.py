@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advkd.cache.combine import merge, subset
+from advkd.cache.care.repair import repair
+from advkd.cache.care.verify import verify
 from advkd.cache.errors import DamagedError
-from advkd.cache.layout import record_path
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.repair import repair
-from advkd.cache.verify import verify
-from advkd.cache.writer import CacheWriter
+from advkd.cache.format.store_paths import record_path
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.combine import merge, subset
+from advkd.cache.write.writer import CacheWriter
 from tests.cache.faults import Faults, Killed
 from tests.cache.harm import content, files_of, flipped, put
 from tests.conftest import ROOT
@@ -208,9 +208,9 @@ def test_a_record_torn_at_any_byte_counts_for_nothing(fast_folder: Path) -> None
 FULL = """
 import shutil, subprocess, sys
 from pathlib import Path
-from advkd.cache.combine import merge, subset
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.writer import CacheWriter
+from advkd.cache.write.combine import merge, subset
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
 from tests.cache.harm import content, files_of
 from tests.cache.test_faults import litter
 from tests.stores import block_states, make_layout, make_recipe

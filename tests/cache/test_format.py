@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import zarr
 
-from advkd.cache.compare import tolerance_of
+from advkd.cache.care.summary import summarize
+from advkd.cache.care.verify import verify
 from advkd.cache.errors import DamagedError, NotACacheError
-from advkd.cache.noise import is_held_out, standard_normal
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.summary import summarize
+from advkd.cache.format.hashing import is_held_out
+from advkd.cache.format.noise import standard_normal
+from advkd.cache.read.compare import tolerance_of
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.upgrade import upgrade
-from advkd.cache.verify import verify
 from tests.cache import golden
 from tests.conftest import ROOT
 from tests.stores import tree
@@ -148,7 +149,7 @@ def test_the_pages_vectors_hold() -> None:
 def test_noise_is_the_same_bits_without_vector_instructions() -> None:
     """Under another choice of NumPy's and torch's vector instructions, in another process."""
     program = (
-        "import hashlib; from advkd.cache.noise import standard_normal\n"
+        "import hashlib; from advkd.cache.format.noise import standard_normal\n"
         "print(hashlib.sha256(standard_normal(3, range(100, 164), (3, 16, 16)).tobytes()).hexdigest())"
     )
     plain = {
@@ -234,7 +235,7 @@ def test_a_draft_is_named_and_upgraded_without_touching_its_data(tmp_path: Path)
 
 @pytest.mark.parametrize("written", range(8))
 def test_an_interrupted_upgrade_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
-    from advkd.cache import durable
+    from advkd.cache.files import durable
 
     store, whole = tmp_path / "draft.zarr", tmp_path / "whole.zarr"
     for path in (store, whole):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from advkd.cache.errors import LockedError
-from advkd.cache.locks import StoreLocks
-from advkd.cache.writer import CacheWriter
+from advkd.cache.files.locks import StoreLocks
+from advkd.cache.write.writer import CacheWriter
 from tests.conftest import ROOT
 from tests.stores import make_layout, make_recipe
 
@@ -18,7 +18,7 @@ from tests.stores import make_layout, make_recipe
 def in_another_process(store: Path, program: str) -> str:
     """Run a program that has `store`, `writer` and `locks`; what it prints."""
     prelude = (
-        "from pathlib import Path; from tests.stores import *; from advkd.cache.locks import StoreLocks\n"
+        "from pathlib import Path; from tests.stores import *; from advkd.cache.files.locks import StoreLocks\n"
         f"store = Path({str(store)!r}); writer = CacheWriter.open(store, make_recipe(), make_layout())\n"
         "locks = StoreLocks(store)\n"
     )
@@ -50,7 +50,7 @@ def test_who_moves_a_store_is_alone_and_told_who_is_not(store: Path) -> None:
 
 
 def test_a_writer_does_not_outwait_a_repair(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("advkd.cache.locks.PATIENCE", 0.05)
+    monkeypatch.setattr("advkd.cache.files.locks.PATIENCE", 0.05)
     writer = CacheWriter.open(store, make_recipe(), make_layout())
     with StoreLocks(store).alone(), pytest.raises(LockedError, match="being moved or repaired"), writer.writing():
         pass
@@ -68,6 +68,6 @@ def test_a_file_system_without_locks_is_named(store: Path, monkeypatch: pytest.M
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("advkd.cache.locks.fcntl.fcntl", no_locks)
+    monkeypatch.setattr("advkd.cache.files.locks.fcntl.fcntl", no_locks)
     with pytest.raises(LockedError, match="gives no locks"), StoreLocks(store).alone():
         pass

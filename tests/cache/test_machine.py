@@ -19,15 +19,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from advkd.cache.combine import merge, subset
-from advkd.cache.compare import compare
+from advkd.cache.care.repair import repair
+from advkd.cache.care.verify import verify
 from advkd.cache.errors import CacheError, MismatchError, NotCachedError, UsageError
-from advkd.cache.layout import chunk_path, record_path, states_path
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import Layout
-from advkd.cache.repair import repair
-from advkd.cache.verify import verify
-from advkd.cache.writer import CacheWriter
+from advkd.cache.format.layout import Layout
+from advkd.cache.format.store_paths import chunk_path, record_path, states_path
+from advkd.cache.read.compare import compare
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.combine import merge, subset
+from advkd.cache.write.writer import CacheWriter
 from tests.cache.conftest import MEMORY
 from tests.cache.harm import content, files_of, flipped, put
 from tests.stores import BLOCK_SIZE, ITEM_SHAPE, block_states, make_layout, make_recipe

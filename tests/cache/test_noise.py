@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from advkd.cache.noise import inverse_normal_cdf, is_held_out, mix64, standard_normal
+from advkd.cache.format.hashing import is_held_out, mix64
+from advkd.cache.format.noise import inverse_normal_cdf, standard_normal
 
 seeds = st.integers(0, 2**63 - 1)
 

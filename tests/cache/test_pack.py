@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advkd.cache import TrajectoryCache
+from advkd.cache.care.verify import verify
+from advkd.cache.codec.float16 import to_float16, to_float32
+from advkd.cache.codec.packed_source import PackedSource
+from advkd.cache.codec.residual import Exact
 from advkd.cache.errors import CacheError, DamagedError, MismatchError, NotCachedError, UsageError
-from advkd.cache.halves import to_float16, to_float32
-from advkd.cache.layout import parse_seed_range
-from advkd.cache.pack import pack, unpack
-from advkd.cache.packed import PackedSource
-from advkd.cache.packing import PLAIN, Packing, quantisation_step
-from advkd.cache.residual import Exact
-from advkd.cache.verify import verify
-from advkd.cache.writer import CacheWriter
+from advkd.cache.format.encoding import PLAIN, Packing, quantisation_step
+from advkd.cache.format.seeds import parse_seed_range
+from advkd.cache.write.pack import pack, unpack
+from advkd.cache.write.writer import CacheWriter
 from tests.cache.harm import content, files_of
 from tests.cache.packs import ARCHIVE, ERROR, EVERY, GOLDEN, LOSSLESS, packed_of, smooth_states, write_smooth
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, write_store

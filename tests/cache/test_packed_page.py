@@ -11,8 +11,8 @@ import pytest
 from numcodecs.pcodec import PCodec
 
 from advkd.cache import TrajectoryCache
-from advkd.cache.pack import pack
-from advkd.cache.packing import Packing
+from advkd.cache.format.encoding import Packing
+from advkd.cache.write.pack import pack
 from tests.cache.packs import GOLDEN, write_smooth
 
 F = np.float32

@@ -13,20 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from advkd.cache import TrajectoryCache
-from advkd.cache.chain import Chain
-from advkd.cache.combine import merge, subset
-from advkd.cache.compare import compare
+from advkd.cache.care.repair import repair
+from advkd.cache.care.summary import summarize
+from advkd.cache.care.verify import verify
+from advkd.cache.codec.residual import integers_from_bytes, integers_to_bytes
+from advkd.cache.codec.state_codec import Chain
 from advkd.cache.errors import CacheError, DamagedError, NotACacheError, NotCachedError
-from advkd.cache.layout import record_path
-from advkd.cache.pack import pack, unpack
-from advkd.cache.pack_block import packed_source
-from advkd.cache.packing import CODECS, PLAIN, REDRAWN, Packing
-from advkd.cache.recipe import Layout
-from advkd.cache.repair import repair
-from advkd.cache.residual import integers_from_bytes, integers_to_bytes
-from advkd.cache.seal import seal, unsealed
-from advkd.cache.summary import summarize
-from advkd.cache.verify import verify
+from advkd.cache.files.sealed_json import seal, unsealed
+from advkd.cache.format.encoding import CODECS, PLAIN, REDRAWN, Packing
+from advkd.cache.format.layout import Layout
+from advkd.cache.format.store_paths import record_path
+from advkd.cache.read.compare import compare
+from advkd.cache.write.combine import merge, subset
+from advkd.cache.write.pack import pack, unpack
+from advkd.cache.write.pack_block import packed_source
 from tests.cache.exercise import read_everything
 from tests.cache.harm import content, files_of, flipped, put
 from tests.cache.mutations import mutated_stores
@@ -168,7 +168,9 @@ def test_a_missing_file_is_packed_again(whole: Path) -> None:
 
 def test_drawn_noise_is_checked_against_its_hash(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = TrajectoryCache.open(packed_of(whole, ARCHIVE), scratch=whole.with_name("fresh"))
-    monkeypatch.setattr("advkd.cache.chain.standard_normal", lambda *_: np.zeros((16, *ITEM_SHAPE), dtype=np.float32))
+    monkeypatch.setattr(
+        "advkd.cache.codec.state_codec.standard_normal", lambda *_: np.zeros((16, *ITEM_SHAPE), dtype=np.float32)
+    )
     with pytest.raises(DamagedError, match="x_T of block 0, drawn again, is not what was recorded"):
         packed.rows(4, [0])
     assert {found.state for found in verify(packed).findings} == {"0000"}
@@ -247,9 +249,9 @@ BOMBS = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from advkd.cache import plain
-from advkd.cache.packing import PLAIN, Packing
-from advkd.cache.residual import integers_from_bytes, integers_to_bytes
+from advkd.cache.codec import standard as plain
+from advkd.cache.format.encoding import PLAIN, Packing
+from advkd.cache.codec.residual import integers_from_bytes, integers_to_bytes
 
 zeros = np.zeros(64 << 20, dtype=np.float16)
 bombs = {codec: plain.encode(zeros, Packing.of(codec, "float16", level=1)) for codec in PLAIN}

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advkd.cache.durable import pretty_json
-from advkd.cache.layout import chunk_path, metadata_files, record_path, states_path
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import Layout, State
-from advkd.cache.seal import seal
-from advkd.cache.summary import MAX_BLOCKS_FOR_STATISTICS, runs, summarize
-from advkd.cache.writer import CacheWriter
+from advkd.cache.care.summary import MAX_BLOCKS_FOR_STATISTICS, runs, summarize
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.files.strict_json import pretty_json
+from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.store_paths import chunk_path, record_path, states_path
+from advkd.cache.format.zarr_metadata import metadata_files
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
 from tests.conftest import ROOT
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, write_store
 
@@ -118,7 +119,7 @@ def test_looking_at_a_million_seeds_opens_no_chunk_and_each_record_once(million:
 
 def test_choosing_seeds_of_a_million_reads_no_record(million: Path) -> None:
     pytest.importorskip("filelock")
-    from advkd.stages.student.run import split_seeds
+    from advkd.stages.student.training.run import split_seeds
 
     with counted(million) as counts:
         split = split_seeds(TrajectoryCache.open(million), None)
@@ -144,9 +145,9 @@ def test_gaps_are_found_among_many_blocks(million: Path) -> None:
 
 FIGURES = """
 import json, resource, sys, time
-import numpy, advkd.cache, advkd.cache.summary
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.summary import summarize
+import numpy, advkd.cache, advkd.cache.care.summary
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.care.summary import summarize
 
 def peak():
     try:  # what getrusage says begins with what the parent had when it forked
@@ -198,8 +199,8 @@ FEW_DESCRIPTORS = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 import numpy as np
-from advkd.cache.compare import compare
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.compare import compare
+from advkd.cache.read.reader import TrajectoryCache
 
 one, other = (TrajectoryCache.open(path) for path in sys.argv[1:3])
 for block in one.blocks:

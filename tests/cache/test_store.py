@@ -14,8 +14,6 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advkd.cache import durable
-from advkd.cache.durable import pretty_json
 from advkd.cache.errors import (
     CacheError,
     CacheNotFoundError,
@@ -25,10 +23,12 @@ from advkd.cache.errors import (
     NotCachedError,
     UsageError,
 )
-from advkd.cache.layout import blocks_of, parse_seed_range
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import differences
-from advkd.cache.writer import CacheWriter
+from advkd.cache.files import durable
+from advkd.cache.files.strict_json import pretty_json
+from advkd.cache.format.differences import differences
+from advkd.cache.format.seeds import blocks_of, parse_seed_range
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
 from tests.stores import BLOCK_SIZE, ITEM_SHAPE, block_states, make_layout, make_recipe, tree, write_store
 
 
@@ -169,7 +169,7 @@ def test_a_flipped_bit_is_found_where_it_is_touched(store: Path) -> None:
 
 def test_only_the_touched_segments_are_read(tmp_path: Path) -> None:
     """In a file of several MiB, damage beyond the rows that are read is not looked at."""
-    from advkd.cache.ledger import SEGMENT_BYTES
+    from advkd.cache.format.ledger import SEGMENT_BYTES
 
     shape = (1, 128, 128)
     layout = make_layout(block_size=96)
@@ -296,7 +296,7 @@ def test_an_empty_folder_counts_as_nothing(tmp_path: Path) -> None:
 def test_few_files_stay_mapped_and_none_open(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches that touch more blocks than are mapped at once are gathered in parts."""
     everything = TrajectoryCache.open(store).rows(2, range(256))
-    monkeypatch.setattr("advkd.cache.chunks.MAX_MAPPED_FILES", 3)
+    monkeypatch.setattr("advkd.cache.read.chunks.MAX_MAPPED_FILES", 3)
     cache = TrajectoryCache.open(store)
     generator = np.random.default_rng(0)
     for size in (1, 3, 16, 256, 300):
@@ -312,7 +312,7 @@ def test_few_files_stay_mapped_and_none_open(store: Path, monkeypatch: pytest.Mo
 
 def test_threads_that_read_one_cache_do_not_disturb_each_other(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = TrajectoryCache.open(store).rows(2, range(256))
-    monkeypatch.setattr("advkd.cache.chunks.MAX_MAPPED_FILES", 2)
+    monkeypatch.setattr("advkd.cache.read.chunks.MAX_MAPPED_FILES", 2)
     cache = TrajectoryCache.open(store)
     batches = [np.random.default_rng(seed).integers(0, 256, 64) for seed in range(100)]
     with ThreadPoolExecutor(4) as executor:
@@ -322,7 +322,7 @@ def test_threads_that_read_one_cache_do_not_disturb_each_other(store: Path, monk
 
 def test_a_block_seen_stays_what_it_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever holds a view isn't shown another block when the reader needs the place."""
-    monkeypatch.setattr("advkd.cache.chunks.MAX_MAPPED_FILES", 1)
+    monkeypatch.setattr("advkd.cache.read.chunks.MAX_MAPPED_FILES", 1)
     cache = TrajectoryCache.open(store)
     view = cache.block_view(2, 0)
     before = view.copy()

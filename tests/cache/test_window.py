@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from advkd.cache import window as windows
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.window import ReadAhead, Window
+from advkd.cache.read import mapping as windows
+from advkd.cache.read.mapping import ReadAhead, Window
+from advkd.cache.read.reader import TrajectoryCache
 from tests.stores import write_store
 
 TAIL = b"tail"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from advkd.stages.reporter import SilentReporter
+from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.plan import Plan, make_plan
 
 SETTINGS = ("--block-size", "4", "--batch-size", "4", "--record", "2")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from advkd.cache.locks import StoreLocks
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.verify import verify
-from advkd.stages.teacher.build import build
+from advkd.cache.care.verify import verify
+from advkd.cache.files.locks import StoreLocks
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.teacher.build.build import build
 from tests.pipeline.plans import Listener, plan_for
 from tests.pipeline.processes import Process, committed, finish, makers, num_built, start, wait_until
 from tests.stores import block_states, tree, write_store
@@ -115,7 +115,7 @@ def test_a_store_too_large_to_sweep_is_swept_block_by_block(tmp_path: Path, monk
     (store / "blocks/000002.json").unlink()
     left = store / "states/0002/c/2/0/0/0.0123456789ab.partial"
     left.write_bytes(b"half")
-    monkeypatch.setattr("advkd.cache.writer.SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr("advkd.cache.write.writer.SWEEP_SECONDS", 0.0)
     with writer.writing():
         assert left.exists()
         writer.commit(2, block_states(writer.layout, 2))

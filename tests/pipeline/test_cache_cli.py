@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advkd.cache.compare import tolerance_of
-from advkd.cache.durable import write_atomically
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import digest
-from advkd.cache.seal import seal
-from advkd.cache.writer import CacheWriter
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.format.recipe import digest
+from advkd.cache.read.compare import tolerance_of
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
 from advkd.pipeline.cli.cache import main as command
-from advkd.stages.teacher.block import sample_block
-from advkd.stages.teacher.recompute import plan_of
+from advkd.stages.teacher.build.block import sample_block
+from advkd.stages.teacher.build.recompute import plan_of
 from tests.cache import golden
 from tests.conftest import Invoke
 from tests.stores import block_states, make_layout, make_recipe, tree, write_store

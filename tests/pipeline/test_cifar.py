@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.sample import main as sample_command
@@ -57,7 +57,7 @@ def test_cifar_from_teacher_to_scores(invoke: Invoke, cifar_teacher: Path, tmp_p
         f"name: cifar\nteacher: {{source: {cifar_teacher}}}\n"
         "evaluate: {features: small, num_sets: 2, set_size: 4, solver_steps: [2]}\n"
     )
-    from advkd.stages.evaluate.features import SmallClassifier, save_classifier
+    from advkd.stages.metrics.features import SmallClassifier, save_classifier
 
     save_classifier(Path("small"), SmallClassifier(3, 32, 10).eval(), {})
     result = invoke(evaluate_command, "--run", "runs/cifar", "--cache", store, "--config", "short.yaml")

@@ -14,11 +14,11 @@ import dask.config
 import distributed  # noqa: F401 – its configuration
 import pytest
 
-from advkd.cache.layout import MAX_BLOCKS
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.verify import verify
+from advkd.cache.care.verify import verify
+from advkd.cache.format.zarr_metadata import MAX_BLOCKS
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
-from advkd.stages.teacher import workers
+from advkd.stages.teacher.build import workers
 from tests.conftest import ROOT, Invoke
 from tests.pipeline.processes import BIN, ENVIRONMENT
 from tests.pipeline.readme import commands_below

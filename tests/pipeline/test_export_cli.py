@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from advkd.pipeline.cli.export import main as export_command
-from advkd.stages.evaluate.features import SmallClassifier, save_classifier
+from advkd.stages.metrics.features import SmallClassifier, save_classifier
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.hub import Student
-from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
-from advkd.stages.student.onnx_student import OnnxStudent
+from advkd.stages.student.sharing.onnx_student import OnnxStudent
 from advkd.stages.student.train import train
+from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT, Invoke
 from tests.pipeline.readme import TEXT, below, python_blocks, readme_commands
 from tests.pipeline.servers import model_hub
@@ -115,7 +115,7 @@ def test_interrupted_it_leaves_nothing(trained: Path, tmp_path: Path) -> None:
     temporary.mkdir()
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from advkd.stages.student import export\n"
+        "from advkd.stages.student.sharing import export\n"
         "exporting = export.torch.onnx.export\n"
         "def slow(*a, **k): print('now', flush=True); exporting(*a, **k); import time; time.sleep(60)\n"
         "export.torch.onnx.export = slow\n"

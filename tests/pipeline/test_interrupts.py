@@ -37,7 +37,7 @@ def test_who_is_stopped_is_told_whether_the_command_goes_on(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("advkd.cache.reader.TrajectoryCache.open", stopped)
+    monkeypatch.setattr("advkd.cache.read.reader.TrajectoryCache.open", stopped)
     scoring = invoke(evaluate.main, "--run", tmp_path, "--cache", tmp_path)
     looking = invoke(cache_look.info, tmp_path)
     assert scoring.exit_code == looking.exit_code == 130

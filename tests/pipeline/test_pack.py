@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from advkd.cache import TrajectoryCache
-from advkd.cache.verify import verify
+from advkd.cache.care.verify import verify
 from advkd.pipeline.cli.cache import main as command
 from advkd.pipeline.cli.train import main as train_command
 from tests.cache.harm import content, files_of

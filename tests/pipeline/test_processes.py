@@ -20,12 +20,12 @@ import psutil
 import pytest
 import torch
 
-from advkd.cache.combine import merge
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.verify import verify
-from advkd.stages.teacher.build import build
+from advkd.cache.care.verify import verify
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.combine import merge
+from advkd.stages.teacher.build.build import build
+from advkd.stages.teacher.build.plan import make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.plan import make_plan
 from tests.pipeline.clones import edit_config, new_clone, repro
 from tests.pipeline.processes import BIN, DEADLINE, Process, finish, start, stop, wait_until
 from tests.stores import tree, write_store

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advkd.cache import durable, scratch
+from advkd.cache.care.verify import verify
 from advkd.cache.errors import CacheNotFoundError, DamagedError, NotCachedError, UsageError
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.verify import verify
+from advkd.cache.files import durable
+from advkd.cache.read import chunk_cache as scratch
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
 from advkd.pipeline.cli.train import main as train_command
 from tests.conftest import Invoke

@@ -22,11 +22,11 @@ from distributed import Client, KilledWorker
 from advkd.cache import errors
 from advkd.cache.errors import AdvkdError, CacheError, MismatchError
 from advkd.pipeline.cli.cache import main as cache_command
-from advkd.stages.teacher import tasks, workers
-from advkd.stages.teacher.build import build
+from advkd.stages.teacher.build import tasks, workers
+from advkd.stages.teacher.build.build import build
+from advkd.stages.teacher.build.plan import Plan
+from advkd.stages.teacher.build.workers import build_with_workers
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.plan import Plan
-from advkd.stages.teacher.workers import build_with_workers
 from tests.conftest import ROOT, Invoke
 from tests.pipeline.plans import SETTINGS, Listener, plan_for, with_other_weights
 from tests.pipeline.processes import BIN, ENVIRONMENT, committed, makers, wait_until

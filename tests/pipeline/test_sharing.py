@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from advkd.cache import TrajectoryCache
 from advkd.cache.errors import LockedError, UsageError
-from advkd.cache.locks import StoreLocks
+from advkd.cache.files.locks import StoreLocks
 from advkd.pipeline.cli.cache import main as cache_command
 from advkd.pipeline.cli.teacher import main as teacher_command
 from advkd.pipeline.cli.train import main as train_command

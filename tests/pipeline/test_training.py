@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from advkd.cache import TrajectoryCache
-from advkd.stages.evaluate.features import SmallClassifier, save_classifier
+from advkd.stages.metrics.features import SmallClassifier, save_classifier
 from advkd.stages.student.config import TrainConfig
-from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
+from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT
 from tests.pipeline.clones import ENVIRONMENT, new_clone, repro, run, select_experiment
 from tests.pipeline.readme import shell_blocks

@@ -13,12 +13,12 @@ import psutil
 import pytest
 import torch
 
-from advkd.cache.layout import record_path
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.verify import verify
+from advkd.cache.care.verify import verify
+from advkd.cache.format.store_paths import record_path
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
-from advkd.stages.teacher import tasks, workers
-from advkd.stages.teacher.build import build
+from advkd.stages.teacher.build import tasks, workers
+from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.config import TeacherConfig
 from tests.conftest import Invoke
 from tests.pipeline.plans import SETTINGS, plan_for, with_other_weights

@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 
 from advkd.cache.errors import UsageError
-from advkd.stages.student.adversary import Adversary, Judged
-from advkd.stages.student.augment import augment
-from advkd.stages.student.critics import Critic, CriticOfEach
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.objective_config import ADVERSARIAL_LOSSES, AUGMENTATIONS, JUDGED, AdversarialConfig
+from advkd.stages.student.unrolled.adversary import Adversary, Judged
+from advkd.stages.student.unrolled.augment import augment
+from advkd.stages.student.unrolled.config import ADVERSARIAL_LOSSES, AUGMENTATIONS, JUDGED, AdversarialConfig
+from advkd.stages.student.unrolled.critics import Critic, CriticOfEach
 
 GEOMETRY = Geometry(
     item_shape=(1, 8, 8),

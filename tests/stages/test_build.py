@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from advkd.cache.compare import block_distances, tolerance_of, within
 from advkd.cache.errors import LockedError, MismatchError, TeacherError, UsageError
-from advkd.cache.layout import chunk_path
-from advkd.cache.noise import standard_normal
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.writer import CacheWriter
+from advkd.cache.format.noise import standard_normal
+from advkd.cache.format.store_paths import chunk_path
+from advkd.cache.read.compare import block_distances, tolerance_of, within
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
 from advkd.stages.reporter import SilentReporter
-from advkd.stages.teacher import block as sampling_blocks
-from advkd.stages.teacher import build as building
-from advkd.stages.teacher import plan as planning
-from advkd.stages.teacher.build import build
+from advkd.stages.teacher.build import block as sampling_blocks
+from advkd.stages.teacher.build import build as building
+from advkd.stages.teacher.build import plan as planning
+from advkd.stages.teacher.build.build import build
+from advkd.stages.teacher.build.plan import Plan, make_plan, missing_blocks
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.plan import Plan, make_plan, missing_blocks
 from tests.stores import tree
 
 CACHE = CacheConfig(seeds="0:24", record=2, block_size=8, batch_size=5, device="cpu")

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from advkd.cache.noise import is_held_out
-from advkd.cache.reader import TrajectoryCache
-from advkd.stages.student.data import TrajectoryBatches, epoch_order, make_loader
-from advkd.stages.student.run import split_seeds
+from advkd.cache.format.hashing import is_held_out
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.student.training.data import TrajectoryBatches, epoch_order, make_loader
+from advkd.stages.student.training.run import split_seeds
 
 
 def test_held_out_seeds_are_never_trained_on(store: Path) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from advkd.cache.dataset import BlockShuffle, TrajectoryDataset
 from advkd.cache.errors import DamagedError, NotCachedError, UsageError
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from tests.stores import BLOCK_SIZE, write_store
 
 

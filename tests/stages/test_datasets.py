@@ -8,8 +8,8 @@ import torch
 
 from advkd.cache.errors import ConfigError, UsageError
 from advkd.pipeline.config import load_experiment
-from advkd.stages.evaluate.datasets import load_dataset
-from advkd.stages.evaluate.images import real_batches
+from advkd.stages.images.datasets import load_dataset
+from advkd.stages.images.real import real_batches
 from advkd.stages.pretrain.classifier import train_classifier
 from advkd.stages.pretrain.config import ClassifierConfig, PretrainConfig
 from advkd.stages.pretrain.teacher import NUM_TIMESTEPS, diffusion_loss, make_scheduler

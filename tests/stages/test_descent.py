@@ -15,12 +15,12 @@ from torch import nn
 
 from advkd.stages.ema import ExponentialMovingAverage, power_exponent
 from advkd.stages.student.config import StudentConfig, TrainConfig
-from advkd.stages.student.descent import Descent
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
-from advkd.stages.student.optimizers import KernelMuon, make_optimizers
 from advkd.stages.student.student import build_student
 from advkd.stages.student.train import train
+from advkd.stages.student.training.descent import Descent
+from advkd.stages.student.training.optimizers import KernelMuon, make_optimizers
+from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 
 CONFIG = TrainConfig(
     student=StudentConfig(width=8, depth=1),

@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 
 from advkd.cache.errors import UsageError
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate import evaluate as evaluating
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
-from advkd.stages.evaluate.features import SmallClassifier, extract, load_features, save_classifier
-from advkd.stages.evaluate.frechet import Gaussian, frechet_distance
-from advkd.stages.evaluate.images import real_batches
 from advkd.stages.evaluate.report import write_report
+from advkd.stages.images.real import real_batches
+from advkd.stages.metrics.features import SmallClassifier, extract, load_features, save_classifier
+from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.student.config import StudentConfig, TrainConfig
-from advkd.stages.student.run import Run, split_seeds
 from advkd.stages.student.student import load_student, weights_sha256
 from advkd.stages.student.train import train
+from advkd.stages.student.training.run import Run, split_seeds
 from tests.conftest import save_random_inception
 from tests.stores import tree
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from advkd.cache.errors import TrainingError, UsageError
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.deployed import score_forms, time_forms
-from advkd.stages.evaluate.features import SmallClassifier, load_features, save_classifier
-from advkd.stages.student import export
+from advkd.stages.metrics.features import SmallClassifier, load_features, save_classifier
 from advkd.stages.student.config import StudentConfig
-from advkd.stages.student.export import compare, export_int8, export_onnx
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.hub import Student
-from advkd.stages.student.onnx_student import METADATA, SPLIT_FROM, OnnxStudent
 from advkd.stages.student.pipeline import StudentPipeline
+from advkd.stages.student.sharing import export
+from advkd.stages.student.sharing.export import compare, export_int8, export_onnx
+from advkd.stages.student.sharing.onnx_student import METADATA, SPLIT_FROM, OnnxStudent
 from advkd.stages.student.student import build_student
 from tests.stages.test_hub import make_student
 from tests.stages.test_student import geometry

@@ -14,13 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from advkd.cache.errors import TrainingError, UsageError
-from advkd.cache.reader import TrajectoryCache
-from advkd.stages.student.card import model_card
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.hub import Student
-from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
+from advkd.stages.student.sharing.card import model_card
 from advkd.stages.student.student import build_student, save_student, weights_sha256
 from advkd.stages.student.train import train
+from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.pipeline.servers import model_hub
 from tests.stages.test_student import geometry
 from tests.stores import tree, write_store
@@ -198,7 +198,7 @@ def test_a_card_of_hostile_facts_is_still_one_card(tmp_path: Path) -> None:
 
 
 def test_an_absolute_path_of_the_builders_machine_is_not_told() -> None:
-    from advkd.stages.student.origin import _without_places
+    from advkd.stages.student.sharing.origin import _without_places
 
     assert _without_places({"source": "/home/me/teachers/celeba"}) == {"source": "celeba"}
     for kept in ({"source": "teachers/digits/pipeline"}, {"source": "a/b", "commit": "1"}, {}):
@@ -272,7 +272,7 @@ PUSH_AND_LOAD = """
 import torch
 from advkd.cache.errors import TrainingError
 from advkd.stages.student.hub import Student
-from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
+from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 
 student = Student.from_pretrained("toy")
 print(student.push_to_hub("me/toy", token="hf_secret", commit_message="first"))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from advkd.cache.errors import TeacherError, UsageError
-from advkd.stages.teacher.build import build
+from advkd.stages.teacher.build.build import build
+from advkd.stages.teacher.build.plan import make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.loader import load_teacher
-from advkd.stages.teacher.plan import make_plan
+from advkd.stages.teacher.load.loader import load_teacher
 
 
 @pytest.mark.parametrize(

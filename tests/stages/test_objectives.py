@@ -8,7 +8,7 @@ from torch import nn
 
 from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.schedules import one_cycle
-from advkd.stages.student import objectives
+from advkd.stages.student.training import losses as objectives
 
 
 def test_pseudo_huber_is_quadratic_near_and_linear_far() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.objective_config import ObjectiveConfig
-from advkd.stages.student.regression import Regression, head_targets, head_weights
-from advkd.stages.student.unrolled import jump
+from advkd.stages.student.unrolled.config import ObjectiveConfig
+from advkd.stages.student.unrolled.network import jump
+from advkd.stages.student.unrolled.regression import Regression, head_targets, head_weights
 
 LEVELS = ((0.0, 1.0), (0.6, 0.8), (0.9, math.sqrt(0.19)), (1.0, 0.0))
 STEPS = (0, 2, 4, 6)

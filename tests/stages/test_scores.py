@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from advkd.cache.errors import UsageError
-from advkd.stages.evaluate.classes import class_shares, mean_confidence, overlap, rarest_class
-from advkd.stages.evaluate.features import Look
-from advkd.stages.evaluate.intervals import mean_interval, paired_difference, standard_error
-from advkd.stages.evaluate.kernel import BLOCK_ENTRIES, KernelReference, kernel_distance, kernel_sum, own_term
-from advkd.stages.evaluate.manifolds import precision_and_recall
 from advkd.stages.evaluate.measure import _add_neighbours
-from advkd.stages.evaluate.neighbours import nearest_distances, to_rows
-from advkd.stages.evaluate.perceptual import LpipsDistance, perceptual_distance
+from advkd.stages.evaluate.reference import Yardstick
 from advkd.stages.evaluate.scores import Row
-from advkd.stages.evaluate.yardstick import Yardstick
+from advkd.stages.metrics.classes import class_shares, mean_confidence, overlap, rarest_class
+from advkd.stages.metrics.features import Look
+from advkd.stages.metrics.intervals import mean_interval, paired_difference, standard_error
+from advkd.stages.metrics.kid import BLOCK_ENTRIES, KernelReference, kernel_distance, kernel_sum, own_term
+from advkd.stages.metrics.neighbours import nearest_distances, to_rows
+from advkd.stages.metrics.perceptual import LpipsDistance, perceptual_distance
+from advkd.stages.metrics.precision_recall import precision_and_recall
 
 Array = npt.NDArray[np.float64]
 

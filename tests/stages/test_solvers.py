@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import ConfigError
-from advkd.cache.noise import standard_normal
+from advkd.cache.format.noise import standard_normal
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig, recorded_steps
-from advkd.stages.teacher.levels import alpha_bars, sigmas
-from advkd.stages.teacher.loader import Teacher, load_teacher, make_scheduler
-from advkd.stages.teacher.sampling import initial_noise, sample
-from advkd.stages.teacher.solvers import SOLVERS, is_deterministic, trajectory_states
+from advkd.stages.teacher.load.loader import Teacher, load_teacher, make_scheduler
+from advkd.stages.teacher.path.levels import alpha_bars, sigmas
+from advkd.stages.teacher.path.solvers import SOLVERS, is_deterministic, trajectory_states
+from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
 SAMPLERS = [
     SamplerConfig(name="ddim", steps=10),

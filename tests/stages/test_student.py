@@ -11,14 +11,14 @@ from advkd.cache.errors import TrainingError
 from advkd.pipeline.config import load_experiment
 from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.progressive import (
+from advkd.stages.student.progressive.network import (
     ConditionalDiscriminator,
     ProgressiveStudent,
     reduce_noise,
     upsampling_submodules,
 )
 from advkd.stages.student.student import build_student, generate, load_student, noise_of, save_student
-from advkd.stages.student.unrolled import UnrolledStudent, jump, jump_target
+from advkd.stages.student.unrolled.network import UnrolledStudent, jump, jump_target
 
 
 def geometry(channels: int = 1, size: int = 16, submodules: int = 4) -> Geometry:

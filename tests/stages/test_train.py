@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
-from advkd.cache.reader import TrajectoryCache
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.student.config import StagesConfig, StudentConfig, TrainConfig
-from advkd.stages.student.data import read_float
-from advkd.stages.student.objective_config import AdversarialConfig, ObjectiveConfig
-from advkd.stages.student.run import Run, split_seeds
 from advkd.stages.student.student import generate, load_student
 from advkd.stages.student.train import train
+from advkd.stages.student.training.data import read_float
+from advkd.stages.student.training.run import Run, split_seeds
+from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT
 from tests.stores import make_recipe, write_store
 
@@ -84,7 +84,7 @@ def test_going_on_gives_the_uninterrupted_run_to_the_digit(
 
 def test_a_crash_repeats_from_the_last_checkpoint(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at step 7 of 12 with a checkpoint at 4: the metrics of steps 5 to 7 are logged once."""
-    from advkd.stages.student.unrolled_program import UnrolledProgram
+    from advkd.stages.student.unrolled.program import UnrolledProgram
 
     train(store, UNROLLED, tmp_path / "whole")
     original = UnrolledProgram.step
@@ -216,8 +216,8 @@ print(any("diffusers" in name for name in sys.modules), any("teachers/" in path 
 def test_a_student_that_normalises_over_its_batch_is_trained_in_one_process(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("advkd.stages.student.team.Team.size", 2)
-    monkeypatch.setattr("advkd.stages.student.team.Team.told", lambda self, value: value)
+    monkeypatch.setattr("advkd.stages.student.training.distributed.Team.size", 2)
+    monkeypatch.setattr("advkd.stages.student.training.distributed.Team.told", lambda self, value: value)
     with pytest.raises(UsageError, match="2 would train another student"):
         train(store, PROGRESSIVE, tmp_path / "run")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from advkd.cache.durable import pretty_json
-from advkd.cache.locks import StoreLocks
-from advkd.cache.seal import seal
+from advkd.cache.files.locks import StoreLocks
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.files.strict_json import pretty_json
 from tests.cache.exercise import Mutant
 from tests.cache.harm import Pristine
 from tests.cache.mutations import make_consistent, mutated_stores

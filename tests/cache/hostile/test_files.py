@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advkd.cache.combine import merge
-from advkd.cache.compare import compare
+from advkd.cache.care.repair import repair
+from advkd.cache.care.verify import verify
 from advkd.cache.errors import CacheError, DamagedError, MismatchError
-from advkd.cache.ledger import ArrayRecord, crc32c
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.repair import repair
-from advkd.cache.seal import seal
-from advkd.cache.verify import verify
-from advkd.cache.writer import CacheWriter
+from advkd.cache.files.sealed_json import seal
+from advkd.cache.format.ledger import ArrayRecord, crc32c
+from advkd.cache.read.compare import compare
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.combine import merge
+from advkd.cache.write.writer import CacheWriter
 from tests.cache.exercise import adopt_into, read_everything, write_everything
 from tests.cache.harm import Pristine, content, files_of, put, rebuild, state_of_folder
 from tests.stores import BLOCK_SIZE, make_layout, make_recipe

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from advkd.cache.durable import pretty_json
 from advkd.cache.errors import CacheError
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.recipe import digest
+from advkd.cache.files.strict_json import pretty_json
+from advkd.cache.format.recipe import digest
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.upgrade import upgrade
 from tests.cache import golden
 from tests.cache.exercise import Attempts, Mutant, read_everything
@@ -72,7 +72,7 @@ from pathlib import Path
 from tests.cache.exercise import Mutant, read_everything, write_everything
 from tests.cache.hostile.test_metadata import absurdities, rehashed
 from tests.stores import make_layout, make_recipe
-from advkd.cache.layout import root_metadata
+from advkd.cache.format.zarr_metadata import root_metadata
 
 store, like, out = (Path(name) for name in sys.argv[1:])
 read_everything(like, like)
@@ -164,8 +164,8 @@ from pathlib import Path
 from tests.cache.exercise import Mutant, read_everything, write_everything
 from tests.cache.hostile.test_metadata import JSON_FILES, json_bombs, sealed_bomb
 from advkd.cache.errors import CacheError
-from advkd.cache.reader import TrajectoryCache
-from advkd.cache.verify import verify
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.care.verify import verify
 
 store, like, out = (Path(name) for name in sys.argv[1:])
 read_everything(like, like)

@@ -1,0 +1,1 @@
+"""Looking after a store: verifying every byte, repairing, summing up."""

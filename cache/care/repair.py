@@ -1,0 +1,63 @@
+"""Mending a store after a verification: what is provably damaged goes, so that the next build makes it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from advkd.cache.care.declared import declared_seeds, expected_num_seeds, listed_blocks
+from advkd.cache.care.verify import Finding
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.locks import StoreLocks
+from advkd.cache.files.paths import safe_target
+from advkd.cache.files.strict_json import pretty_json
+from advkd.cache.format.store_paths import record_path
+from advkd.cache.format.zarr_metadata import metadata_files
+from advkd.cache.read.reader import TrajectoryCache, local_root
+
+
+def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
+    """Remove what is provably damaged, so that the next build makes it again; metadata is written anew.
+
+    A block loses its ledger record and the file that is damaged; its other files stay until the build replaces them.
+    A block of which files are only missing loses its record too. Stray files are left alone.
+
+    Returns:
+        What was done, one line each.
+
+    Raises:
+        LockedError: somebody writes to the store.
+        CacheError: the store is remote.
+    """
+    root = local_root(cache)
+    done: list[str] = []
+    with StoreLocks(root).alone():
+        wrong = [found for found in findings if found.kind != "stray"]
+        for block in sorted({found.block for found in wrong if found.block is not None}):
+            of_block = [found for found in wrong if found.block == block]
+            if any(not found.file.startswith("provenance/") for found in of_block):
+                _remove(root, record_path(block), done)  # first: without it nothing of the block counts
+                done.append(f"block {block} is no longer recorded: the next build makes it again")
+        for found in wrong:
+            if found.kind == "damage" and not found.file.endswith("zarr.json"):
+                _remove(root, found.file, done)
+        blocks = listed_blocks(TrajectoryCache.open(root))
+        num_seeds = expected_num_seeds(TrajectoryCache.open(root), blocks, declared_seeds(cache).values())
+        files = metadata_files(cache.recipe, cache.stored_layout, num_seeds)
+        expected = {name: pretty_json(value) for name, value in files.items()}
+        for file in sorted({found.file for found in wrong} & expected.keys()):
+            write_atomically(safe_target(root, file), [expected[file]])
+            done.append(f"{file} is written anew from the recipe")
+    return done
+
+
+def _remove(root: Path, file: str, done: list[str]) -> None:
+    """Remove a file, or the symlink that its path leads through: what is outside of the store is never touched."""
+    path = root
+    for part in file.split("/"):
+        path = path / part
+        if path.is_symlink():
+            break
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        done.append(f"{file} can't be removed ({error.strerror}): remove it yourself")

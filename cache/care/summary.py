@@ -1,0 +1,134 @@
+"""What a store holds, as plain values: for `advkd-cache info`, with and without `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from advkd.cache.codec.packed_source import PackedSource
+from advkd.cache.files.sealed_json import unseal
+from advkd.cache.format.ledger import ArrayRecord, BlockRecord, content_digest
+from advkd.cache.format.store_paths import states_path
+from advkd.cache.format.zarr_metadata import CRC_BYTES, FORMAT
+from advkd.cache.read.compare import tolerance_of
+from advkd.cache.read.reader import TrajectoryCache
+
+MAX_BLOCKS_FOR_STATISTICS = 2000
+"""Reading more records than this would keep a person waiting; the rest is sampled evenly and said so."""
+
+
+def summarize(cache: TrajectoryCache) -> dict[str, Any]:
+    """Everything that `info` tells, as JSON: identity, origin, seeds, gaps, bytes and statistics of each state.
+
+    Raises:
+        DamagedError: a ledger record is torn, altered or of another cache.
+    """
+    size, recipe, blocks = cache.layout.block_size, cache.recipe, cache.blocks
+    sampled = blocks[:: max(1, -(-len(blocks) // MAX_BLOCKS_FOR_STATISTICS))]
+    chunk_bytes = cache.layout.block_bytes(cache.item_shape) + CRC_BYTES
+    origin = origin_of(cache)
+    content, records = _read_ledger(cache, sampled)
+    return {
+        "store": cache.address,
+        "format": FORMAT,
+        "fingerprint": recipe.fingerprint,
+        "layout_hash": cache.layout.layout_hash,
+        "digest": content,
+        "item_shape": list(cache.item_shape),
+        "dtype": cache.layout.dtype,
+        "encoding": cache.stored_layout.encoding,
+        "block_size": size,
+        "teacher": {"tensors_sha256": recipe.teacher["tensors_sha256"], **origin},
+        "sampler": {key: recipe.sampler[key] for key in ("name", "steps", "eta", "deterministic")},
+        "precision": recipe.precision,
+        "noise": recipe.noise,
+        "num_seeds": len(blocks) * size,
+        "num_blocks": len(blocks),
+        "declared_seeds": cache.num_seeds,
+        "seeds": [[run[0] * size, run[1] * size] for run in runs(blocks)],
+        "gaps": [[run[0] * size, run[1] * size] for run in gaps(blocks, cache.num_blocks)],
+        "num_bytes": len(blocks) * len(cache.states) * chunk_bytes,
+        **({} if cache.packed is None else {"packed": _packed(cache, cache.packed, sampled)}),
+        "statistics_of_blocks": len(sampled),
+        "states": _states(cache, records),
+    }
+
+
+def runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending blocks as half-open runs without gaps."""
+    found: list[tuple[int, int]] = []
+    for block in blocks:
+        if found and found[-1][1] == block:
+            found[-1] = (found[-1][0], block + 1)
+        else:
+            found.append((block, block + 1))
+    return found
+
+
+def gaps(blocks: Sequence[int], num_blocks: int) -> list[tuple[int, int]]:
+    """The half-open runs of declared blocks that are not among `blocks`."""
+    edges = [0, *[edge for run in runs(blocks) for edge in run], num_blocks]
+    return [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if stop > start]
+
+
+def _read_ledger(cache: TrajectoryCache, sampled: Sequence[int]) -> tuple[str, list[BlockRecord]]:
+    """The content digest, and the records of some blocks: each file is read once."""
+    chosen, seals, records = set(sampled), [], []
+    for block, raw in cache.records.raw(cache.blocks):
+        seals.append((block, cache.records.seal(block, raw)))
+        if block in chosen:
+            records.append(cache.records.parse(block, raw))
+    return content_digest(seals), records
+
+
+def _states(cache: TrajectoryCache, records: Sequence[BlockRecord]) -> list[dict[str, Any]]:
+    tolerance = tolerance_of(cache)
+    states = []
+    for state in cache.layout.states:
+        arrays = [record.arrays[states_path(state)] for record in records]
+        states.append(
+            {
+                "step": state.step,
+                "timestep": state.timestep,
+                "alpha": state.alpha,
+                "sigma": state.sigma,
+                "scale": state.scale,
+                "here": state.step in cache.states,
+                "tolerance_rms": tolerance[state.step],
+                **(_statistics(arrays) if arrays else {}),
+            }
+        )
+    return states
+
+
+def _packed(cache: TrajectoryCache, source: PackedSource, sampled: Sequence[int]) -> dict[str, Any]:
+    """How a packed store is coded, how large it is, and what error its packer measured; of the sampled blocks."""
+    names = [states_path(state) for state in cache.states.values()]
+    arrays = [source.records[block].arrays[name] for block in sampled for name in names]
+    num_bytes = sum(array.num_bytes for array in arrays)
+    return {
+        "codec": source.packing.codec,
+        **source.packing.parameters,
+        "num_bytes": round(num_bytes * len(cache.blocks) / max(1, len(sampled))),
+        "error_rms": (sum(array.error_rms**2 for array in arrays) / max(1, len(arrays))) ** 0.5,
+        "error_max": max((array.error_max for array in arrays), default=0.0),
+    }
+
+
+def _statistics(arrays: Sequence[ArrayRecord]) -> dict[str, Any]:
+    return {
+        "minimum": min(array.minimum for array in arrays),
+        "maximum": max(array.maximum for array in arrays),
+        "num_nonfinite": sum(array.num_nonfinite for array in arrays),
+        "rounding_rms": (sum(array.rounding_rms**2 for array in arrays) / len(arrays)) ** 0.5,
+        "rounding_max": max(array.rounding_max for array in arrays),
+    }
+
+
+def origin_of(cache: TrajectoryCache) -> dict[str, Any]:
+    """Where the teacher came from, as the store's first builder recorded it."""
+    try:
+        value = unseal(cache.source.read("provenance/store.json"))["teacher"]
+        return {key: str(value[key])[:200] for key in ("source", "commit", "license") if value.get(key)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

@@ -1,0 +1,93 @@
+"""JSON that may come from someone else.
+
+What Python's `json` accepts beyond the standard is refused, and so is what could exhaust memory or the stack.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+MAX_PARTS = 1 << 18
+"""Objects and lists in one file, more than any record needs: an empty one takes twenty times its two bytes."""
+MAX_DEPTH = 64
+
+
+def parse_json(raw: bytes) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is no UTF-8 or no JSON, has a key twice, a NaN, half a surrogate pair, or too many or too
+            deeply nested parts.
+    """
+    if raw.count(b"{") + raw.count(b"[") > MAX_PARTS:
+        raise ValueError("too many parts")
+    try:
+        value = _DECODER.decode(raw.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check(value)
+    return value
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte string per value: sorted keys, no spaces, shortest float that reads back the same; no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def pretty_json(value: Any) -> bytes:
+    """The same for files that people open."""
+    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def in_line(text: object, most: int = 80) -> str:
+    """What someone else's file says, for a message: in one line, of bounded length."""
+    line = str(text)[:most]
+    return line if line.isprintable() else ascii(line)[1:-1]
+
+
+def integer(value: Any) -> int:
+    """An integer that JSON wrote as one."""
+    if type(value) is not int:
+        raise ValueError(f"{str(value)[:40]!r} is no integer")
+    return value
+
+
+def shortened(value: Any) -> str:
+    """A value in a few words, for a message."""
+    text = str(value)
+    if len(text) <= 40 or not hasattr(value, "__len__"):
+        return in_line(text, 40)
+    return f"{in_line(text, 16)}… ({len(value)} long)"
+
+
+def _check(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, dict):
+                below += part.keys()
+                below += part.values()
+            elif isinstance(part, list):
+                below += part
+            elif isinstance(part, str) and not part.isascii():
+                part.encode()  # half a surrogate pair is a UnicodeEncodeError, thus a ValueError
+        if not below:
+            return
+        level = below
+    raise ValueError("nested too deeply")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice")
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)

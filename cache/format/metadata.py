@@ -1,0 +1,83 @@
+"""What a store says about itself: recipe, layout and how many seeds its arrays declare, each checked by the others."""
+
+from __future__ import annotations
+
+from advkd.cache.errors import CacheNotFoundError, DamagedError, NotACacheError
+from advkd.cache.files.strict_json import in_line, parse_json
+from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.source import LocalSource, Source, check_num_blocks
+from advkd.cache.format.store_paths import metadata_path, states_path
+from advkd.cache.format.zarr_metadata import FORMAT, array_metadata
+
+_NOT_JSON_OF_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError)
+
+
+def read_metadata(source: Source) -> tuple[Recipe, Layout]:
+    """Read and check a store's root metadata.
+
+    Raises:
+        CacheNotFoundError: nothing is at that URL.
+        NotACacheError: something else is there, or a newer format.
+        DamagedError: its own hashes disagree.
+    """
+    address = source.address
+    try:
+        value = parse_json(source.read("zarr.json"))["attributes"]["advkd"]
+        found_format = value["format"]
+    except DamagedError as error:
+        raise NotACacheError(f"{address} is not a trajectory cache ({error}); nothing was changed") from None
+    except (OSError, *_NOT_JSON_OF_OURS) as error:
+        if isinstance(error, FileNotFoundError) and not isinstance(source, LocalSource):
+            raise CacheNotFoundError(f"no cache at {address}: there is no zarr.json") from None
+        raise NotACacheError(
+            f"{address} is not a trajectory cache (no zarr.json of one); nothing was changed"
+        ) from None
+    if type(found_format) is not int or found_format != FORMAT:
+        raise NotACacheError(
+            f"{address}/zarr.json has cache format {in_line(found_format, 20)}; this advkd reads format {FORMAT}: "
+            "upgrade advkd"
+        )
+    if isinstance(value.get("layout"), dict) and "encoding" not in value["layout"]:
+        raise NotACacheError(
+            f"{address}/zarr.json was written before format 1 was settled: `advkd-cache upgrade {address}` rewrites "
+            "the metadata and keeps the data"
+        )
+    try:
+        recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])
+        intact = value["fingerprint"] == recipe.fingerprint and value["layout_hash"] == layout.layout_hash
+        intact = intact and layout.block_bytes(recipe.item_shape) <= layout.max_block_bytes
+    except NotACacheError as error:
+        raise NotACacheError(f"{address}/zarr.json: {error}") from None
+    except _NOT_JSON_OF_OURS:
+        intact = False
+    if not intact:
+        raise DamagedError(f"{address}/zarr.json was altered: its recipe or layout doesn't match its own hash")
+    return recipe, layout
+
+
+def read_arrays(source: Source, recipe: Recipe, layout: Layout) -> tuple[dict[int, State], int]:
+    """The recorded states that are present, by solver steps done, and how many seeds all of them declare.
+
+    Raises:
+        DamagedError: an array's metadata is not what the recipe generates, or claims more than any store has.
+    """
+    declared: list[int] = []
+    present: dict[int, State] = {}
+    paths = [metadata_path(states_path(state)) for state in layout.states]
+    for state, path, raw in zip(layout.states, paths, source.read_many(paths), strict=True):
+        if raw is None:
+            continue  # a partial pull: that state is not here
+        try:
+            metadata = parse_json(raw)
+            num_seeds = metadata["shape"][0]
+            fitting = type(num_seeds) is int and metadata == array_metadata(recipe, layout, state, num_seeds)
+        except _NOT_JSON_OF_OURS:
+            fitting = False
+        if not fitting or num_seeds < 0:
+            raise DamagedError(f"{source.address}/{path} doesn't fit the recipe in {source.address}/zarr.json")
+        check_num_blocks(f"{source.address}/{path}", num_seeds, layout.block_size)
+        declared.append(num_seeds)
+        present[state.step] = state
+    # A crash while growing leaves some arrays larger; the smallest size is the one that all of them have.
+    return present, min(declared, default=0)

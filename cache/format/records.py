@@ -1,0 +1,118 @@
+"""The ledger records of one store, read when they are asked for and checked against the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+from advkd.cache.errors import DamagedError, NotCachedError
+from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.ledger import ArrayRecord, LedgerRecord, checked_seal, content_digest, num_segments
+from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.seeds import seeds_of
+from advkd.cache.format.source import Source
+from advkd.cache.format.store_paths import chunk_path, record_path, states_path
+from advkd.cache.format.zarr_metadata import CRC_BYTES
+
+MAX_RECORDS = 512
+"""Kept in memory; one is some kilobytes."""
+Record = TypeVar("Record", bound=LedgerRecord[Any])
+
+
+class Records(Generic[Record]):
+    """Ledger records by block.
+
+    Args:
+        source: where the store's files come from.
+        recipe: of the store.
+        layout: of the store.
+        kind: what its records are.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, layout: Layout, kind: type[Record]) -> None:
+        self._source = source
+        self._recipe = recipe
+        self._layout = layout
+        self._kind = kind
+        self._kept = lru_cache(MAX_RECORDS)(self._read)
+
+    def __getitem__(self, block: int) -> Record:
+        """The record of a committed block.
+
+        Raises:
+            NotCachedError: the block was never committed.
+            DamagedError: its record is torn, altered or of another cache.
+        """
+        return self._kept(block)
+
+    def _read(self, block: int) -> Record:
+        try:
+            raw = self._source.read(record_path(block))
+        except FileNotFoundError:
+            raise self._not_committed(block) from None
+        return self.parse(block, raw)
+
+    def chunk(self, state: State, block: int) -> tuple[str, ArrayRecord]:
+        """Path and ledger entry of one block of one state, as a raw store has it."""
+        array = states_path(state)
+        return chunk_path(array, block, len(self._recipe.item_shape)), self[block].arrays[array].raw
+
+    def parse(self, block: int, raw: bytes) -> Record:
+        """Read a block's record.
+
+        Raises:
+            DamagedError: it is torn, altered or of another block or cache.
+        """
+        address = self._source.address
+        record = self._kind.parse(raw, block, f"{address}/{record_path(block)}")
+        if (record.fingerprint, record.layout_hash) != (self._recipe.fingerprint, self._layout.layout_hash):
+            raise DamagedError(f"{address}: the ledger record of block {block} belongs to another cache")
+        body_bytes = self._layout.block_bytes(self._recipe.item_shape)
+        expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
+        names, found = {states_path(state) for state in self._layout.states}, record.arrays.keys()
+        # A raw store may have further arrays; a packed one has its states alone.
+        fits = found >= names if self._layout.packing is None else found == names
+        raws = [record.arrays[name].raw for name in names & found]
+        if not fits or any((raw.num_bytes, len(raw.segments)) != expected for raw in raws):
+            raise DamagedError(
+                f"{address}: the ledger record of block {block} doesn't fit the layout; {self._kind.how_to_mend}"
+            )
+        return record
+
+    def raw(self, blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """The records of some committed blocks, as they are in their files.
+
+        Raises:
+            NotCachedError: a block was never committed.
+        """
+        raws = self._source.read_many([record_path(block) for block in blocks])
+        for block, raw in zip(blocks, raws, strict=True):
+            if raw is None:
+                raise self._not_committed(block)
+            yield block, raw
+
+    def seal(self, block: int, raw: bytes) -> str:
+        """The hash that a block's record carries, checked without parsing it.
+
+        Raises:
+            DamagedError: the record is torn, altered or of another block or cache.
+        """
+        where = f"{self._source.address}/{record_path(block)}"
+        return checked_seal(raw, block, self._recipe.fingerprint, self._layout.layout_hash, where)
+
+    def digest_of(self, blocks: Sequence[int]) -> str:
+        """The content digest of some committed blocks, each record checked against its own hash.
+
+        Raises:
+            NotCachedError: a block was never committed.
+            DamagedError: a record is torn or altered.
+        """
+        return content_digest([(block, self.seal(block, raw)) for block, raw in self.raw(blocks)])
+
+    def _not_committed(self, block: int) -> NotCachedError:
+        seeds = seeds_of(block, self._layout.block_size)
+        return NotCachedError(
+            f"{self._source.address} does not hold seeds {seeds.start}:{seeds.stop}; "
+            f"the `advkd-cache build` command that made it adds them, with `--seeds {seeds.start}:{seeds.stop}`"
+        )

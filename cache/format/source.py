@@ -1,0 +1,181 @@
+"""Where a store's bytes come from: a local folder, or anything that fsspec reads.
+
+Both give bounded reads of small files by path; only a local folder can be listed, so a remote store's blocks are
+enumerated from what its arrays declare, which plain HTTP allows too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from advkd.cache.errors import CacheError, CacheNotFoundError, DamagedError, UsageError
+from advkd.cache.files.paths import MAX_METADATA_BYTES, read_bounded, safe_folder
+from advkd.cache.format.store_paths import block_of_record, record_path
+from advkd.cache.format.zarr_metadata import MAX_BLOCKS
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+_AT_ONCE = 256
+_MAX_NAMED = 3
+
+
+def is_url(address: str | Path) -> bool:
+    """Whether an address is a URL rather than a path."""
+    return bool(_URL.match(str(address)))
+
+
+class Source(Protocol):
+    """Bytes of a store, by path relative to it."""
+
+    address: str
+    """As a person gave it."""
+
+    def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:
+        """A whole file; FileNotFoundError if it isn't there, DamagedError if it is larger than `limit`."""
+
+    def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        """Whole small files in order, None for one that isn't there."""
+
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Blocks that have a ledger record, ascending."""
+
+
+def read_each(read: Callable[[str], bytes], paths: Sequence[str]) -> Iterator[bytes | None]:
+    """Whole files in order, None for one that isn't there."""
+    for path in paths:
+        try:
+            yield read(path)
+        except FileNotFoundError:
+            yield None
+
+
+class LocalSource:
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.address = str(root)
+        self._checked: set[str] = set()
+
+    def check_folder(self, path: str) -> None:
+        """Refuse a file whose folder is reached through a symlink; each folder is looked at once."""
+        folder = path.rpartition("/")[0]
+        if folder not in self._checked:
+            safe_folder(self.root, folder)
+            if not (self.root / folder).exists():
+                raise FileNotFoundError(self.root / path)
+            self._checked.add(folder)
+
+    def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:
+        """A whole file."""
+        self.check_folder(path)
+        return read_bounded(self.root, path, limit)
+
+    def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        """Whole small files in order, None for one that isn't there."""
+        return read_each(self.read, paths)
+
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Blocks that have a ledger record: one listing, however many seeds are declared."""
+        try:
+            self.check_folder("blocks/")
+            with os.scandir(self.root / "blocks") as entries:
+                found = (block_of_record(entry.name) for entry in entries)
+                return tuple(sorted(block for block in found if block is not None and block < num_blocks))
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+
+
+class RemoteSource:
+    """A store behind a URL: `s3://`, `gs://`, `hf://`, `http(s)://`, whatever fsspec knows."""
+
+    def __init__(self, url: str) -> None:
+        self.address = url
+        try:
+            import fsspec
+        except ImportError:  # pragma: no cover – the library comes with torch and huggingface_hub
+            raise UsageError(f"{url}: reading URLs needs fsspec: pip install 'advkd[remote]'") from None
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
+        except ImportError as error:
+            raise UsageError(f"{url}: {_line(error)}; pip install 'advkd[remote]'") from None
+        except ValueError as error:
+            raise UsageError(f"{url}: {_line(error)}") from None
+        self._records: dict[str, bytes] = {}
+
+    def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:
+        """A whole file."""
+        data = self._records.get(path) or next(self._cat([path]))
+        if data is None:
+            raise FileNotFoundError(f"{self.address}/{path}")
+        if len(data) > limit:
+            raise DamagedError(f"{self.address}/{path} is larger than {limit:,} bytes, which can't be")
+        return data
+
+    def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        """Whole small files in order, many requests at once."""
+        return self._cat(paths)
+
+    def _cat(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        for start in range(0, len(paths), _AT_ONCE):
+            names = [f"{self._root}/{path}" for path in paths[start : start + _AT_ONCE]]
+            try:
+                found: Any = self._fs.cat(names, on_error="return")
+            except FileNotFoundError:
+                found = {}
+            except Exception as error:  # whatever a remote's library raises
+                raise CacheError(f"{self.address} can't be read ({_line(error)})") from error
+            if isinstance(found, bytes):
+                found = {names[0]: found}
+            by_name = {self._fs._strip_protocol(name): value for name, value in found.items()}
+            for name in names:
+                value = by_name.get(self._fs._strip_protocol(name))
+                if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
+                    raise CacheError(f"{self.address} can't be read ({_line(value)})") from value
+                yield value if isinstance(value, bytes) else None
+
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Blocks that have a ledger record: all that are declared are asked for, since HTTP can't list."""
+        paths = [record_path(block) for block in range(num_blocks)]
+        self._records = {path: raw for path, raw in zip(paths, self._cat(paths), strict=True) if raw is not None}
+        return tuple(block for block, path in enumerate(paths) if path in self._records)
+
+
+def open_source(address: str | Path) -> Source:
+    """The source at a path or URL.
+
+    Raises:
+        CacheNotFoundError: a local path where nothing is.
+        UsageError: a URL of a kind that isn't installed.
+    """
+    if is_url(address):
+        return RemoteSource(str(address))
+    path = Path(address)
+    if not path.exists():
+        others = [other.name for other in sorted(path.parent.glob("*.zarr"))[:_MAX_NAMED]]
+        raise CacheNotFoundError(
+            f"no cache at {path}: `advkd-cache build --config FILE --out {path}` makes one, `dvc pull {path}` brings "
+            f"one that is shared{'; beside it are ' + ', '.join(others) if others else ''}"
+        )
+    return LocalSource(path)
+
+
+def check_num_blocks(address: str, num_seeds: int, block_size: int) -> None:
+    """Refuse a header that claims more than any store has.
+
+    Raises:
+        DamagedError: it does.
+    """
+    if num_seeds % block_size or num_seeds // block_size > MAX_BLOCKS:
+        raise DamagedError(
+            f"{address} declares {num_seeds:,} seeds in blocks of {block_size:,}: expected whole blocks, at most "
+            f"{MAX_BLOCKS:,} of them"
+        )
+
+
+def _line(error: BaseException) -> str:
+    lines: Iterable[str] = str(error).strip().splitlines()
+    return next(iter(lines), type(error).__name__)[:160]

@@ -1,0 +1,86 @@
+"""A local scratch folder for chunks of remote stores, named by their content.
+
+A chunk that is there under its sha256 was checked when it came, and is mapped from there like a local one; stores that
+share blocks share it. Removing the folder loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from advkd.cache.errors import DamagedError, UsageError
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.format.ledger import ArrayRecord
+from advkd.cache.format.source import Source
+
+SPARE_BYTES = 64 << 20
+
+
+def default_scratch() -> Path:
+    """`ADVKD_SCRATCH`, else `advkd` in the user's cache folder."""
+    told = os.environ.get("ADVKD_SCRATCH")
+    if told:
+        return Path(told)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advkd"
+
+
+class Scratch:
+    """Chunks of one remote store, kept locally."""
+
+    def __init__(self, source: Source, folder: Path) -> None:
+        self._source = source
+        self.folder = folder
+
+    def path(self, record: ArrayRecord) -> Path:
+        """Where a chunk of that content is, or would be."""
+        return self.folder / record.sha256[:2] / record.sha256
+
+    def holds(self, record: ArrayRecord) -> bool:
+        """Whether it is there."""
+        try:
+            return self.path(record).stat().st_size == record.num_bytes
+        except FileNotFoundError:
+            return False
+
+    def fetch(self, chunk: str, record: ArrayRecord) -> Path:
+        """Bring a chunk here unless it is, and check it.
+
+        Raises:
+            DamagedError: the remote has other bytes than its ledger says, or none.
+        """
+        path = self.path(record)
+        if self.holds(record):
+            return path
+        try:
+            data = self._source.read(chunk, record.num_bytes)
+        except FileNotFoundError:
+            raise DamagedError(f"{self._source.address}/{chunk} is missing, but the ledger has it") from None
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise DamagedError(f"{self._source.address}/{chunk} differs from what its ledger says")
+        write_atomically(path, [data])
+        return path
+
+    def fetch_all(
+        self, chunks: Sequence[tuple[str, ArrayRecord]], fetched: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        """Bring many chunks here, after a look at the disk.
+
+        Raises:
+            UsageError: they don't fit.
+        """
+        wanted = [(chunk, record) for chunk, record in chunks if not self.holds(record)]
+        needed = sum(record.num_bytes for _, record in wanted)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if needed and needed + SPARE_BYTES > free:
+            raise UsageError(
+                f"{self._source.address}: the chosen states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
+                f"in {self.folder}: choose fewer states or seeds, or another folder with ADVKD_SCRATCH"
+            )
+        for chunk, record in wanted:
+            self.fetch(chunk, record)
+            fetched(record.num_bytes)

@@ -1,0 +1,120 @@
+"""How far two stores, or two versions of a block, are apart, and how far they may be.
+
+Noise is the same bits everywhere. States are the same bits on the same machine; elsewhere the teacher's arithmetic
+rounds differently, and they agree within a **tolerance**: the root mean square per seed, in stored units, that
+stage one measured when it made the store (`provenance/tolerance.json`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from advkd.cache.errors import DamagedError
+from advkd.cache.files.sealed_json import unseal
+from advkd.cache.files.strict_json import in_line
+from advkd.cache.format.differences import differences
+from advkd.cache.format.store_paths import states_path
+from advkd.cache.read.reader import TrajectoryCache, Values
+
+TOLERANCE_FILE = "provenance/tolerance.json"
+MAX_TOLERANCE = 0.25
+"""Of unit variance: whatever a store claims, beyond this two states aren't the same."""
+_ROUNDING = {"float16": 2.0**-10, "float32": 2.0**-22}
+"""What is always within tolerance: a unit in the last place or two of the stored dtype."""
+
+
+def tolerance_of(cache: TrajectoryCache) -> dict[int, float]:
+    """Largest root mean square per seed by which another machine's states may differ, by solver steps done.
+
+    Raises:
+        DamagedError: what the store records is torn or can't be.
+    """
+    floor = _ROUNDING[cache.layout.dtype]
+    try:
+        recorded = unseal(cache.source.read(TOLERANCE_FILE))["rms"]
+        values = {state.step: float(recorded.get(state.name, 0.0)) for state in cache.layout.states}
+    except FileNotFoundError:
+        values = {state.step: 0.0 for state in cache.layout.states}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedError(
+            f"{cache.address}/{TOLERANCE_FILE} is torn or altered ({in_line(error)}): remove it"
+        ) from None
+    if not all(math.isfinite(value) and value >= 0 for value in values.values()):
+        raise DamagedError(f"{cache.address}/{TOLERANCE_FILE} holds a number that can't be: remove it")
+    return {step: 0.0 if step == 0 else min(max(value, floor), MAX_TOLERANCE) for step, value in values.items()}
+
+
+def distance(one: Values, other: Values) -> float:
+    """The largest root mean square difference of any seed, between two blocks of states, shape (N, *item_shape).
+
+    Infinite where a value is not finite: no cache holds such.
+    """
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return math.inf  # a difference that is not a number would compare as none
+        difference = a.astype(np.float64) - b.astype(np.float64)
+        worst = max(worst, math.sqrt(float(np.mean(difference * difference))))
+    return worst
+
+
+def block_distances(one: TrajectoryCache, other: TrajectoryCache, block: int) -> dict[int, float]:
+    """How far a block is apart in two stores, by solver steps done: states that both have and whose bytes differ.
+
+    Raises:
+        DamagedError: bytes of either differ from its ledger.
+    """
+    apart = {}
+    for step in sorted(one.states.keys() & other.states.keys()):
+        array = states_path(one.states[step])
+        if one.record(block).arrays[array].sha256 != other.record(block).arrays[array].sha256:
+            apart[step] = distance(one.block_view(step, block), other.block_view(step, block))
+    return apart
+
+
+def within(apart: Mapping[int, float], tolerance: Mapping[int, float]) -> bool:
+    """Whether all distances lie within a tolerance."""
+    return all(value <= tolerance[step] for step, value in apart.items())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """How two stores differ."""
+
+    recipe: tuple[str, ...]
+    layout: tuple[str, ...]
+    only_first: tuple[int, ...]
+    only_second: tuple[int, ...]
+    apart: dict[int, dict[int, float]]
+    """By block and solver steps done: blocks that both have with different bytes."""
+    num_equal: int
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.recipe or self.layout or self.only_first or self.only_second or self.apart)
+
+
+def compare(one: TrajectoryCache, other: TrajectoryCache) -> Difference:
+    """Compare recipe, layout and content; values are read only where the ledgers differ.
+
+    Raises:
+        DamagedError: bytes of either differ from its ledger.
+    """
+    comparable = one.recipe == other.recipe and one.layout.block_size == other.layout.block_size
+    comparable = comparable and one.layout.dtype == other.layout.dtype
+    first, second = set(one.blocks), set(other.blocks)
+    both = sorted(first & second) if comparable else []
+    apart = {block: found for block in both if (found := block_distances(one, other, block))}
+    return Difference(
+        recipe=tuple(differences(one.recipe.to_json(), other.recipe.to_json())),
+        layout=tuple(differences(one.layout.to_json(), other.layout.to_json())),
+        only_first=tuple(sorted(first - second)) if comparable else (),
+        only_second=tuple(sorted(second - first)) if comparable else (),
+        apart=apart,
+        num_equal=len(both) - len(apart),
+    )

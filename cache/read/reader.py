@@ -1,0 +1,305 @@
+"""Reading a cache: states by seed, memory-mapped, checked against the ledger as they are touched.
+
+A chunk file of our layout is the C-order array followed by a CRC, so maps of them are read as fast as one large map
+is (`advkd.cache.read.mapping`). Readers obey the ledger: an uncommitted seed is an error, never zeros or NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from advkd.cache.errors import CacheError, NotCachedError
+from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.ledger import ArrayRecord, BlockRecord
+from advkd.cache.format.metadata import read_arrays, read_metadata
+from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.records import Records
+from advkd.cache.format.source import LocalSource, Source, open_source
+from advkd.cache.read.chunk_cache import Scratch, default_scratch
+from advkd.cache.read.chunks import ChunkFiles, StateRows
+
+if TYPE_CHECKING:
+    import dask.array
+
+    from advkd.cache.codec.packed_source import PackedSource
+
+Values = npt.NDArray[Any]
+
+
+class TrajectoryCache:
+    """A trajectory cache opened for reading.
+
+    Attributes:
+        source: where its bytes come from.
+        recipe: what made it.
+        layout: which states it holds, how they are stored.
+        num_seeds: seeds that the arrays declare; not all of them need to be committed.
+        states: the recorded states that are present, by solver steps done.
+        records: the ledger.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        layout: Layout,
+        num_seeds: int,
+        states: dict[int, State],
+        scratch: Path | None = None,
+    ) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.layout = layout
+        self.num_seeds = num_seeds
+        self.states = states
+        self._scratch = None if isinstance(source, LocalSource) else Scratch(source, scratch or default_scratch())
+        self.records = Records(source, recipe, layout, BlockRecord)
+        self._files = ChunkFiles(source, self._scratch)
+        self._rows: dict[int, StateRows] = {}
+
+    @classmethod
+    def open(cls, address: str | Path, *, scratch: Path | None = None) -> TrajectoryCache:
+        """Open a store; reads only its metadata.
+
+        Args:
+            address: a folder, or a URL that fsspec reads (`s3://`, `gs://`, `hf://`, `http(s)://`).
+            scratch: folder for chunks of a remote store; `ADVKD_SCRATCH` or the user's cache folder if not given.
+
+        Raises:
+            CacheNotFoundError: nothing is there.
+            NotACacheError: it is no trajectory cache.
+            DamagedError: its metadata contradicts itself.
+        """
+        source = open_source(address)
+        recipe, layout = read_metadata(source)
+        states, num_seeds = read_arrays(source, recipe, layout)
+        if layout.packing is not None:
+            from advkd.cache.codec.packed_source import PackedSource
+
+            source = PackedSource(source, recipe, layout, num_seeds)
+            layout = source.raw_layout
+        return cls(source, recipe, layout, num_seeds, states, scratch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it anew."""
+        return _reopen, (self.address, None if self._scratch is None else self._scratch.folder)
+
+    @property
+    def address(self) -> str:
+        """The path or URL that it was opened at."""
+        return self.source.address
+
+    @property
+    def packed(self) -> PackedSource | None:
+        """The packed store that this one is decoded from, if it is one."""
+        from advkd.cache.codec.packed_source import PackedSource
+
+        return self.source if isinstance(self.source, PackedSource) else None
+
+    @property
+    def files(self) -> Source:
+        """Where the store's own files come from: of a packed store the packed ones."""
+        return self.source if self.packed is None else self.packed.files
+
+    @property
+    def stored_layout(self) -> Layout:
+        """The layout as the store has it; `layout` is what a reader sees, always raw."""
+        return self.layout if self.packed is None else self.packed.layout
+
+    def is_drawn_again(self, state: State) -> bool:
+        """Whether a state has no chunk files because a packed store leaves x_T to the seeds."""
+        packing = self.stored_layout.packing
+        return packing is not None and packing.redraws and state == self.layout.states[0]
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Shape of one state, (C, H, W)."""
+        return self.recipe.item_shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype that states are stored in."""
+        return np.dtype(self.layout.dtype).newbyteorder("<")
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one stored state of one seed."""
+        return math.prod(self.item_shape) * self.dtype.itemsize
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its chunks come to the scratch folder first: from a URL, or out of a packed store."""
+        return self._scratch is not None
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the arrays declare."""
+        return self.num_seeds // self.layout.block_size
+
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """Committed blocks, ascending: those that the ledger has a record of, valid or not."""
+        return self.source.blocks(self.num_blocks)
+
+    def check_begun(self) -> None:
+        """Refuse a cache without a block.
+
+        Raises:
+            NotCachedError: it has none.
+        """
+        if not self.blocks:
+            raise NotCachedError(
+                f"{self.address} is empty (0 of {self.num_blocks} blocks): finish it with the `advkd-cache build` "
+                "command that began it"
+            )
+
+    @property
+    def digest(self) -> str:
+        """The content digest of all committed blocks."""
+        return self.digest_of(self.blocks)
+
+    def digest_of(self, blocks: Sequence[int]) -> str:
+        """The content digest of some committed blocks, each record checked against its own hash.
+
+        Raises:
+            NotCachedError: a block was never committed.
+            DamagedError: a record is torn or altered.
+        """
+        return self.records.digest_of(blocks)
+
+    def seeds(self) -> npt.NDArray[np.int64]:
+        """Every committed seed, ascending, int64."""
+        size = self.layout.block_size
+        starts = np.asarray(self.blocks, dtype=np.int64)[:, None] * size
+        return (starts + np.arange(size, dtype=np.int64)).ravel()
+
+    def record(self, block: int) -> BlockRecord:
+        """The ledger record of a committed block.
+
+        Raises:
+            NotCachedError: the block was never committed.
+            DamagedError: its record is torn, altered or of another cache.
+        """
+        return self.records[block]
+
+    def state(self, step: int) -> State:
+        """A recorded state that is present, by solver steps done.
+
+        Raises:
+            NotCachedError: it isn't here, or never was recorded.
+        """
+        if step in self.states:
+            return self.states[step]
+        known = [state.step for state in self.layout.states]
+        if step in known:
+            raise NotCachedError(
+                f"{self.address}: state {step:04d} is not here (a partial copy?): `dvc pull` it, or choose among "
+                f"{sorted(self.states)}"
+            )
+        raise NotCachedError(f"{self.address} records the states after {known} steps, not after {step}")
+
+    def chunk(self, step: int, block: int) -> tuple[str, ArrayRecord]:
+        """Path and ledger entry of one block of one state."""
+        return self.records.chunk(self.state(step), block)
+
+    def fetch(
+        self, steps: Sequence[int], blocks: Sequence[int], fetched: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        """Bring some states of some blocks of a remote store to the scratch folder; nothing to do for a local one.
+
+        Args:
+            steps: solver steps done.
+            blocks: committed ones.
+            fetched: hears of the bytes of each chunk that came.
+
+        Raises:
+            UsageError: they don't fit on the disk.
+            DamagedError: bytes differ from the ledger.
+        """
+        self._files.fetch([self.chunk(step, block) for block in blocks for step in steps], fetched)
+
+    def chunk_file(self, step: int, block: int) -> Path:
+        """The local file of one block of one state, of the recorded size; a remote one comes to the scratch folder.
+
+        Raises:
+            DamagedError: it is missing or has another size.
+        """
+        return self._files.path(*self.chunk(step, block))
+
+    def _rows_of(self, step: int) -> StateRows:
+        if step not in self._rows:
+            self._rows[step] = StateRows(
+                self._files, self.records, self.state(step), self.num_blocks, self.layout.block_size, self.item_bytes
+            )
+        return self._rows[step]
+
+    def block_view(self, step: int, block: int) -> Values:
+        """One block of one state without copying: a read-only map of the file, checked as a whole.
+
+        Returns:
+            Stored dtype, shape (block_size, *item_shape); `torch.from_numpy` takes it as it is.
+
+        Raises:
+            NotCachedError: the block or state is not here.
+            DamagedError: bytes differ from the ledger.
+        """
+        return self._rows_of(step).block(block).view(self.dtype).reshape(-1, *self.item_shape)
+
+    def rows(self, step: int, seeds: npt.ArrayLike, out: Values | None = None) -> Values:
+        """Read the stored values of some seeds at one recorded state.
+
+        Args:
+            step: solver steps done; 0 is x_T, the last is x_0.
+            seeds: seeds in any order, repeats allowed.
+            out: where to put them, pinned memory for instance: stored dtype, C-contiguous, of the shape below.
+
+        Returns:
+            Stored dtype, shape (len(seeds), *item_shape), in the order of `seeds`. Multiply by the state's `scale`
+            for the solver's own x_t.
+
+        Raises:
+            NotCachedError: a seed or state is not here.
+            DamagedError: bytes differ from the ledger.
+        """
+        wanted = np.asarray(seeds, dtype=np.int64).ravel()
+        if wanted.size and wanted.view(np.uint64).max() >= self.num_seeds:  # a negative one is a large one, too
+            outside = wanted[(wanted < 0) | (wanted >= self.num_seeds)][0]
+            raise NotCachedError(f"{self.address} declares seeds 0:{self.num_seeds}; seed {outside} is outside")
+        into = None if out is None else out.reshape(wanted.size, -1).view(np.uint8)
+        values = self._rows_of(step).gather(wanted, into)
+        return values.view(self.dtype).reshape(wanted.size, *self.item_shape) if out is None else out
+
+    def dask_array(self, step: int) -> dask.array.Array:
+        """A lazy dask view of one state over all declared seeds, for analysis; one dask chunk a block.
+
+        Returns:
+            Stored dtype, shape (num_seeds, *item_shape). Rows of uncommitted blocks are NaN.
+
+        Raises:
+            NotCachedError: the state is not here.
+        """
+        from advkd.cache.read.lazy import dask_view
+
+        return dask_view(self, step)
+
+
+def _reopen(address: str, scratch: Path | None) -> TrajectoryCache:
+    return TrajectoryCache.open(address, scratch=scratch)
+
+
+def local_root(cache: TrajectoryCache) -> Path:
+    """The folder of a local cache.
+
+    Raises:
+        CacheError: it is remote.
+    """
+    if not isinstance(cache.files, LocalSource):
+        raise CacheError(f"{cache.address} is read only: copy it to a folder first (`advkd-cache subset --out STORE`)")
+    return cache.files.root

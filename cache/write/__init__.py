@@ -1,0 +1,1 @@
+"""Writing a cache: blocks that are sampled, merged, cut out or packed."""

@@ -1,0 +1,218 @@
+"""Stores out of stores: merging what several people built, and cutting out what somebody needs.
+
+Files are linked, not copied, where the file system can. Every block is committed like one that was sampled, so a
+killed merge goes on where it stopped, and two of them divide the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from advkd.cache.errors import LockedError, MismatchError, NotCachedError, UsageError
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.paths import safe_target
+from advkd.cache.format.differences import differences
+from advkd.cache.format.layout import Layout
+from advkd.cache.format.seeds import blocks_of, parse_seed_range
+from advkd.cache.read.compare import TOLERANCE_FILE, block_distances, tolerance_of, within
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Combined:
+    """What a merge or subset did."""
+
+    store: Path
+    num_added: int
+    num_present: int
+    """Blocks that were in the target already."""
+    num_replaced: int
+    """Blocks of the target that gave way to the preferred store's."""
+    how: dict[str, int]
+    """Files by the way that they came: "hard link", "reflink", "copy"."""
+
+
+def merge(
+    sources: Sequence[TrajectoryCache],
+    out: Path,
+    *,
+    prefer: TrajectoryCache | None = None,
+    begin: Callable[[int], None] = lambda num_blocks: None,
+    advance: Progress = lambda num_blocks: None,
+) -> Combined:
+    """Bring all blocks of some stores into one; the target may exist, and be one of them.
+
+    Args:
+        sources: of the same fingerprint and layout.
+        out: the target.
+        prefer: whose block to take where two differ within the recorded tolerance.
+        begin: hears how many blocks there are.
+        advance: hears of each that is done.
+
+    Raises:
+        MismatchError: the stores don't fit, or hold a block with bytes that differ and nothing is preferred, or
+            that differ beyond the recorded tolerance.
+        NotCachedError: a store is a partial copy.
+    """
+    first = sources[0]
+    for cache in sources:
+        check_whole(cache)
+        lines = differences(first.recipe.to_json(), cache.recipe.to_json())
+        lines = lines or differences(first.layout.to_json(), cache.layout.to_json())
+        if lines:
+            raise MismatchError(
+                f"{first.address} and {cache.address} don't fit together ({'; '.join(lines[:3])}): only stores of "
+                "one recipe and layout merge (`advkd-cache subset --states` brings two to the same states)"
+            )
+    there = _existing(out, first)
+    chosen = _choose([*there, *sources], prefer)
+    wanted = {block: cache for block, cache in chosen.items() if cache not in there}
+    combined = _adopt(CacheWriter.open(out, first.recipe, first.layout), wanted, begin, advance)
+    carry(sources, out)
+    return combined
+
+
+def subset(
+    cache: TrajectoryCache,
+    out: Path,
+    *,
+    seeds: str | None = None,
+    steps: Sequence[int] | None = None,
+    begin: Callable[[int], None] = lambda num_blocks: None,
+    advance: Progress = lambda num_blocks: None,
+) -> Combined:
+    """A store with some seeds and some states of another: the same fingerprint, another layout hash.
+
+    Args:
+        cache: local or remote.
+        out: a new store, or one that an earlier call of the same kind began.
+        seeds: `A:B`, widened to whole blocks; all if None.
+        steps: solver steps done; x_T is always kept. All that are here if None.
+        begin: hears how many blocks there are.
+        advance: hears of each that is done.
+
+    Raises:
+        UsageError: no block lies in the range.
+        NotCachedError: a state is not there.
+    """
+    wanted = sorted({0, *(steps if steps is not None else cache.states)})
+    layout: Layout = replace(cache.layout, states=tuple(cache.state(step) for step in wanted))
+    blocks: Sequence[int] = cache.blocks
+    if seeds is not None:
+        asked = blocks_of(parse_seed_range(seeds), layout.block_size)
+        blocks = [block for block in blocks if block in asked]
+        if not blocks:
+            raise UsageError(f"{cache.address} has none of the seeds {seeds}")
+    writer = CacheWriter.open(out, cache.recipe, layout)
+    combined = _adopt(writer, dict.fromkeys(blocks, cache), begin, advance)
+    carry([cache], out)
+    return combined
+
+
+def _existing(out: Path, like: TrajectoryCache) -> list[TrajectoryCache]:
+    """The target, if it is there; it must fit."""
+    if not CacheWriter(out, like.recipe, like.layout).continues("stop"):
+        return []
+    there = TrajectoryCache.open(out)
+    check_whole(there)
+    return [there]
+
+
+def check_whole(cache: TrajectoryCache) -> None:
+    """Refuse a partial copy.
+
+    Raises:
+        NotCachedError: a state is not here.
+    """
+    absent = [state.name for state in cache.layout.states if state.step not in cache.states]
+    if absent:
+        raise NotCachedError(
+            f"{cache.address} is a partial copy (state {absent[0]} is not here): pull the rest, or "
+            "`advkd-cache subset` both stores to the same states"
+        )
+
+
+def _choose(sources: Sequence[TrajectoryCache], prefer: TrajectoryCache | None) -> dict[int, TrajectoryCache]:
+    """For each block the store that it comes from."""
+    chosen: dict[int, TrajectoryCache] = {}
+    for cache in sources:
+        for block in cache.blocks:
+            earlier = chosen.setdefault(block, cache)
+            if earlier is not cache and earlier.record(block) != cache.record(block):
+                chosen[block] = _settle(earlier, cache, block, prefer)
+    return dict(sorted(chosen.items()))
+
+
+def _settle(
+    one: TrajectoryCache, other: TrajectoryCache, block: int, prefer: TrajectoryCache | None
+) -> TrajectoryCache:
+    apart = block_distances(one, other, block)
+    limits, more = tolerance_of(one), tolerance_of(other)
+    limit = {step: max(limits[step], more[step]) for step in limits}
+    worst = max(apart, key=lambda step: apart[step] / max(limit[step], 1e-30), default=0)
+    named = f"block {block} differs between {one.address} and {other.address}"
+    if not within(apart, limit):
+        raise MismatchError(
+            f"{named}: state {worst:04d} by rms {apart[worst]:.2g}, beyond the recorded tolerance {limit[worst]:.2g}; "
+            "one of them is wrong (`advkd-cache verify --recompute` tells which)"
+        )
+    if not apart:
+        return one  # the same values, described differently
+    if prefer is None or prefer.address not in (one.address, other.address):
+        raise MismatchError(
+            f"{named} by rms {apart[worst]:.2g} at most, within the recorded tolerance (two kinds of machine?): "
+            "--prefer STORE says whose to take"
+        )
+    return one if prefer.address == one.address else other
+
+
+def _adopt(
+    writer: CacheWriter, chosen: dict[int, TrajectoryCache], begin: Callable[[int], None], advance: Progress
+) -> Combined:
+    how: dict[str, int] = {}
+    added = present = replaced = 0
+
+    def linked(way: str) -> None:
+        how[way] = how.get(way, 0) + 1
+
+    begin(len(chosen))
+    with writer.writing():
+        if chosen:
+            writer.grow(range((max(chosen) + 1) * writer.layout.block_size))
+        there = TrajectoryCache.open(writer.path)
+        for block, cache in chosen.items():
+            with writer.claim(block) as claimed:
+                if not claimed:
+                    raise LockedError(f"another build is making block {block} of {writer.path} now: run this again")
+                if not writer.is_committed(block):
+                    writer.adopt(block, cache, linked)
+                    added += 1
+                elif _same_bytes(there, block, cache):
+                    present += 1
+                else:
+                    writer.adopt(block, cache, linked)
+                    replaced += 1
+            advance(1)
+    return Combined(store=writer.path, num_added=added, num_present=present, num_replaced=replaced, how=how)
+
+
+def _same_bytes(there: TrajectoryCache, block: int, cache: TrajectoryCache) -> bool:
+    source = cache.record(block).arrays
+    return all(array.sha256 == source[name].sha256 for name, array in there.record(block).arrays.items())
+
+
+def carry(sources: Sequence[TrajectoryCache], out: Path) -> None:
+    """What the first store knows of its origin goes along, where the target has nothing."""
+    for name in ("provenance/store.json", TOLERANCE_FILE):
+        for cache in sources:
+            if (out / name).is_file():
+                break
+            try:
+                write_atomically(safe_target(out, name), [cache.source.read(name)])
+            except FileNotFoundError:
+                continue

@@ -1,0 +1,229 @@
+"""One block, packed or unpacked: encoded, written, decoded from what was written, compared, committed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from advkd.cache.codec import standard as plain
+from advkd.cache.codec.packed_source import PackedSource
+from advkd.cache.errors import CacheError, DamagedError, NotCachedError
+from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.paths import safe_target
+from advkd.cache.format.encoding import Packing
+from advkd.cache.format.layout import State
+from advkd.cache.format.ledger import ArrayRecord, crc32c
+from advkd.cache.format.packed_ledger import PackedArray, PackedRecord, error_of
+from advkd.cache.format.store_paths import chunk_path, provenance_path, states_path
+from advkd.cache.format.zarr_metadata import CRC_BYTES
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
+
+_NOTHING = hashlib.sha256(b"").hexdigest()
+Encode = Callable[[npt.NDArray[Any]], bytes]
+Decode = Callable[[bytes], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One block."""
+
+    added: bool
+    record: PackedRecord
+
+
+def packed_source(cache: TrajectoryCache) -> PackedSource:
+    """The packed store that a cache is decoded from.
+
+    Raises:
+        NotCachedError: it is a raw one.
+    """
+    if not isinstance(cache.source, PackedSource):
+        raise NotCachedError(f"{cache.address} is no packed store: nothing to unpack")
+    return cache.source
+
+
+@functools.lru_cache(maxsize=1)
+def _open(address: str, call: str) -> TrajectoryCache:
+    """Kept from block to block by a process, not from one call to the next."""
+    return TrajectoryCache.open(address)
+
+
+def pack_block(address: str, call: str, out: Path, packing: Packing, block: int) -> Done | None:
+    """Pack a block unless it is there; None if somebody else is at it."""
+    cache = _open(address, call)
+    writer = _PackedWriter(out, cache.recipe, cache.layout.packed(packing))
+    with writer.claim(block) as claimed:
+        if not claimed:
+            return None
+        present = writer.present(block, cache)
+        return Done(False, present) if present else Done(True, writer.pack(block, cache, packing))
+
+
+def unpack_block(address: str, call: str, out: Path, block: int) -> str | None:
+    """Unpack a block unless it is there; None if somebody else is at it."""
+    cache = _open(address, call)
+    source, writer = packed_source(cache), CacheWriter(out, cache.recipe, cache.layout)
+    with writer.claim(block) as claimed:
+        if not claimed:
+            return None
+        if writer.is_committed(block):
+            return "present"
+        chunks = source.states(block, {state.step for state in cache.layout.states})
+        writer.restore(block, chunks, cache.record(block), _provenance(cache, block))
+        return "added"
+
+
+def _provenance(cache: TrajectoryCache, block: int) -> bytes:
+    try:
+        return cache.source.read(provenance_path(block))
+    except FileNotFoundError:
+        return b""  # a copy without it
+
+
+class _PackedWriter(CacheWriter):
+    """A packed store opened for writing blocks of a raw one."""
+
+    def present(self, block: int, cache: TrajectoryCache) -> PackedRecord | None:
+        """The record of a block that is there, made of this very content."""
+        try:
+            found = TrajectoryCache.open(self.path)
+            record = packed_source(found).records[block]
+        except (DamagedError, NotCachedError):
+            return None
+        for state in self.layout.states:
+            array = record.arrays[states_path(state)]
+            file = self.path / chunk_path(states_path(state), block, len(cache.item_shape))
+            whole = not array.num_bytes or (file.is_file() and file.stat().st_size == array.num_bytes)
+            if not whole or array.packed_from != cache.chunk(state.step, block)[1].sha256:
+                return None
+        return record
+
+    def pack(self, block: int, cache: TrajectoryCache, packing: Packing) -> PackedRecord:
+        """Encode, write, decode what was written, compare, commit."""
+        self._prepare(block)
+        arrays = {}
+        encode, decode = _chains(cache, packing, block) if packing.redraws else _plain_codec(cache, packing)
+        for index, state in enumerate(self.layout.states):
+            values, entry = cache.block_view(state.step, block), cache.chunk(state.step, block)[1]
+            if packing.redraws and index == 0:
+                arrays[states_path(state)] = self._drawn(block, cache, encode(values), entry)
+                continue
+            body = encode(values)
+            data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
+            path = self._chunk(state.name, block)
+            write_atomically(path, [data])
+            back = path.read_bytes()
+            if back != data:
+                raise CacheError(f"{path} reads back differently from what was written: is the disk failing?")
+            decoded = decode(back[:-CRC_BYTES])
+            arrays[states_path(state)] = _describe(state, block, data, decoded, values, entry, packing)
+        provenance = _provenance(cache, block)
+        if provenance:
+            write_atomically(safe_target(self.path, provenance_path(block)), [provenance])
+        record = PackedRecord(
+            block=block, fingerprint=self.recipe.fingerprint, layout_hash=self.layout.layout_hash, arrays=arrays
+        )
+        record.write(self.path)
+        return record
+
+    def _drawn(self, block: int, cache: TrajectoryCache, drawn: bytes, entry: ArrayRecord) -> PackedArray:
+        if hashlib.sha256(drawn + crc32c(drawn).to_bytes(CRC_BYTES, "little")).hexdigest() != entry.sha256:
+            raise DamagedError(
+                f"{cache.address}: x_T of block {block} is not what its seeds draw, so it can't be left out: "
+                "`advkd-cache verify` the store, or choose --codec pcodec"
+            )
+        return PackedArray(
+            num_bytes=0, sha256=_NOTHING, packed_from=entry.sha256, error_rms=0.0, error_max=0.0, raw=entry
+        )
+
+
+def _chains(cache: TrajectoryCache, packing: Packing, block: int) -> tuple[Encode, Decode]:
+    """The encoder, which draws x_T first, and a decoder that sees nothing but the files."""
+    from advkd.cache.codec.state_codec import Chain
+
+    encoder, decoder = (Chain(cache.recipe, cache.layout, packing, block) for _ in range(2))
+    begun = False
+
+    def encode(values: npt.NDArray[Any]) -> bytes:
+        nonlocal begun
+        if begun:
+            return encoder.encode(values)
+        begun = True
+        drawn = encoder.first()
+        decoder.begin_like(encoder)
+        return drawn.tobytes()
+
+    def decode(data: bytes) -> npt.NDArray[Any]:
+        values = decoder.decode(data)
+        encoder.go_on_like(decoder)
+        return values
+
+    return encode, decode
+
+
+def _plain_codec(cache: TrajectoryCache, packing: Packing) -> tuple[Encode, Decode]:
+    shape, first = (cache.layout.block_size, *cache.item_shape), True
+
+    def encode(values: npt.NDArray[Any]) -> bytes:
+        nonlocal first
+        rounded = values if first else plain.round_mantissas(values, packing)  # x_T stays what the seeds draw
+        first = False
+        return plain.encode(rounded, packing)
+
+    return encode, lambda data: plain.decode(data, packing, cache.dtype, shape)
+
+
+def _describe(
+    state: State,
+    block: int,
+    data: bytes,
+    decoded: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    entry: ArrayRecord,
+    packing: Packing,
+) -> PackedArray:
+    """The ledger's entry of a packed chunk.
+
+    Raises:
+        CacheError: what was decoded is further from the values than the codec promises, or not finite.
+    """
+    rms, largest = error_of(decoded, values)
+    bound, raw = packing.error_bound, entry
+    if not np.isfinite(decoded).all() or (bound is not None and largest > bound):
+        raise CacheError(
+            f"state {state.name} of block {block}, decoded again, is off by {largest:.3g}, more than {packing} allows; "
+            "nothing of the block was kept: use `--codec lossless`"
+        )
+    body = decoded.tobytes()
+    chunk = body + crc32c(body).to_bytes(CRC_BYTES, "little")
+    if hashlib.sha256(chunk).hexdigest() != entry.sha256:
+        if bound == 0.0:
+            raise CacheError(f"state {state.name} of block {block} decodes to other bytes, which lossless must not")
+        rounding = ArrayRecord.of(chunk, decoded, decoded)
+        # Stored minus computed value is what storing cost and what packing cost, together no more than their sum.
+        raw = replace(
+            rounding,
+            rounding_rms=_three_digits_up(entry.rounding_rms + rms),
+            rounding_max=_three_digits_up(entry.rounding_max + largest),
+        )
+    return PackedArray(
+        num_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        packed_from=entry.sha256,
+        error_rms=float(f"{rms:.2e}"),
+        error_max=largest,
+        raw=raw,
+    )
+
+
+def _three_digits_up(value: float) -> float:
+    shown = float(f"{value:.2e}")
+    return shown if shown >= value or value == 0 else float(f"{value * 1.005:.2e}")

@@ -1,0 +1,1 @@
+"""Real images: labelled sets that a package ships, and folders of one's own."""

@@ -1,0 +1,1 @@
+"""Feature networks, and the distances and statistics that are taken in them."""

@@ -1,0 +1,1 @@
+"""The paper's student: network and training."""

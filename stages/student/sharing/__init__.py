@@ -1,0 +1,1 @@
+"""A trained student elsewhere: the Hub, ONNX, model cards, provenance."""

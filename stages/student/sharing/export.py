@@ -1,0 +1,221 @@
+"""A student as an ONNX file, in float32 or with int8 convolutions, checked against PyTorch before it is there.
+
+The batch is dynamic; the file carries the student's geometry, so that seeds mean the same noise. The int8 form is
+onnxruntime's static quantisation in QDQ form: weights per channel, activations calibrated on noise of our own
+generator, everything but convolutions left in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from advkd.cache.errors import TrainingError, UsageError
+from advkd.cache.files.durable import write_atomically
+from advkd.stages.student.hub import Student
+from advkd.stages.student.sharing.onnx_student import INPUT, METADATA, OUTPUT, OnnxStudent
+
+FIRST_CHECK_SEED = 1 << 41
+FIRST_CALIBRATION_SEED = 1 << 42
+"""Seeds of caches, and of the sets that scores are taken on, lie below these."""
+NUM_CHECKED = 64
+NUM_CALIBRATION = 512
+CALIBRATION_BATCH = 16
+MAX_ERROR = 1e-3
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deviation:
+    """How far an exported student's images are from PyTorch's, in units of images in [−1, 1]."""
+
+    largest: float
+    rms: float
+
+
+def check_packages() -> None:
+    """See that what exporting needs is installed.
+
+    Raises:
+        UsageError: it isn't.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"exporting needs {', '.join(missing)}: pip install 'advkd[export]'")
+
+
+def export_onnx(student: Student, path: Path, *, max_error: float = MAX_ERROR) -> Deviation:
+    """Write a student as ONNX, float32; nothing is at `path` unless it computes what PyTorch does.
+
+    Args:
+        student: what to export; stays as it is.
+        path: the file.
+        max_error: bound on the largest deviation of any pixel.
+
+    Raises:
+        TrainingError: the exported one deviates by more.
+        UsageError: packages are missing.
+    """
+    check_packages()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "float32.onnx")
+        _to_onnx(student, made)
+        deviation = compare(student, OnnxStudent(made))
+        if not deviation.largest <= max_error:
+            raise TrainingError(
+                f"the exported student deviates from PyTorch by {deviation.largest:.2g}, more than {max_error:g} "
+                f"allow; {path} was not written"
+            )
+        write_atomically(path, [made.read_bytes()])
+    return deviation
+
+
+def export_int8(student: Student, source: Path, path: Path) -> Deviation:
+    """Quantise the convolutions of an exported student; how far it is off is for the caller to judge, or to score.
+
+    Args:
+        student: whose noise calibrates it, and whose images it is compared with.
+        source: what `export_onnx` wrote.
+        path: the file to write.
+
+    Raises:
+        TrainingError: its images are not finite.
+        UsageError: packages are missing.
+    """
+    check_packages()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "int8.onnx")
+        _quantise(student, source, made)
+        deviation = compare(student, OnnxStudent(made))
+        if not math.isfinite(deviation.largest):
+            raise TrainingError(f"the quantised student's images are not finite; {path} was not written")
+        write_atomically(path, [made.read_bytes()])
+    return deviation
+
+
+@torch.no_grad()
+def compare(student: Student, exported: OnnxStudent) -> Deviation:
+    """Both from the same real noise, in batches of several sizes."""
+    noise = student.noise(range(FIRST_CHECK_SEED, FIRST_CHECK_SEED + NUM_CHECKED))
+    parts = [*torch.split(noise[:8], [1, 2, 5]), *torch.split(noise[8:], 8)]
+    reference = _plain(student)
+    off = torch.cat([exported(part) - reference(part) for part in parts])
+    return Deviation(largest=float(off.abs().max()), rms=float(off.square().mean().sqrt()))
+
+
+def _plain(student: Student) -> Student:
+    """A copy on the CPU in float32."""
+    return copy.deepcopy(student).cpu().float().eval()
+
+
+class _TwoStepGroupNorm(nn.Module):
+    """Group normalisation whose scale and shift are a batch normalisation of mean 0 and variance 1.
+
+    onnxruntime has no group normalisation on CPUs, and the exporter's scale and shift are two passes over the features
+    where a batch normalisation is one.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.eps = norm.num_groups, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("mean", torch.zeros(norm.num_channels))
+        self.register_buffer("variance", torch.ones(norm.num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.reshape(x.shape[0], self.num_groups, -1)
+        normal = functional.instance_norm(groups, eps=self.eps).reshape(x.shape)
+        return functional.batch_norm(normal, self.mean, self.variance, self.weight, self.bias, eps=0.0)  # type: ignore[arg-type]
+
+
+def _exportable(student: Student) -> Student:
+    """A copy that computes the same with what ONNX and onnxruntime are good at."""
+    copied = _plain(student)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.GroupNorm) and child.affine:
+                setattr(parent, name, _TwoStepGroupNorm(child))
+    return copied
+
+
+def _to_onnx(student: Student, path: Path) -> None:
+    try:
+        with _quiet():
+            torch.onnx.export(
+                _exportable(student),
+                (student.noise([0, 1]),),
+                path,
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes={"noise": {0: torch.export.Dim("batch")}},
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        raise TrainingError(f"torch {torch.__version__} can't export this student ({lines[0][:200]})") from error
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(student.geometry.to_json())})
+    onnx.save(model, path)
+
+
+def _quantise(student: Student, source: Path, target: Path) -> None:
+    from onnxruntime import quantization
+
+    class Noise(quantization.CalibrationDataReader):  # type: ignore[misc]
+        """Batches of noise, once."""
+
+        def __init__(self) -> None:
+            self.batches = _calibration(student)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(({INPUT: batch.numpy()} for batch in self.batches), None)
+
+    prepared = target.with_name("prepared.onnx")
+    with _quiet():
+        quantization.shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            target,
+            Noise(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+
+
+def _calibration(student: Student) -> Iterator[Tensor]:
+    for first in range(FIRST_CALIBRATION_SEED, FIRST_CALIBRATION_SEED + NUM_CALIBRATION, CALIBRATION_BATCH):
+        yield student.noise(range(first, first + CALIBRATION_BATCH))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn and log about themselves."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,110 @@
+"""Where a student comes from: `provenance.json` beside its weights, and the scores that its run was given.
+
+Written by training, so that a student that is copied or published keeps it: the teacher and its licence, the cache's
+fingerprint and the digest of the blocks that were used, seeds, configuration, versions. It is data for people: no
+student needs it to run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+from advkd.cache.care.summary import origin_of
+from advkd.cache.errors import TrainingError
+from advkd.cache.files.durable import write_json
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.provenance import versions
+from advkd.stages.student.student import weights_sha256
+from advkd.stages.student.training.run import Run, SeedSplit
+
+FORMAT = 1
+FILE = "provenance.json"
+MAX_BYTES = 4_000_000
+Provenance = dict[str, Any]
+
+
+def describe(cache: TrajectoryCache, identity: dict[str, Any], split: SeedSplit) -> Provenance:
+    """What a run's student comes from, as plain JSON.
+
+    Args:
+        cache: the cache that it learns from.
+        identity: of the run, as run.json has it: configuration, fingerprint, digest of the blocks used.
+        split: its seeds.
+    """
+    sampler = {key: cache.recipe.sampler.get(key) for key in ("name", "steps", "eta")}
+    return {
+        "format": FORMAT,
+        "teacher": {"tensors_sha256": cache.recipe.teacher.get("tensors_sha256"), **_without_places(origin_of(cache))},
+        "sampler": sampler,
+        **identity,
+        "seeds": {
+            "first": min(map(int, (*split.training[:1], *split.held_out[:1]))),
+            "last": max(map(int, (*split.training[-1:], *split.held_out[-1:]))),
+            "num_training": len(split.training),
+            "num_held_out": len(split.held_out),
+        },
+        "versions": versions("accelerate"),
+    }
+
+
+def _without_places(origin: dict[str, Any]) -> dict[str, Any]:
+    """A teacher from the Hub by its name, one from a folder without the way to it on the machine that built."""
+    source = origin.get("source")
+    if source is None or "commit" in origin or not PurePath(source).is_absolute():
+        return origin
+    return {**origin, "source": PurePath(source).name}
+
+
+def write_provenance(folder: Path, provenance: Provenance) -> None:
+    """Write it beside a student."""
+    write_json(folder / FILE, {"format": FORMAT, **provenance})
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """What is known of a student in a folder; of one in a run's folder also its scores, if they are this run's.
+
+    Runs from before provenance.json tell what run.json tells. Empty where nothing is known.
+
+    Raises:
+        TrainingError: provenance.json is there but not what advkd writes.
+    """
+    run = _run_of(folder)
+    provenance: Provenance = {}
+    if (folder / FILE).is_file():
+        provenance = _read_own(folder / FILE)
+    elif run is not None:
+        told = run.read()
+        provenance = {"format": FORMAT, **told["identity"], "versions": told.get("versions", {})}
+    scores = _read_scores(run) if run is not None else None
+    return {**provenance, "scores": scores} if scores else provenance
+
+
+def _run_of(folder: Path) -> Run | None:
+    """The run whose student is in a folder: the one that `advkd-evaluate` scores, not its best step."""
+    run = Run(folder.absolute().parent)
+    return run if folder.name == run.student.name and (run.path / "run.json").is_file() else None
+
+
+def _read_own(path: Path) -> Provenance:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise ValueError("not what advkd writes")
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainingError(f"{path}: {error}; the student loads without this file") from None
+    return value
+
+
+def _read_scores(run: Run) -> dict[str, Any] | None:
+    """What `advkd-evaluate` measured of this very student; None where it did not, or of another one."""
+    try:
+        value = json.loads((run.path / "evaluation" / "scores.json").read_bytes())
+        if value["student"] != run.read()["identity"] or value["weights_sha256"] != weights_sha256(run.student):
+            return None
+        return {key: value[key] for key in ("protocol", "held_out_mse", "samplers", "cost") if key in value}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

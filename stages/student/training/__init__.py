@@ -1,0 +1,1 @@
+"""What trains any student: the loop, data, checkpoints, runs, processes."""

@@ -1,0 +1,213 @@
+"""A run's folder: what it was asked to do, on which seeds of which cache, and how far it is.
+
+runs/NAME/
+  run.json        identity: configuration, cache, seeds, versions; status
+  student/        config.json and model.safetensors: the average of the weights, what is used afterwards
+  best/           the same, of the step with the smallest error on held-out seeds
+  checkpoint/     last.safetensors, to go on from
+  log/            DVCLive's metrics.json and plots
+  preview/        the same held-out seeds every time, teacher beside student
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from advkd.cache.errors import NotCachedError, TrainingError, UsageError
+from advkd.cache.files.durable import fsync_folder, write_json
+from advkd.cache.format.differences import differences
+from advkd.cache.format.hashing import is_held_out
+from advkd.cache.format.seeds import blocks_of, parse_seed_range
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.provenance import versions
+from advkd.stages.student.config import TrainConfig
+
+FORMAT = 1
+LOCK_FILE = "run.lock"
+Seeds = npt.NDArray[np.int64]
+OnMismatch = Literal["stop", "set-aside"]
+Status = Literal["new", "resume", "complete"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSplit:
+    """The seeds of a run."""
+
+    blocks: tuple[int, ...]
+    training: Seeds
+    held_out: Seeds
+
+
+def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
+    """The seeds to train on and those held out, from whole committed blocks.
+
+    Raises:
+        NotCachedError: the cache is empty, or blocks of the range are missing.
+    """
+    cache.check_begun()
+    size = cache.layout.block_size
+    asked = parse_seed_range(wanted) if wanted else range(cache.num_seeds)
+    if asked.stop > cache.num_seeds:
+        raise NotCachedError(
+            f"{cache.address} declares seeds 0:{cache.num_seeds}, train.seeds asks for {asked.start}:{asked.stop}: "
+            f"the `advkd-cache build` command that made it extends it, with `--seeds {asked.start}:{asked.stop}`"
+        )
+    blocks = blocks_of(asked, size)
+    missing = sorted(set(blocks) - set(cache.blocks))
+    if missing:
+        raise NotCachedError(
+            f"{cache.address} is partial: {len(blocks) - len(missing)} of the {len(blocks)} blocks of seeds "
+            f"{asked.start}:{asked.stop} are there, block {missing[0]} (seeds {missing[0] * size}:"
+            f"{(missing[0] + 1) * size}) is not; finish it with the `advkd-cache build` command that "
+            "began it, or choose train.seeds"
+        )
+    seeds = np.arange(asked.start, asked.stop, dtype=np.int64)
+    held_out = is_held_out(seeds)
+    if held_out.all():
+        raise UsageError(f"seeds {asked.start}:{asked.stop} are all held out: choose more with train.seeds")
+    return SeedSplit(blocks=tuple(blocks), training=seeds[~held_out], held_out=seeds[held_out])
+
+
+def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_processes: int = 1) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    return {
+        "config": asdict(config),
+        "processes": num_processes,
+        "cache": {
+            "fingerprint": cache.recipe.fingerprint,
+            "layout_hash": cache.layout.layout_hash,
+            "blocks": [min(split.blocks), max(split.blocks) + 1],
+            "digest": cache.digest_of(split.blocks),
+        },
+    }
+
+
+def seeds_of(identity: dict[str, Any], block_size: int) -> range:
+    """The seeds that a run began with, held out or not.
+
+    Raises:
+        UsageError: the record of them is not what advkd writes.
+    """
+    first, last = identity["cache"]["blocks"]
+    asked = identity["config"].get("seeds")
+    return parse_seed_range(str(asked)) if asked else range(first * block_size, last * block_size)
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.student = path / "student"
+        self.best = path / "best"
+        self.checkpoint = path / "checkpoint" / "last.safetensors"
+        self.log = path / "log"
+        self.preview = path / "preview"
+        self._file = path / "run.json"
+
+    def exists(self) -> bool:
+        """Whether something is in the folder; folders without files, as a failed `dvc pull` leaves them, are not."""
+        return self.path.is_file() or any(path.is_file() and path.name != LOCK_FILE for path in self.path.rglob("*"))
+
+    def read(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            TrainingError: there is none, or it is no run's.
+        """
+        try:
+            value: dict[str, Any] = json.loads(self._file.read_bytes())
+            cache, first_last = value["identity"]["cache"], value["identity"]["cache"]["blocks"]
+            fitting = value["format"] == FORMAT and isinstance(value["identity"]["config"], dict)
+            fitting = fitting and value["status"] in ("training", "complete") and isinstance(cache["fingerprint"], str)
+            if not fitting or [type(block) for block in first_last] != [int, int]:
+                raise ValueError("not what advkd writes")
+        except (FileNotFoundError, NotADirectoryError):
+            raise TrainingError(
+                f"{self.path} is no run (no run.json): `advkd-train --cache STORE --run {self.path}` makes one, "
+                "`dvc pull train` brings one that is shared"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise TrainingError(f"{self.path} is no run (run.json: {error})") from None
+        return value
+
+    def write(self, wanted: dict[str, Any], status: Literal["training", "complete"]) -> None:
+        """Record what this run is and how far."""
+        write_json(
+            self._file, {"format": FORMAT, "identity": wanted, "status": status, "versions": versions("accelerate")}
+        )
+
+    def seeds_in_progress(self, cache: TrajectoryCache, on_mismatch: str) -> str | None:
+        """The seeds that an unfinished run began with, so that it ends on them even if the cache has grown since."""
+        if on_mismatch != "stop" or not self._file.is_file():
+            return None
+        value = self.read()
+        if value["status"] == "complete" or value["identity"]["cache"]["fingerprint"] != cache.recipe.fingerprint:
+            return None
+        seeds = seeds_of(value["identity"], cache.layout.block_size)
+        return f"{seeds.start}:{seeds.stop}"
+
+    @contextmanager
+    def claimed(self, wanted: dict[str, Any], *, resume: bool, on_mismatch: OnMismatch) -> Iterator[Status]:
+        """Hold the folder as this run's, under a lock that dies with its owner: "new", "resume" or "complete".
+
+        Raises:
+            UsageError: another run is there, or there is nothing to resume.
+            TrainingError: something else is there, or another process trains this run.
+        """
+        if not self.exists():
+            if resume:
+                raise UsageError(f"--resume: there is no run in {self.path}; without it, a new one begins")
+        else:
+            self._make_room(wanted, on_mismatch)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._held():
+            if not self._file.is_file():
+                self.write(wanted, "training")
+                yield "new"
+            elif self.read()["status"] == "complete":
+                yield "complete"
+            else:
+                yield "resume" if self.checkpoint.is_file() else "new"
+
+    def _make_room(self, wanted: dict[str, Any], on_mismatch: OnMismatch) -> None:
+        lines = differences(self.read()["identity"], wanted)
+        if not lines:
+            return
+        if on_mismatch == "set-aside":
+            with self._held():
+                self._set_aside()
+            return
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UsageError(
+            f"{self.path} holds another run ({'; '.join(lines[:3])}{more}): choose another --run, "
+            "or --on-mismatch set-aside renames it"
+        )
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        lock = FileLock(self.path / LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise TrainingError(f"another process is training {self.path}: wait for it, or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _set_aside(self) -> None:
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        fsync_folder(target.parent)

@@ -1,0 +1,231 @@
+"""The training loop: phases, logging, previews, checkpoints, resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advkd.cache.errors import TrainingError
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.ema import ExponentialMovingAverage
+from advkd.stages.pictures import save_rows
+from advkd.stages.reporter import Reporter
+from advkd.stages.student.config import TrainConfig
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.sharing.origin import describe, write_provenance
+from advkd.stages.student.student import generate, save_student
+from advkd.stages.student.training.checkpoint import load_checkpoint, read_scalars, save_checkpoint
+from advkd.stages.student.training.data import TrajectoryBatches, make_loader, read_float
+from advkd.stages.student.training.distributed import Team
+from advkd.stages.student.training.log import MetricsLog, forget_metrics_after
+from advkd.stages.student.training.protocol import Program, mean_metrics
+from advkd.stages.student.training.run import Run, SeedSplit
+
+PREVIEW_SEEDS = 8
+VALIDATION_SEEDS = 256
+EXPLODED = 100.0
+"""A mean squared error that images within [−1, 1] can't have."""
+
+
+class Trainer:
+    """One run, in the hands of one process of a team.
+
+    Args:
+        cache: to learn from.
+        config: of the run.
+        run: its folder, claimed.
+        split: its seeds.
+        geometry: of the cache's chosen states.
+        program: what a step is.
+        team: the processes.
+        reporter: hears of progress.
+        identity: of the run, as `run.json` has it.
+        identity_digest: its hash, which checkpoints carry.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: TrajectoryCache,
+        config: TrainConfig,
+        run: Run,
+        split: SeedSplit,
+        geometry: Geometry,
+        program: Program,
+        team: Team,
+        reporter: Reporter,
+        identity: dict[str, Any],
+        identity_digest: str,
+    ) -> None:
+        self.cache = cache
+        self.config = config
+        self.run = run
+        self.split = split
+        self.geometry = geometry
+        self.program = program
+        self.team = team
+        self.reporter = reporter
+        self.identity = identity
+        self.identity_digest = identity_digest
+        self.provenance = describe(cache, identity, split)
+        self.average = ExponentialMovingAverage(program.student, config.ema, config.ema_width)
+        self.step = 0
+        self.phase = 0
+        self.best = math.inf
+        self.starts = np.cumsum([0, *[phase.num_steps for phase in program.phases]]).tolist()
+        self.num_steps: int = self.starts[-1]
+        self._note = ""
+        self.program.begin(0)
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint; metrics logged after it are forgotten."""
+        scalars = read_scalars(self.run.checkpoint)
+        if scalars.get("identity") != self.identity_digest or not 0 <= scalars["step"] <= self.num_steps:
+            raise TrainingError(f"{self.run.checkpoint} is the checkpoint of another run: remove it to begin anew")
+        self.step = int(scalars["step"])
+        self.best = math.inf if scalars.get("best") is None else float(scalars["best"])
+        self.phase = self._phase_of(self.step)
+        # A checkpoint at a phase's very end holds that phase's discriminator; the next phase makes its own.
+        self.program.begin(self._phase_of(max(0, self.step - 1)))
+        load_checkpoint(self.run.checkpoint, self._modules(), self.program.optimizers())
+        scaler = self.team.accelerator.scaler  # of float16 alone
+        if scaler is not None and scalars.get("scaler"):
+            scaler.load_state_dict(scalars["scaler"])
+        if self._phase_of(max(0, self.step - 1)) != self.phase:
+            self.program.begin(self.phase)
+        if self.team.is_first:
+            forget_metrics_after(self.run.log, self.step)
+            self.reporter.say(f"going on from step {self.step} of {self.run.path}")
+
+    def _phase_of(self, step: int) -> int:
+        return min(int(np.searchsorted(self.starts, step, side="right")) - 1, len(self.program.phases) - 1)
+
+    def _modules(self) -> Mapping[str, nn.Module]:
+        return {**self.program.modules(), "average": self.average.model}
+
+    def run_to(self, last_step: int, should_stop: Callable[[], bool]) -> None:
+        """Train up to a step, or until asked to stop."""
+        self.reporter.start("train", last_step, "steps", done=self.step)
+        stopped = False
+        with MetricsLog(self.run.log if self.team.is_first else None) as log:
+            while self.step < last_step and not stopped:
+                phase = self._phase_of(self.step)
+                if phase != self.phase:
+                    self.phase = phase
+                    self.program.begin(phase)
+                stopped = self._run_phase(phase, min(last_step, self.starts[phase + 1]), log, should_stop)
+        self.reporter.finish()
+        if not stopped:
+            self._save()
+        if self.step == self.num_steps and self.team.is_first:
+            self.run.write(self.identity, "complete")
+
+    def _run_phase(self, phase: int, last_step: int, log: MetricsLog, should_stop: Callable[[], bool]) -> bool:
+        start, plan, device = self.starts[phase], self.program.phases[phase], self.team.accelerator.device
+        batches = TrajectoryBatches(
+            self.split.training,
+            batch_size=plan.batch_size,
+            root_seed=self.config.seed,
+            phase=phase,
+            steps=range(self.step - start, last_step - start),
+            share=(self.team.rank, self.team.size),
+        )
+        readings: list[dict[str, Tensor]] = []
+        self.program.student.train()
+        for batch in make_loader(self.cache, plan.states, batches):
+            on_device = {at: states.to(device, non_blocking=True) for at, states in batch.items()}
+            readings.append(self.program.step(on_device, phase, self.step - start))
+            self.average.update(self.program.student, self.step)
+            self.step += 1
+            stop = self.team.any(should_stop())
+            saved = stop or (self.step % self.config.checkpoint_every == 0 and self.step < self.num_steps)
+            if self.step % self.config.log_every == 0 or self.step == last_step or saved:
+                self._log(log, readings)  # before saving too: what exploded is not saved, and no reading is lost
+                readings = []
+            if self.step % self.config.preview_every == 0 or self.step == self.num_steps:
+                self._validate(log)
+            if saved:
+                self._save()
+            self.reporter.advance(1, self._note)
+            if stop:
+                return True
+        return False
+
+    def _log(self, log: MetricsLog, readings: list[dict[str, Tensor]]) -> None:
+        values = self.team.mean({name: float(value) for name, value in mean_metrics(readings).items()})
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if not bad and values.get("mse", 0.0) > EXPLODED:
+            bad = [f"the mean squared error is {values['mse']:.3g}"]
+        if bad:
+            self._diverged(", ".join(bad))
+        log.log(self.step, {f"train/{name}": value for name, value in values.items()})
+        self._note = " ".join(
+            f"{name} {value:.4f}" for name, value in values.items() if name in ("loss", "mse", "ahead")
+        )
+        if len(self.program.phases) > 1:
+            self._note = f"stage {self.phase + 1}/{len(self.program.phases)} {self._note}"
+
+    def _validate(self, log: MetricsLog) -> None:
+        """Score the average on held-out seeds; the best so far is kept, of the last phase only."""
+        if not self.team.is_first:
+            return
+        mse = self.held_out_mse(self.average.model)
+        if math.isfinite(mse):
+            log.log(self.step, {"held_out/mse": mse})
+            if mse < self.best and self.phase == len(self.program.phases) - 1:
+                self.best = mse
+                self._keep(self.run.best)
+        self._preview()
+
+    def held_out_mse(self, student: nn.Module) -> float:
+        """Mean squared error of a student's x_0 against the teacher's on some held-out seeds."""
+        seeds = self.split.held_out[:VALIDATION_SEEDS]
+        if not len(seeds):
+            return math.nan
+        made = generate(student, read_float(self.cache, self.geometry.steps[0], seeds))
+        real = read_float(self.cache, self.geometry.steps[-1], seeds)
+        return float((made - real).square().mean())
+
+    def _preview(self) -> Path:
+        """The same seeds every time, held out where there are any: the teacher's x_0 beside the student's."""
+        seeds = self.split.held_out[:PREVIEW_SEEDS] if len(self.split.held_out) else self.split.training[:PREVIEW_SEEDS]
+        noise = read_float(self.cache, self.geometry.steps[0], seeds)
+        real = read_float(self.cache, self.geometry.steps[-1], seeds)
+        made = generate(self.average.model, noise)
+        path = self.run.preview / f"step-{self.step:06d}.png"
+        return save_rows(path, {"x_T": noise.numpy(), "teacher": real.numpy(), "student": made.numpy()})
+
+    def _save(self) -> None:
+        """Keep this step; what is not finite never replaces a good checkpoint."""
+        for name, module in self._modules().items():
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in module.state_dict().values()):
+                self._diverged(f"weights of the {name} are not finite")
+        if not self.team.is_first:
+            return
+        best = self.best if math.isfinite(self.best) else None
+        scaler = self.team.accelerator.scaler
+        scalars = {
+            "step": self.step,
+            "identity": self.identity_digest,
+            "best": best,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        save_checkpoint(self.run.checkpoint, self._modules(), self.program.optimizers(), scalars)
+        self._keep(self.run.student)
+
+    def _keep(self, folder: Path) -> None:
+        save_student(folder, self.average.model, self.config.student, self.geometry)
+        write_provenance(folder, {**self.provenance, "step": self.step})
+
+    def _diverged(self, what: str) -> NoReturn:
+        good = self.run.checkpoint if self.run.checkpoint.is_file() else "none yet"
+        raise TrainingError(
+            f"training diverged: {what} by step {self.step}; the last good checkpoint is {good}: lower the learning "
+            "rates"
+        )

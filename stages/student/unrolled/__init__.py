@@ -1,0 +1,1 @@
+"""The unrolled student: configuration, network, training."""

@@ -1,0 +1,1 @@
+"""Building a cache: planning, sampling blocks, committing them, one process or many."""

@@ -1,0 +1,179 @@
+"""A build that was checked but has not begun: what would be sampled, how much of it, how long it takes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advkd.cache.errors import UsageError
+from advkd.cache.files.durable import holds_something
+from advkd.cache.format.layout import Layout
+from advkd.cache.format.metadata import read_metadata
+from advkd.cache.format.noise import NOISE_RULE
+from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.seeds import blocks_of, parse_seed_range
+from advkd.cache.format.source import LocalSource
+from advkd.cache.format.zarr_metadata import MAX_BLOCKS
+from advkd.cache.write.writer import CacheWriter
+from advkd.stages.device import best_device
+from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig, recorded_steps
+from advkd.stages.teacher.load.loader import Teacher, load_teacher, make_scheduler, sampler_identity
+from advkd.stages.teacher.path.solvers import find_solver, is_deterministic, trajectory_states
+
+SPARE_DISK = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A build that was checked but has not begun."""
+
+    teacher: Teacher
+    sampler: SamplerConfig
+    config: CacheConfig
+    recipe: Recipe
+    layout: Layout
+    store: Path
+
+    @property
+    def blocks(self) -> range:
+        """The blocks that cover the seeds that were asked for."""
+        return blocks_of(parse_seed_range(self.config.seeds), self.layout.block_size)
+
+    @property
+    def seeds(self) -> range:
+        """The seeds that were asked for, widened to whole blocks."""
+        return range(self.blocks.start * self.layout.block_size, self.blocks.stop * self.layout.block_size)
+
+    @property
+    def evaluations_per_seed(self) -> int:
+        """Network evaluations of one trajectory."""
+        return find_solver(self.sampler.name).num_evaluations(self.sampler.steps)
+
+    @property
+    def evaluations_per_block(self) -> int:
+        """Network evaluations of one image, for all seeds of a block."""
+        return self.layout.block_size * self.evaluations_per_seed
+
+    @property
+    def block_bytes(self) -> int:
+        """Disk that one block takes, all states."""
+        return self.layout.block_bytes(self.recipe.item_shape) * len(self.layout.states)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return self.teacher.device
+
+
+def check_request(sampler: SamplerConfig, config: CacheConfig, store: Path) -> tuple[int, ...]:
+    """Check what can be checked without a teacher; the solver steps after which states are recorded.
+
+    Raises:
+        UsageError: sampler, steps, recorded states, seeds or device don't fit.
+        NotACacheError: something that is no cache is at the store's path.
+    """
+    find_solver(sampler.name)
+    recorded = recorded_steps(config.record, sampler.steps)
+    num_blocks = blocks_of(parse_seed_range(config.seeds), config.block_size).stop
+    if num_blocks > MAX_BLOCKS:
+        raise UsageError(
+            f"seeds {config.seeds} make {num_blocks:,} blocks of {config.block_size}: choose larger blocks"
+        )
+    best_device(config.device)
+    if holds_something(store):
+        read_metadata(LocalSource(store))
+    return recorded
+
+
+def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfig, store: Path) -> Plan:
+    """Load the teacher and check everything that can be checked before the first evaluation.
+
+    Raises:
+        UsageError: the request doesn't fit (steps, recorded states, seeds, sampler).
+        TeacherError: the teacher can't be loaded.
+    """
+    recorded = check_request(sampler, config, store)
+    loaded = load_teacher(teacher, best_device(config.device), config.precision)
+    scheduler = make_scheduler(loaded.scheduler_config, sampler)
+    states = trajectory_states(sampler, scheduler)
+    recipe = Recipe(
+        teacher=loaded.identity(),
+        sampler=sampler_identity(sampler, scheduler, is_deterministic(sampler)),
+        precision={"compute": config.precision, "tf32": False},
+        noise={"rule": NOISE_RULE, "root_seed": config.root_seed},
+        item_shape=loaded.item_shape,
+    )
+    layout = Layout(states=tuple(states[step] for step in recorded), dtype=config.dtype, block_size=config.block_size)
+    return Plan(teacher=loaded, sampler=sampler, config=config, recipe=recipe, layout=layout, store=store)
+
+
+def missing_blocks(plan: Plan) -> list[int]:
+    """Blocks still to be built; all of them where the store is absent or of another recipe."""
+    writer = CacheWriter(plan.store, plan.recipe, plan.layout)
+    if not writer.exists() or writer.mismatch():
+        return list(plan.blocks)
+    return writer.missing(plan.seeds)
+
+
+def check_disk(plan: Plan, num_blocks: int) -> None:
+    """Look whether so many more blocks fit.
+
+    Raises:
+        UsageError: they don't.
+    """
+    needed = num_blocks * plan.block_bytes
+    folder = plan.store.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed and needed + SPARE_DISK > free:
+        raise UsageError(
+            f"{plan.store} needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free in {folder}: "
+            "fewer --seeds, fewer --record states, or another --out"
+        )
+
+
+def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
+    """Seconds of one network evaluation of one batch, the median of a few after a warm-up."""
+    batch = min(plan.config.batch_size, plan.layout.block_size)
+    x = torch.zeros(batch, *plan.recipe.item_shape, device=plan.device)
+    x = x.contiguous(memory_format=plan.teacher.memory_format)
+    timestep = torch.tensor(500, device=plan.device)
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            float(plan.teacher.predict(x, timestep).sum())  # reading a value waits for the device
+        times.append(time.perf_counter() - begin)
+    return sorted(times[1:])[repeats // 2]
+
+
+def sampler_of(recipe: Recipe) -> SamplerConfig:
+    """The sampler that made a cache.
+
+    Raises:
+        ConfigError: it is none that advkd has.
+    """
+    sampler = recipe.sampler
+    spacing = str(sampler["config"].get("timestep_spacing", SamplerConfig().spacing))
+    return SamplerConfig(
+        name=str(sampler["name"]), steps=int(sampler["steps"]), eta=float(sampler["eta"]), spacing=spacing
+    )
+
+
+def recorded_list(layout: Layout) -> list[int]:
+    """The solver steps of a layout's states, as a configuration would list them."""
+    return [state.step for state in layout.states if state.step]
+
+
+def origin(plan: Plan) -> dict[str, Any]:
+    """What the store's provenance says of the teacher and the sampler."""
+    teacher = plan.teacher
+    return {
+        "teacher": {"source": teacher.source, "commit": teacher.commit, "license": teacher.license},
+        "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing, "eta": plan.sampler.eta},
+    }

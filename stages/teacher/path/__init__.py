@@ -1,0 +1,1 @@
+"""Noise paths: at what level of noise a scheduler's states are."""
