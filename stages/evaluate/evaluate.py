@@ -23,6 +23,7 @@ from advkd.cache.format.hashing import is_held_out
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.device import best_device, forbid_tf32
 from advkd.stages.evaluate.config import (
+    FEATURES,
     FULL_NUM_SETS,
     FULL_REFERENCE,
     FULL_SET_SIZE,
@@ -38,8 +39,8 @@ from advkd.stages.evaluate.scores import Evaluation, HeldOut
 from advkd.stages.images.real import real_batches
 from advkd.stages.metrics.features import FeatureNetwork, load_features, observe
 from advkd.stages.metrics.intervals import mean_interval
+from advkd.stages.metrics.lpips import Lpips
 from advkd.stages.metrics.neighbours import to_rows
-from advkd.stages.metrics.perceptual import LpipsDistance
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.student import generate, load_student, weights_sha256
 from advkd.stages.student.training.data import read_float
@@ -92,7 +93,9 @@ def evaluate(
                 f"`advkd-cache build` command that made it extends it, with `--seeds 0:{FULL_REFERENCE}`"
             )
     network = load_features(config, cache.item_shape, device)
-    distance = LpipsDistance(cache.item_shape, device) if config.perceptual == LPIPS else None
+    distance = None
+    if config.perceptual == LPIPS:
+        distance = Lpips(cache.item_shape, setting="evaluate.perceptual", otherwise=FEATURES).to(device)
     real = real_batches(config.real, cache.item_shape, config.batch_size) if config.real else None
     teacher, why_not = find_teacher(teachers, cache.recipe, device)
     if why_not:

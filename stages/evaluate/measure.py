@@ -152,7 +152,8 @@ def pair_distance(distance: ImageDistance | None, look: Look, other: Look, image
     """Perceptual distance of N image pairs, shape (N,): by a distance of images, or by what was seen in them."""
     if distance is None:
         return perceptual_distance(look.maps, other.maps)
-    return distance(to_pixels(images), to_pixels(others))
+    device = look.features.device
+    return distance(to_pixels(images).to(device), to_pixels(others).to(device))
 
 
 def _add_neighbours(

@@ -13,8 +13,9 @@ from advkd.stages.metrics.classes import class_shares, mean_confidence, overlap,
 from advkd.stages.metrics.features import Look
 from advkd.stages.metrics.intervals import mean_interval, paired_difference, standard_error
 from advkd.stages.metrics.kid import BLOCK_ENTRIES, KernelReference, kernel_distance, kernel_sum, own_term
+from advkd.stages.metrics.lpips import Lpips
 from advkd.stages.metrics.neighbours import nearest_distances, to_rows
-from advkd.stages.metrics.perceptual import LpipsDistance, perceptual_distance
+from advkd.stages.metrics.perceptual import perceptual_distance
 from advkd.stages.metrics.precision_recall import precision_and_recall
 
 Array = npt.NDArray[np.float64]
@@ -185,20 +186,24 @@ def test_perceptual_distance_by_its_formula() -> None:
 def test_lpips_through_its_package() -> None:
     """With a random AlexNet below its learned weights: what is checked is the wiring."""
     torch.manual_seed(0)
-    distance = LpipsDistance((3, 32, 32), torch.device("cpu"), pnet_rand=True)
+    distance = Lpips((3, 32, 32), setting="evaluate.perceptual", otherwise="features", pnet_rand=True)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     found = distance(images, images.flip(0))
     assert found.shape == (4,) and float(found.min()) > 0.0
     torch.testing.assert_close(found, found.flip(0))
     torch.testing.assert_close(distance(images, images), torch.zeros(4))
-    with pytest.raises(UsageError, match="needs colour images of at least 32 pixels, these are 1×16×16"):
-        LpipsDistance((1, 16, 16), torch.device("cpu"))
+    made = images.clone().requires_grad_()
+    distance(made, images.flip(0)).sum().backward()
+    assert made.grad is not None and float(made.grad.abs().max()) > 0.0
+    assert not any(weight.requires_grad for weight in distance.parameters())
+    with pytest.raises(UsageError, match="at least 32 pixels, these are 1×16×16"):
+        Lpips((1, 16, 16), setting="evaluate.perceptual", otherwise="features")
 
 
 def test_absent_lpips_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lpips", None)
     with pytest.raises(UsageError, match=r"pip install 'advkd\[lpips\]'"):
-        LpipsDistance((3, 32, 32), torch.device("cpu"))
+        Lpips((3, 32, 32), setting="evaluate.perceptual", otherwise="features")
 
 
 @pytest.mark.parametrize("there", [True, False])
