@@ -12,7 +12,7 @@ from advkd.cache.format.layout import Layout, State
 from advkd.cache.format.noise import NOISE_RULE
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.write.writer import CacheWriter
-from advkd.stages.teacher.load.loader import new_training_scheduler, new_unet, save_pipeline
+from advkd.stages.teacher.diffusers_api import diffusers
 
 CIFAR: dict[str, Any] = {
     "act_fn": "silu",
@@ -53,7 +53,8 @@ def tiny(size: int = 32, channels: int = 3, width: int = 8) -> dict[str, Any]:
 def save_random(folder: Path, options: dict[str, Any]) -> Path:
     """A pipeline folder with random weights, always the same."""
     torch.manual_seed(0)
-    save_pipeline(folder, new_unet(options), new_training_scheduler({"num_train_timesteps": 1000, "clip_sample": True}))
+    unet, scheduler = diffusers().UNet2DModel(**options), diffusers().DDPMScheduler(clip_sample=True)
+    diffusers().DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
     return folder
 
 

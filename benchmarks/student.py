@@ -18,7 +18,8 @@ from advkd.stages.student.sharing.export import PACKAGES, export_int8, export_on
 from advkd.stages.student.sharing.onnx_student import OnnxStudent
 from advkd.stages.student.student import build_student
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
-from advkd.stages.teacher.load.loader import Teacher, load_teacher
+from advkd.stages.teacher.load.loader import load_teacher
+from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.sample.sampling import sample
 from benchmarks.harness import (
     Benchmark,

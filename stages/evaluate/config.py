@@ -13,20 +13,6 @@ FULL_SOLVER_STEPS = [5, 10, 20]
 FULL_NUM_SETS = 5
 FULL_SET_SIZE = 2048
 FULL_REFERENCE = 8192
-DATASETS = {"digits": 4, "mnist": 28}
-"""Labelled real images that a package ships, and the fewest pixels a side that they can be had in."""
-
-
-def check_dataset(name: str, size: int) -> None:
-    """Refuse what can't be had, without loading anything.
-
-    Raises:
-        ConfigError: no such data set, or not in that size.
-    """
-    if name not in DATASETS:
-        raise ConfigError(f"data {name!r} is unknown; known are {', '.join(DATASETS)}")
-    if size < DATASETS[name]:
-        raise ConfigError(f"data {name}: its images have {DATASETS[name]} pixels a side, {size} are too few")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

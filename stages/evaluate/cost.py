@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from advkd.stages.teacher.load.loader import Teacher
+from advkd.stages.teacher.load.network import Teacher
 
 LARGE_BATCH = 64
 """Images that are timed together, beside one alone."""

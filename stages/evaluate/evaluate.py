@@ -46,7 +46,7 @@ from advkd.stages.student.student import generate, load_student, weights_sha256
 from advkd.stages.student.training.data import read_float
 from advkd.stages.student.training.run import Run, seeds_of
 from advkd.stages.teacher.config import TeacherConfig
-from advkd.stages.teacher.load.loader import tensors_sha256
+from advkd.stages.teacher.load.identity import tensors_sha256
 
 Seeds = npt.NDArray[np.int64]
 

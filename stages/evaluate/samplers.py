@@ -14,7 +14,8 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.student import noise_of
 from advkd.stages.teacher.build.plan import sampler_of
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
-from advkd.stages.teacher.load.loader import Teacher, load_teacher
+from advkd.stages.teacher.load.loader import load_teacher
+from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.solvers import find_solver
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import UsageError
-from advkd.stages.evaluate.config import DATASETS, check_dataset
+from advkd.stages.images.known import DATASETS, check_dataset
 
 Labels = npt.NDArray[np.int64]
 MNIST_SIZE = DATASETS["mnist"]

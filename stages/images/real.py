@@ -11,8 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from advkd.cache.errors import UsageError
-from advkd.stages.evaluate.config import DATASETS
 from advkd.stages.images.datasets import load_dataset
+from advkd.stages.images.known import DATASETS
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

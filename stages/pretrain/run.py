@@ -30,11 +30,11 @@ from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.pictures import save_grid
 from advkd.stages.pretrain.classifier import train_classifier
 from advkd.stages.pretrain.config import SOURCE_NOTE, PretrainConfig
-from advkd.stages.pretrain.teacher import train_teacher
+from advkd.stages.pretrain.teacher import save_pipeline, train_teacher
 from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
-from advkd.stages.teacher.load.loader import load_teacher, save_pipeline
+from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
 HALVINGS = 10

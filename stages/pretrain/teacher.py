@@ -13,7 +13,7 @@ from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pretrain.config import HEAD_WIDTH, PretrainConfig
 from advkd.stages.reporter import Reporter
 from advkd.stages.schedules import one_cycle
-from advkd.stages.teacher.load.loader import new_training_scheduler, new_unet, save_pipeline
+from advkd.stages.teacher.diffusers_api import diffusers
 
 NUM_TIMESTEPS = 1000
 
@@ -21,32 +21,34 @@ NUM_TIMESTEPS = 1000
 def make_network(config: PretrainConfig) -> nn.Module:
     """The UNet, with fresh weights."""
     levels = len(config.channels)
-    return new_unet(
-        {
-            "sample_size": config.size,
-            "in_channels": 1,
-            "out_channels": 1,
-            "layers_per_block": config.layers_per_block,
-            "block_out_channels": tuple(config.channels),
-            "down_block_types": ("DownBlock2D",) * levels,
-            "up_block_types": ("UpBlock2D",) * levels,
-            "norm_num_groups": 8,
-            "attention_head_dim": HEAD_WIDTH,
-        }
+    unet: nn.Module = diffusers().UNet2DModel(
+        sample_size=config.size,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=config.layers_per_block,
+        block_out_channels=tuple(config.channels),
+        down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels,
+        norm_num_groups=8,
+        attention_head_dim=HEAD_WIDTH,
     )
+    return unet
 
 
 def make_scheduler(config: PretrainConfig) -> Any:
     """The diffusion that it is trained on."""
-    return new_training_scheduler(
-        {
-            "num_train_timesteps": NUM_TIMESTEPS,
-            "beta_schedule": config.beta_schedule,
-            "prediction_type": config.prediction_type,
-            "clip_sample": False,
-            "timestep_spacing": "trailing",
-        }
+    return diffusers().DDPMScheduler(
+        num_train_timesteps=NUM_TIMESTEPS,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        clip_sample=False,
+        timestep_spacing="trailing",
     )
+
+
+def save_pipeline(folder: Path, unet: nn.Module, scheduler: Any) -> None:
+    """Save a `DDPMPipeline` folder as diffusers does, with safetensors."""
+    diffusers().DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
 
 
 def save_untrained(folder: Path, config: PretrainConfig) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from advkd.cache.errors import ConfigError
 from advkd.cache.format.noise import standard_normal
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig, recorded_steps
-from advkd.stages.teacher.load.loader import Teacher, load_teacher, make_scheduler
+from advkd.stages.teacher.load.loader import load_teacher
+from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.levels import alpha_bars, sigmas
+from advkd.stages.teacher.path.schedulers import make_scheduler
 from advkd.stages.teacher.path.solvers import SOLVERS, is_deterministic, trajectory_states
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
 

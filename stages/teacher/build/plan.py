@@ -22,7 +22,9 @@ from advkd.cache.format.zarr_metadata import MAX_BLOCKS
 from advkd.cache.write.writer import CacheWriter
 from advkd.stages.device import best_device
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig, recorded_steps
-from advkd.stages.teacher.load.loader import Teacher, load_teacher, make_scheduler, sampler_identity
+from advkd.stages.teacher.load.loader import load_teacher
+from advkd.stages.teacher.load.network import Teacher
+from advkd.stages.teacher.path.schedulers import make_scheduler, sampler_identity
 from advkd.stages.teacher.path.solvers import find_solver, is_deterministic, trajectory_states
 
 SPARE_DISK = 64 << 20

@@ -20,7 +20,8 @@ from torch import Tensor
 from advkd.cache.errors import TeacherError
 from advkd.cache.format.noise import standard_normal
 from advkd.stages.teacher.config import SamplerConfig
-from advkd.stages.teacher.load.loader import Teacher, make_scheduler
+from advkd.stages.teacher.load.network import Teacher
+from advkd.stages.teacher.path.schedulers import make_scheduler
 from advkd.stages.teacher.path.solvers import find_solver, trajectory_states
 
 Evaluated = Callable[[], None]

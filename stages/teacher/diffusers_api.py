@@ -1,0 +1,42 @@
+"""What both doors to diffusers share: the library itself, its configurations as JSON, its errors in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def diffusers() -> Any:
+    """The library, without its log lines and progress bars; imported when first needed, since that takes seconds."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers
+
+
+def json_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON values, without diffusers' own bookkeeping (`_class_name`, `_diffusers_version`, …)."""
+    return {key: _json_value(value) for key, value in config.items() if not key.startswith("_")}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, np.ndarray | Tensor):
+        return _json_value(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a line of ours."""
+    text = str(error).strip().splitlines()
+    return text[0][:160] if text else type(error).__name__

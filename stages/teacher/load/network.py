@@ -1,0 +1,56 @@
+"""A loaded teacher: its network, evaluated in its own precision, and what identifies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advkd.stages.teacher.diffusers_api import json_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A loaded teacher: a network, and how it was trained to see noise."""
+
+    unet: nn.Module
+    scheduler_config: dict[str, Any]
+    item_shape: tuple[int, int, int]
+    source: str
+    commit: str | None
+    """Commit of the Hub's repository, where it came from there."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The UNet's configuration."""
+    license: str | None = None
+    """What its model card names, where it has one."""
+    tensors_sha256: str = ""
+    """Of the weights as they were saved, whatever precision they are used in."""
+
+    memory_format: torch.memory_format = torch.contiguous_format
+    """How the network's convolutions like their inputs in memory."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.unet.parameters()).device
+
+    def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """One network evaluation in the network's own precision; float32 in and out, shape (B, C, H, W)."""
+        parameter = next(self.unet.parameters())
+        return self.unet(x.to(parameter.dtype), timestep).sample.float()  # type: ignore[no-any-return]
+
+    def identity(self) -> dict[str, Any]:
+        """What the recipe records of the teacher."""
+        return {
+            "tensors_sha256": self.tensors_sha256,
+            "unet": json_config(self.config),
+            "scheduler": json_config(self.scheduler_config),
+        }
+
+
+def best_memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """Channels last is a tenth faster on CPUs; tensor cores want it too, but a GPU's float32 convolutions don't."""
+    wanted = device.type == "cpu" or (device.type == "cuda" and precision != "float32")
+    return torch.channels_last if wanted else torch.contiguous_format
