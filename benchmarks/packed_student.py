@@ -10,6 +10,7 @@ shortens the training; the whole takes a little more than twice the experiment's
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import yaml
 from scipy import stats
 
-from advkd.pipeline.config import load_experiment, to_plain
+from advkd.pipeline.config import load_experiment
 
 
 def run(name: str, *arguments: object) -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of training; the configuration's if not given")
     parser.add_argument("--out", type=Path, default=Path("runs/packed-student"))
     arguments = parser.parse_args()
-    config: dict[str, Any] = to_plain(load_experiment(arguments.config))
+    config: dict[str, Any] = dataclasses.asdict(load_experiment(arguments.config))
     config["train"]["steps"] = arguments.steps or config["train"]["steps"]
     config["evaluate"]["solver_steps"] = [1]
     arguments.out.mkdir(parents=True, exist_ok=True)

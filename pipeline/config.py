@@ -1,23 +1,25 @@
-"""One YAML file per experiment, mapped one to one onto the stages' dataclasses.
+"""One YAML or JSON file per experiment, mapped one to one onto the stages' dataclasses.
 
-An unknown key fails with the nearest known name; a wrong type says what was expected. The files in `configs/` ship
-with the package, so `--config configs/cifar10.yaml` (or `--config cifar10`) works outside a clone too.
+msgspec converts and checks types; an unknown key fails with the nearest known name. The files in `configs/` ship with
+the package, so `--config configs/cifar10.yaml` (or `--config cifar10`) works outside a clone too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
-import types
-import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import yaml
+from msgspec.inspect import DataclassType, Type, UnionType, type_info
 
 from advkd.cache.errors import ConfigError
 from advkd.stages.evaluate.config import EvaluateConfig
@@ -28,24 +30,30 @@ from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfi
 DEFAULT_EXPERIMENT = "digits"
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_WORDS = {"object": "keys and values", "array": "a list", "float": "a finite number", "str": "text"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
-    """Everything that one experiment says."""
+    """One experiment: a teacher, how its cache is built, how a student is trained and scored."""
 
     name: str
-    """Names its files: cache/NAME.zarr, runs/NAME, teachers/NAME."""
+    """Names the experiment's files: `teachers/NAME`, `cache/NAME.zarr`, `runs/NAME`."""
     pretrain: PretrainConfig | None = None
-    """How stage 0 makes the teacher; null where the teacher comes from elsewhere."""
+    """How stage 0 trains the teacher; null if the teacher comes from elsewhere."""
     teacher: TeacherConfig
+    """Which pipeline is the teacher."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How the teacher is sampled."""
     cache: CacheConfig = field(default_factory=CacheConfig)
+    """Which seeds and states the cache records, and how it stores them."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """How the student is trained."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """How the student is scored."""
     rebuild: bool = False
-    """The yes that lets `dvc repro` make a teacher or a cache again that dvc.lock says was made before and that is
-    merely not here. Without it such a stage says how to fetch it."""
+    """Allows `dvc repro` to remake a teacher or a cache that dvc.lock records but that is missing here. Without it the
+    stage stops and names the `dvc pull` that fetches the files."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -53,32 +61,42 @@ class Experiment:
 
     @property
     def store(self) -> Path:
-        """Where the cache goes unless told otherwise."""
+        """The cache's default path."""
         return Path("cache") / f"{self.name}.zarr"
 
     @property
     def run(self) -> Path:
-        """Where the student goes unless told otherwise."""
+        """The training run's default path."""
         return Path("runs") / self.name
 
     @property
     def teacher_folder(self) -> Path:
-        """What stage 0 writes."""
+        """The folder that stage 0 writes."""
         return Path("teachers") / self.name
 
 
-def load_experiment(source: str | Path | None) -> Experiment:
-    """Load an experiment from a path or a shipped name; the default one from None.
+def load_experiment(source: str | Path | None, overrides: Sequence[str] = ()) -> Experiment:
+    """Load an experiment from a path or a shipped name; None loads the default one.
+
+    Args:
+        source: path of a YAML or JSON file, or the name of a shipped experiment.
+        overrides: `KEY=VALUE` with dotted keys, as `--set` takes them; the result is that of editing the file.
 
     Raises:
-        ConfigError: no such file, no YAML, an unknown key or an impossible value.
+        ConfigError: the file is missing or malformed, a key is unknown or a value invalid.
     """
     text, name = _read(str(source or DEFAULT_EXPERIMENT))
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{name} is not YAML ({' '.join(str(error).split())[:160]})") from None
-    return from_plain(Experiment, value, name)
+        value = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        kind = "JSON" if name.endswith(".json") else "YAML"
+        raise ConfigError(f"{name} is not {kind} ({' '.join(str(error).split())[:160]})") from None
+    return _overridden(value, name, overrides)
+
+
+def default_settings(overrides: Sequence[str] = ()) -> Experiment:
+    """Every key's default, for commands without `--config`; name and teacher are placeholders."""
+    return _overridden({"name": "defaults", "teacher": {"source": "none"}}, "the defaults", overrides)
 
 
 def shipped_experiments() -> list[str]:
@@ -100,77 +118,111 @@ def _read(source: str) -> tuple[str, str]:
     name = path.name.removesuffix(".yaml")
     if name in shipped_experiments() and source in (name, f"{name}.yaml", f"configs/{name}.yaml"):
         return (resources.files("advkd.configs") / f"{name}.yaml").read_text(), source
-    raise ConfigError(f"no configuration {source}: give a YAML file, or one of {', '.join(shipped_experiments())}")
+    raise ConfigError(
+        f"no configuration {source}: give a YAML or JSON file, or one of {', '.join(shipped_experiments())}"
+    )
 
 
-def from_plain(cls: type[T], value: Any, where: str) -> T:
-    """Build a dataclass from plain YAML values, checking keys and types.
+def _overridden(value: Any, name: str, overrides: Sequence[str]) -> Experiment:
+    if overrides and isinstance(value, dict):
+        for override in overrides:
+            _override(value, override)
+        name = f"{name} with {' '.join(f'--set {override}' for override in overrides)}"
+    return from_dict(Experiment, value, name)
+
+
+def _override(value: dict[str, Any], override: str) -> None:
+    """Set one dotted key; the value is JSON where it parses as JSON (`0.5`, `[0, 50]`, `null`), else text."""
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not last:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as train.steps=500")
+    for section in sections:
+        if value.get(section) is None:
+            value[section] = {}
+        value = value[section]
+        if not isinstance(value, dict):
+            raise ConfigError(f"--set {override}: {section} holds {value!r}, no keys")
+    try:
+        value[last] = json.loads(text)
+    except (ValueError, RecursionError):
+        value[last] = text
+
+
+def from_dict(cls: type[T], value: Any, where: str) -> T:
+    """Build a dataclass from the values of a YAML or JSON file, checking keys and types.
 
     Raises:
-        ConfigError: naming the key, what was found and what was expected.
+        ConfigError: names the key, what was found and what was expected.
     """
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected keys and values, found {value!r}")
-    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    for key in value:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-    for name, item in fields.items():
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and name not in value:
-            raise ConfigError(f"{where}: {name!r} is missing")
-    arguments = {key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()}
     try:
-        return cls(**arguments)
+        _check_keys(type_info(cls), value, "")
+        return msgspec.convert(value, cls)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error, value)}") from None
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        matching = [option for option in options if option is not type(None) and _fits(option, value)]
-        if not matching:
-            raise ConfigError(f"{where}: expected {_describe(hint)}, found {value!r}")
-        return _convert(matching[0], value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, where)
-    if not _fits(hint, value):
-        raise ConfigError(f"{where}: expected {_describe(hint)}, found {value!r}")
-    return float(value) if hint is float else value
+def _check_keys(kind: Type | None, value: Any, path: str) -> None:
+    """Refuse what msgspec accepts in dataclasses: unknown keys, and numbers that are not finite."""
+    at = f"{path}: " if path else ""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{at}expected a finite number, found {value}")
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_keys(None, item, f"{path}[{index}]")
+    if not isinstance(value, dict):
+        return
+    options = kind.types if isinstance(kind, UnionType) else (kind,)
+    section = next((option for option in options if isinstance(option, DataclassType)), None)
+    fields = {item.name: item for item in section.fields} if section else {}
+    for key, item in value.items():
+        if section and key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            names = ", ".join(item.name for item in dataclasses.fields(section.cls))
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {names}"
+            raise ConfigError(f"{at}unknown key {key!r}; {hint}")
+        _check_keys(fields[key].type if section else None, item, f"{path}.{key}" if path else str(key))
+    for name, known in fields.items():
+        if known.required and name not in value:
+            raise ConfigError(f"{at}{name!r} is missing")
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict)
-    origin = typing.get_origin(hint)
-    if origin is list:
-        (item,) = typing.get_args(hint)
-        return isinstance(value, list) and all(_fits(item, element) for element in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is bool or isinstance(value, bool):
-        return hint is bool and isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, hint)
+def _explain(error: msgspec.ValidationError, value: Any) -> str:
+    """msgspec's message in our words: the dotted key, what was expected, what was found."""
+    message, _, path = str(error).partition(" - at `$")
+    path = path.strip("`.")
+    if isinstance(error.__cause__, ConfigError):
+        # These messages often begin with their section's own name: "objective.huber_width: …" at train.objective.
+        parent, _, section = path.rpartition(".")
+        message = str(error.__cause__)
+        return f"{parent}.{message}".lstrip(".") if message.startswith(section) else f"{path}: {message}"
+    found = value
+    for key, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", path):
+        found = found[key] if key else found[int(index)]
+    kinds = re.findall(r"\w+", message.partition("`")[2].partition("`")[0])
+    expected = " or ".join(_WORDS.get(kind, kind) for kind in kinds)
+    at = f"{path}: " if path else ""
+    return f"{at}expected {expected}, found {repr(found)[:100]}{_hint(kinds, found)}"
 
 
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if hint is type(None):
-        return "null"
-    if hint is float:
-        return "a finite number"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def to_plain(value: Any) -> Any:
-    """The resolved configuration as plain values, for JSON beside a result."""
-    return dataclasses.asdict(value)
+def _hint(kinds: list[str], found: Any) -> str:
+    """How to write what was probably meant, where YAML read something else."""
+    if "str" in kinds and isinstance(found, int | float):
+        base_60 = isinstance(found, int) and found >= 60
+        meant = f"; unquoted, YAML reads {found // 60}:{found % 60:02d} as {found}" if base_60 else ""
+        return f": quote it{meant}"
+    try:
+        number = float(found)
+    except (TypeError, ValueError):
+        return ""
+    if "int" in kinds and number.is_integer() and not isinstance(found, bool):
+        return f": write {int(number)}"
+    if "float" in kinds and isinstance(found, str) and math.isfinite(number):
+        mantissa, e, exponent = found.lower().partition("e")
+        if not e:
+            return ": write it without quotes"
+        point, sign = "" if "." in mantissa else ".0", "" if exponent[0] in "+-" else "+"
+        return f": write {mantissa}{point}e{sign}{exponent}, which YAML reads as a number"
+    return ""

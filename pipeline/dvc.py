@@ -20,7 +20,7 @@ from advkd.cache.files.durable import PARTIAL_SUFFIX
 from advkd.cache.files.locks import LOCK_FILE, NOTE_FILE
 from advkd.cache.format.seeds import blocks_of, parse_seed_range, seeds_of
 from advkd.cache.format.store_paths import record_path
-from advkd.pipeline.config import Experiment, from_plain, to_plain
+from advkd.pipeline.config import Experiment, from_dict
 from advkd.stages.teacher.config import recorded_steps
 
 YES = "`rebuild: true` in the experiment's configuration makes it again"
@@ -129,7 +129,7 @@ def _request(made: dict[str, Any], experiment: Experiment) -> Experiment | None:
         key: value for values in (made.get("params") or {}).values() for key, value in values.items() if key in known
     }
     try:
-        then = from_plain(Experiment, {**to_plain(experiment), **recorded}, "dvc.lock")
+        then = from_dict(Experiment, {**dataclasses.asdict(experiment), **recorded}, "dvc.lock")
         return then if _identity(then) == _identity(experiment) else None
     except ConfigError:
         return None

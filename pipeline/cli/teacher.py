@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -23,7 +24,7 @@ def main(config: str | None, out: Path | None) -> None:
     so that a change of it is seen by DVC.
     """
     from advkd.cache.files.durable import write_json
-    from advkd.pipeline.config import load_experiment, to_plain
+    from advkd.pipeline.config import load_experiment
     from advkd.pipeline.dvc import check_teacher_not_again, runs_under_dvc
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.pretrain.config import SOURCE_NOTE
@@ -33,7 +34,7 @@ def main(config: str | None, out: Path | None) -> None:
     if runs_under_dvc():
         check_teacher_not_again(folder, experiment)
     if experiment.pretrain is None:
-        write_json(folder / SOURCE_NOTE, to_plain(experiment.teacher))
+        write_json(folder / SOURCE_NOTE, dataclasses.asdict(experiment.teacher))
         click.echo(f"{experiment.name}: nothing to train, the teacher is {experiment.teacher.source}")
         return
     from advkd.stages.pretrain.run import pretrain

@@ -1,13 +1,17 @@
 """Configurations: shipped ones load, mistakes are named with the nearest right answer."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from advkd.cache.errors import ConfigError, UsageError
-from advkd.pipeline.config import Experiment, from_plain, load_experiment, shipped_experiments, to_plain
+from advkd.pipeline.config import Experiment, default_settings, from_dict, load_experiment, shipped_experiments
 from advkd.pipeline.experiment import needs_pretraining, parse_record, with_flags
+from advkd.stages.student.config import TrainConfig
+from tests.conftest import ROOT
 
 MINIMAL = {"name": "x", "teacher": {"source": "somewhere"}}
 
@@ -27,7 +31,7 @@ def test_all_of_them_ship_and_load() -> None:
     assert shipped_experiments() == shipped
     for name in shipped_experiments():
         experiment = load_experiment(name)
-        assert from_plain(Experiment, to_plain(experiment), "again") == experiment
+        assert from_dict(Experiment, dataclasses.asdict(experiment), "again") == experiment
     assert load_experiment(None).name == "digits"
 
 
@@ -54,10 +58,10 @@ def test_the_references_setting_is_as_published() -> None:
     [
         ({"smapler": {}}, "unknown key 'smapler'; did you mean 'sampler'"),
         ({"cache": {"block-size": 4}}, "cache: unknown key 'block-size'; did you mean 'block_size'"),
-        ({"cache": {"block_size": "many"}}, "cache: block_size: expected int, found 'many'"),
-        ({"cache": {"record": "all"}}, "record: expected int or list"),
+        ({"cache": {"block_size": "many"}}, "file.yaml: cache.block_size: expected int, found 'many'"),
+        ({"cache": {"record": "all"}}, "cache.record: expected int or a list, found 'all'"),
         ({"cache": {"block_size": True}}, "expected int, found True"),
-        ({"cache": {"block_size": 0}}, "block_size: 0 is not positive"),
+        ({"cache": {"block_size": 0}}, "file.yaml: cache.block_size: 0 is not positive"),
         ({"cache": {"dtype": "int8"}}, "'int8' is none of float16, float32"),
         ({"sampler": {"spacing": "even"}}, "'even' is none of trailing"),
         ({"sampler": {"eta": 1.0, "name": "euler"}}, "of ddim only"),
@@ -83,11 +87,83 @@ def test_the_references_setting_is_as_published() -> None:
         ({"pretrain": {"channels": [16, 8]}}, "expected 16 or more"),
         ({"pretrain": {"classifier": {"held_out": 0}}}, "held_out in"),
         ({"xyzzy": 1}, "known are name, pretrain, teacher"),
+        ({"train": {"stages": {"betas": [0.5, float("inf")]}}}, r"train.stages.betas\[1\]: expected a finite number"),
+        ({"train": {"learning_rate": "1e-3"}}, "found '1e-3': write 1.0e-3"),
+        ({"train": {"learning_rate": "2E3"}}, "write 2.0e\\+3"),
+        ({"train": {"steps": "1e3"}}, "expected int, found '1e3': write 1000"),
+        ({"train": {"steps": 2.0}}, "expected int, found 2.0: write 2"),
+        ({"cache": {"seeds": 992}}, "found 992: quote it; unquoted, YAML reads 16:32 as 992"),
+        ({"name": 7}, "expected text, found 7: quote it$"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        from_plain(Experiment, MINIMAL | change, "file.yaml")
+        from_dict(Experiment, MINIMAL | change, "file.yaml")
+
+
+def test_what_the_hints_say_to_write_loads(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    text = "name: x\nteacher: {source: s}\ncache: {seeds: %s}\ntrain: {learning_rate: %s}\n"
+    for seeds, rate in (("16:32", "1.0e-3"), ('"16:32"', "1e-3")):
+        path.write_text(text % (seeds, rate))
+        with pytest.raises(ConfigError, match=f"{path}: .* found "):
+            load_experiment(path)
+    path.write_text(text % ('"16:32"', "1.0e-3"))
+    experiment = load_experiment(path)
+    assert (experiment.cache.seeds, experiment.train.learning_rate) == ("16:32", 1e-3)
+
+
+def test_integers_become_the_floats_that_are_asked_for() -> None:
+    """As provenance and identity write them."""
+    train = from_dict(Experiment, MINIMAL | {"train": {"learning_rate": 1}}, "file.yaml").train
+    assert repr(train.learning_rate) == "1.0"
+
+
+def test_json_files_load_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(MINIMAL | {"train": {"learning_rate": 1e-7}}))
+    assert load_experiment(path).train.learning_rate == 1e-7
+    path.write_text("name: x\n")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load_experiment(path)
+
+
+def test_overrides_do_what_editing_the_file_does(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    values = yaml.safe_load((ROOT / "configs/digits.yaml").read_text())
+    values["train"]["steps"] = 500
+    values["train"]["objective"]["adversarial"] = {"weight": 0}
+    values["cache"] |= {"seeds": "0:64", "record": [0, 10, 50]}
+    values["teacher"]["revision"] = "main"
+    values["evaluate"]["real"] = None
+    values["pretrain"] = {"learning_rate": 1e-4}
+    path.write_text(yaml.safe_dump(values))
+    overrides = [
+        "train.steps=500", "train.objective.adversarial=null", "train.objective.adversarial.weight=0",
+        "cache.seeds=0:64", "cache.record=[0, 10, 50]", "teacher.revision=main", "evaluate.real=null",
+        "pretrain=null", "pretrain.learning_rate=1e-4",
+    ]  # fmt: skip
+    assert load_experiment("digits", overrides) == load_experiment(path)
+    assert load_experiment("digits", []) == load_experiment("digits")
+    assert default_settings(["train.steps=5"]).train == TrainConfig(steps=5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=5", "digits with --set train.stepz=5: train: unknown key 'stepz'; did you mean 'steps'"),
+        ("trian.steps=5", "unknown key 'trian'; did you mean 'train'"),
+        ("train.steps=many", "train.steps: expected int, found 'many'"),
+        ("train.steps=0", "train.steps: 0 is not positive"),
+        ("train.ema=NaN", "train.ema: expected a finite number"),
+        ("name.x=1", "name holds 'digits', no keys"),
+        ("train.steps", "expected KEY=VALUE, such as"),
+        ("=3", "expected KEY=VALUE, such as"),
+    ],
+)
+def test_mistaken_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment("digits", [override])
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
@@ -104,7 +180,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="can't be read"):
         load_experiment(path)
-    with pytest.raises(ConfigError, match=r"no configuration .*nowhere.yaml: give a YAML file, or one of celebahq256"):
+    with pytest.raises(ConfigError, match=r"no configuration .*nowhere.yaml: give a YAML .*, or one of celebahq256"):
         load_experiment(tmp_path / "nowhere.yaml")
 
 

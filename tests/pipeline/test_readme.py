@@ -1,5 +1,6 @@
 """Every command in the README runs as it is written there (the team's in test_sharing.py), and its promises hold."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -19,7 +20,7 @@ from advkd.pipeline.cli.cache import main as cache_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.train import main as train_command
-from advkd.pipeline.config import load_experiment, to_plain
+from advkd.pipeline.config import load_experiment
 from advkd.stages.evaluate import config as evaluate_config
 from advkd.stages.student import config as student_config
 from tests.conftest import ROOT, Invoke, save_random_inception
@@ -63,7 +64,7 @@ def test_the_commands_for_ones_own_teacher(invoke: Invoke, tmp_path: Path, monke
         **blocks,
     )  # fmt: skip
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "google/ddpm-cifar10-32")
-    config = to_plain(load_experiment(ROOT / "configs/cifar10.yaml"))
+    config = dataclasses.asdict(load_experiment(ROOT / "configs/cifar10.yaml"))
     config["cache"] |= {"seeds": "0:32", "block_size": 32, "batch_size": 32}
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/cifar10.yaml").write_text(yaml.safe_dump(config))

@@ -38,12 +38,12 @@ SAME = 0.01
 TRAIN = """
 import dataclasses, json, sys
 from pathlib import Path
-from advkd.pipeline.config import from_plain
+from advkd.pipeline.config import from_dict
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.train import train
 
 store, config, run, steps = sys.argv[1:]
-trained = train(store, from_plain(TrainConfig, json.loads(config), "test"), Path(run), max_steps=int(steps))
+trained = train(store, from_dict(TrainConfig, json.loads(config), "test"), Path(run), max_steps=int(steps))
 sys.stdout.write(f"step {trained.step}\\n")  # at once: two processes share the pipe
 """
 
