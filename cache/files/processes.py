@@ -1,4 +1,4 @@
-"""Blocks over cores: the same function on many blocks, here or in processes of its own.
+"""The same function on many blocks, in this process or in a pool of worker processes.
 
 Workers end with the process that started them, even if that is killed.
 """
@@ -9,14 +9,11 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
-POLL_SECONDS = 0.5
-"""How often to look whether a block that somebody else makes is done."""
 T = TypeVar("T")
 
 
@@ -25,36 +22,28 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def over_blocks(function: Callable[[int], T | None], blocks: Iterable[int], num_workers: int) -> Iterator[T]:
-    """Results as they come; a block of which the result is None is busy elsewhere, and tried again later.
+def in_processes(
+    function: Callable[[int], T], blocks: Iterable[int], *, num_workers: int = 1
+) -> Iterator[tuple[int, T]]:
+    """Call a function on each of some blocks, in this process or in several.
 
     Args:
         function: picklable if there is more than one worker.
-        blocks: in this order.
+        blocks: begun in this order.
         num_workers: processes; 1 works in this one.
+
+    Yields:
+        Each block and its result, as they come.
     """
-    pending = list(blocks)
-    while pending:
-        busy = []
-        for block, result in _once(function, pending, num_workers):
-            if result is None:
-                busy.append(block)
-            else:
-                yield result
-        if len(busy) == len(pending):
-            time.sleep(POLL_SECONDS)
-        pending = sorted(busy)
-
-
-def _once(function: Callable[[int], T | None], blocks: list[int], num_workers: int) -> Iterator[tuple[int, T | None]]:
+    blocks = list(blocks)
     if min(num_workers, len(blocks)) <= 1:
         yield from ((block, function(block)) for block in blocks)
         return
-    # Not forked: the parent may have threads. Few are handed out ahead, so that stopping waits for little.
+    # Spawned, since the parent may have threads. Few blocks are submitted ahead, so that stopping waits for few.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(blocks)), context, _begin_worker) as pool:
         left = iter(blocks)
-        running: dict[Future[T | None], int] = {}
+        running: dict[Future[T], int] = {}
         try:
             while True:
                 while len(running) < num_workers + 1 and (block := next(left, None)) is not None:
@@ -69,7 +58,7 @@ def _once(function: Callable[[int], T | None], blocks: list[int], num_workers: i
 
 
 def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and lets blocks in work end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and lets started blocks finish
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

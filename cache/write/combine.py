@@ -6,18 +6,22 @@ killed merge goes on where it stopped, and two of them divide the blocks.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from advkd.cache.errors import LockedError, MismatchError, NotCachedError, UsageError
+from advkd.cache.errors import MismatchError, NotCachedError, UsageError
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.paths import safe_target
+from advkd.cache.files.processes import in_processes
 from advkd.cache.format.differences import differences
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
 from advkd.cache.read.compare import TOLERANCE_FILE, block_distances, tolerance_of, within
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.divide import Outcome, divide
 from advkd.cache.write.writer import CacheWriter
 
 Progress = Callable[[int], None]
@@ -72,7 +76,7 @@ def merge(
     there = _existing(out, first)
     chosen = _choose([*there, *sources], prefer)
     wanted = {block: cache for block, cache in chosen.items() if cache not in there}
-    combined = _adopt(CacheWriter.open(out, first.recipe, first.layout), wanted, begin, advance)
+    combined = _adopt(CacheWriter.open(out, first.recipe, first.layout), wanted, prefer, begin, advance)
     carry(sources, out)
     return combined
 
@@ -109,7 +113,7 @@ def subset(
         if not blocks:
             raise UsageError(f"{cache.address} has none of the seeds {seeds}")
     writer = CacheWriter.open(out, cache.recipe, layout)
-    combined = _adopt(writer, dict.fromkeys(blocks, cache), begin, advance)
+    combined = _adopt(writer, dict.fromkeys(blocks, cache), cache, begin, advance)
     carry([cache], out)
     return combined
 
@@ -172,33 +176,44 @@ def _settle(
 
 
 def _adopt(
-    writer: CacheWriter, chosen: dict[int, TrajectoryCache], begin: Callable[[int], None], advance: Progress
+    writer: CacheWriter,
+    chosen: dict[int, TrajectoryCache],
+    prefer: TrajectoryCache | None,
+    begin: Callable[[int], None],
+    advance: Progress,
 ) -> Combined:
-    how: dict[str, int] = {}
-    added = present = replaced = 0
+    how: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
 
-    def linked(way: str) -> None:
-        how[way] = how.get(way, 0) + 1
+    def adopt(block: int) -> Outcome:
+        cache, outcome = chosen[block], "made"
+
+        def is_present() -> bool:
+            nonlocal outcome
+            if not writer.is_committed(block):
+                return False
+            # Settled anew: another writer may have made it after the stores were compared.
+            outcome = "replaced"
+            return _same_bytes(there, block, cache) or _settle(there, cache, block, prefer) is there
+
+        made = writer.make(block, lambda claim: writer.adopt(block, cache, lambda way: how.update([way])), is_present)
+        outcomes[outcome if made == "made" else made] += 1
+        return made
 
     begin(len(chosen))
     with writer.writing():
         if chosen:
             writer.grow(range((max(chosen) + 1) * writer.layout.block_size))
         there = TrajectoryCache.open(writer.path)
-        for block, cache in chosen.items():
-            with writer.claim(block) as claimed:
-                if not claimed:
-                    raise LockedError(f"another build is making block {block} of {writer.path} now: run this again")
-                if not writer.is_committed(block):
-                    writer.adopt(block, cache, linked)
-                    added += 1
-                elif _same_bytes(there, block, cache):
-                    present += 1
-                else:
-                    writer.adopt(block, cache, linked)
-                    replaced += 1
+        for _ in divide(chosen, functools.partial(in_processes, adopt)):
             advance(1)
-    return Combined(store=writer.path, num_added=added, num_present=present, num_replaced=replaced, how=how)
+    return Combined(
+        store=writer.path,
+        num_added=outcomes["made"],
+        num_present=outcomes["present"],
+        num_replaced=outcomes["replaced"],
+        how=dict(how),
+    )
 
 
 def _same_bytes(there: TrajectoryCache, block: int, cache: TrajectoryCache) -> bool:

@@ -10,15 +10,17 @@ import functools
 import math
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from advkd.cache.codec.packed_source import PackedSource
 from advkd.cache.errors import CacheError, MismatchError
-from advkd.cache.files.processes import over_blocks
+from advkd.cache.files.processes import in_processes
 from advkd.cache.format.encoding import MAX_PACKED_BLOCK_BYTES, Packing
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import carry, check_whole
-from advkd.cache.write.pack_block import Done, pack_block, packed_source, unpack_block
+from advkd.cache.write.divide import divide
+from advkd.cache.write.pack_block import pack_block, packed_source, unpack_block
 from advkd.cache.write.writer import CacheWriter
 
 Advance = Callable[[int], None]
@@ -81,12 +83,12 @@ def pack(
     with writer.writing():
         writer.grow(range(cache.num_seeds))
         task = functools.partial(pack_block, cache.address, uuid.uuid4().hex, out, packing)
-        done = []
-        for result in over_blocks(task, cache.blocks, num_workers):
-            done.append(result)
+        num_added = 0
+        for _, outcome in divide(cache.blocks, functools.partial(in_processes, task, num_workers=num_workers)):
+            num_added += outcome == "made"
             advance(len(cache.layout.states) * block_bytes)
     carry([cache], out)
-    return _sum_up(out, cache, done)
+    return _sum_up(out, cache, packed_source(TrajectoryCache.open(out)), num_added)
 
 
 def unpack(
@@ -118,20 +120,19 @@ def unpack(
             writer.grow(range(cache.num_seeds))
         task = functools.partial(unpack_block, cache.address, uuid.uuid4().hex, out)
         num_added = 0
-        for added in over_blocks(task, cache.blocks, num_workers):
-            num_added += added == "added"
+        for _, outcome in divide(cache.blocks, functools.partial(in_processes, task, num_workers=num_workers)):
+            num_added += outcome == "made"
             advance(len(cache.layout.states) * block_bytes)
     carry([cache], out)
-    done = [Done(False, source.records[block]) for block in cache.blocks]
-    return replace(_sum_up(out, cache, done), num_added=num_added, num_present=len(done) - num_added)
+    return _sum_up(out, cache, source, num_added)
 
 
-def _sum_up(out: Path, cache: TrajectoryCache, done: list[Done]) -> Packed:
-    arrays = [array for one in done for array in one.record.arrays.values()]
+def _sum_up(out: Path, cache: TrajectoryCache, packed: PackedSource, num_added: int) -> Packed:
+    arrays = [array for block in cache.blocks for array in packed.records[block].arrays.values()]
     return Packed(
         store=out,
-        num_added=sum(one.added for one in done),
-        num_present=sum(not one.added for one in done),
+        num_added=num_added,
+        num_present=len(cache.blocks) - num_added,
         num_bytes=sum(array.num_bytes for array in arrays),
         num_values=len(arrays) * cache.layout.block_size * math.prod(cache.item_shape),
         error_rms=math.sqrt(sum(array.error_rms**2 for array in arrays) / max(1, len(arrays))),

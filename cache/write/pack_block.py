@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,12 @@ from advkd.cache.format.packed_ledger import PackedArray, PackedRecord, error_of
 from advkd.cache.format.store_paths import chunk_path, provenance_path, states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.divide import Outcome
 from advkd.cache.write.writer import CacheWriter
 
 _NOTHING = hashlib.sha256(b"").hexdigest()
 Encode = Callable[[npt.NDArray[Any]], bytes]
 Decode = Callable[[bytes], npt.NDArray[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """One block."""
-
-    added: bool
-    record: PackedRecord
 
 
 def packed_source(cache: TrajectoryCache) -> PackedSource:
@@ -56,29 +50,23 @@ def _open(address: str, call: str) -> TrajectoryCache:
     return TrajectoryCache.open(address)
 
 
-def pack_block(address: str, call: str, out: Path, packing: Packing, block: int) -> Done | None:
-    """Pack a block unless it is there; None if somebody else is at it."""
+def pack_block(address: str, call: str, out: Path, packing: Packing, block: int) -> Outcome:
+    """Pack a block unless it is there."""
     cache = _open(address, call)
     writer = _PackedWriter(out, cache.recipe, cache.layout.packed(packing))
-    with writer.claim(block) as claimed:
-        if not claimed:
-            return None
-        present = writer.present(block, cache)
-        return Done(False, present) if present else Done(True, writer.pack(block, cache, packing))
+    return writer.make(block, lambda claim: writer.pack(block, cache, packing), lambda: writer.is_present(block, cache))
 
 
-def unpack_block(address: str, call: str, out: Path, block: int) -> str | None:
-    """Unpack a block unless it is there; None if somebody else is at it."""
+def unpack_block(address: str, call: str, out: Path, block: int) -> Outcome:
+    """Unpack a block unless it is there."""
     cache = _open(address, call)
     source, writer = packed_source(cache), CacheWriter(out, cache.recipe, cache.layout)
-    with writer.claim(block) as claimed:
-        if not claimed:
-            return None
-        if writer.is_committed(block):
-            return "present"
+
+    def unpack(claim: ExitStack) -> None:
         chunks = source.states(block, {state.step for state in cache.layout.states})
         writer.restore(block, chunks, cache.record(block), _provenance(cache, block))
-        return "added"
+
+    return writer.make(block, unpack)
 
 
 def _provenance(cache: TrajectoryCache, block: int) -> bytes:
@@ -91,22 +79,22 @@ def _provenance(cache: TrajectoryCache, block: int) -> bytes:
 class _PackedWriter(CacheWriter):
     """A packed store opened for writing blocks of a raw one."""
 
-    def present(self, block: int, cache: TrajectoryCache) -> PackedRecord | None:
-        """The record of a block that is there, made of this very content."""
+    def is_present(self, block: int, cache: TrajectoryCache) -> bool:
+        """Whether a block is there, made of this very content."""
         try:
             found = TrajectoryCache.open(self.path)
             record = packed_source(found).records[block]
         except (DamagedError, NotCachedError):
-            return None
+            return False
         for state in self.layout.states:
             array = record.arrays[states_path(state)]
             file = self.path / chunk_path(states_path(state), block, len(cache.item_shape))
             whole = not array.num_bytes or (file.is_file() and file.stat().st_size == array.num_bytes)
             if not whole or array.packed_from != cache.chunk(state.step, block)[1].sha256:
-                return None
-        return record
+                return False
+        return True
 
-    def pack(self, block: int, cache: TrajectoryCache, packing: Packing) -> PackedRecord:
+    def pack(self, block: int, cache: TrajectoryCache, packing: Packing) -> None:
         """Encode, write, decode what was written, compare, commit."""
         self._prepare(block)
         arrays = {}
@@ -132,7 +120,6 @@ class _PackedWriter(CacheWriter):
             block=block, fingerprint=self.recipe.fingerprint, layout_hash=self.layout.layout_hash, arrays=arrays
         )
         record.write(self.path)
-        return record
 
     def _drawn(self, block: int, cache: TrajectoryCache, drawn: bytes, entry: ArrayRecord) -> PackedArray:
         if hashlib.sha256(drawn + crc32c(drawn).to_bytes(CRC_BYTES, "little")).hexdigest() != entry.sha256:

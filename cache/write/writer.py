@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -42,6 +42,7 @@ from advkd.cache.format.source import LocalSource, check_num_blocks
 from advkd.cache.format.store_paths import chunk_path, provenance_path, record_path, states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES, metadata_files
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.divide import Outcome
 
 OnMismatch = Literal["stop", "set-aside"]
 SWEEP_SECONDS = 2.0
@@ -60,21 +61,25 @@ class CacheWriter:
 
     @classmethod
     def open(cls, path: str | Path, recipe: Recipe, layout: Layout, on_mismatch: OnMismatch = "stop") -> Self:
-        """Open a store to build or extend it; create it if nothing is there.
+        """A writer whose store is there: see `begin`."""
+        writer = cls(Path(path), recipe, layout)
+        writer.begin(on_mismatch)
+        return writer
+
+    def begin(self, on_mismatch: OnMismatch = "stop") -> None:
+        """Make the store unless it is there; one of another recipe or layout is renamed first, if that was asked for.
 
         Raises:
             MismatchError: a cache of another recipe or layout is there, and `on_mismatch` is "stop".
             NotACacheError: something that is no cache is there.
             LockedError: the store is to be set aside, but somebody writes to it.
         """
-        writer = cls(Path(path), recipe, layout)
-        if not writer.continues(on_mismatch) and writer.exists():
+        if not self.continues(on_mismatch) and self.exists():
             # Alone with the old store: a builder that still writes it must not find another in its place.
-            with StoreLocks(writer.path).alone():
-                writer.set_aside = _set_aside(writer.path)
-        if not writer.exists():
-            writer._create()
-        return writer
+            with StoreLocks(self.path).alone():
+                self.set_aside = _set_aside(self.path)
+        if not self.exists():
+            self._create()
 
     def continues(self, on_mismatch: OnMismatch) -> bool:
         """Whether a store of this very recipe and layout is there.
@@ -143,6 +148,32 @@ class CacheWriter:
         """Hold one block while it is made; False if somebody else makes it now."""
         return StoreLocks(self.path).block(block)
 
+    def make(
+        self, block: int, make: Callable[[ExitStack], object], is_present: Callable[[], bool] | None = None
+    ) -> Outcome:
+        """Make one block unless it is there: claim it, look whether it is committed, make and commit it.
+
+        Whoever makes blocks goes through here (building, merging, packing), and `advkd.cache.write.divide` asks again
+        for busy ones. Only to be called while `writing`.
+
+        Args:
+            block: its number.
+            make: makes the block and commits it (`commit`, `adopt`, `restore`). It gets the claim, which is given up
+                when it returns; to commit later, in another thread for instance, it takes the claim over with
+                `held = claim.pop_all()` and commits within `with held:`.
+            is_present: whether what is there will do, asked under the claim; `is_committed` if None.
+
+        Returns:
+            "made"; "present" if it was there; "busy" if somebody else makes it now.
+        """
+        with ExitStack() as claim:
+            if not claim.enter_context(self.claim(block)):
+                return "busy"
+            if self.is_committed(block) if is_present is None else is_present():
+                return "present"
+            make(claim)
+        return "made"
+
     def _sweep(self) -> None:
         """Remove what a killed writer left half-written; only called while nobody else writes.
 
@@ -160,7 +191,10 @@ class CacheWriter:
                 shutil.rmtree(beside, ignore_errors=True)
 
     def missing(self, seeds: range) -> list[int]:
-        """Blocks covering `seeds` that are not committed: no record, or a torn or altered one."""
+        """Blocks covering `seeds` that are not committed: no record, a torn or altered one, or one of another recipe.
+
+        All of them where no store is there yet.
+        """
         return [block for block in blocks_of(seeds, self.layout.block_size) if not self.is_committed(block)]
 
     def is_committed(self, block: int) -> bool:

@@ -2,19 +2,23 @@
 
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from advkd.cache.care.verify import verify
-from advkd.cache.errors import DamagedError, LockedError, MismatchError, NotCachedError, UsageError
+from advkd.cache.errors import DamagedError, MismatchError, NotCachedError, UsageError
 from advkd.cache.files import durable
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.format.seeds import parse_seed_range
 from advkd.cache.read.compare import MAX_TOLERANCE, compare, tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write import divide
 from advkd.cache.write.combine import Combined, merge, subset
 from advkd.cache.write.writer import CacheWriter
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, tree, write_store
@@ -154,13 +158,43 @@ def test_a_tolerance_is_bounded_whatever_a_store_claims(tmp_path: Path) -> None:
             tolerance_of(TrajectoryCache.open(tmp_path / "a"))
 
 
-def test_a_block_that_somebody_makes_now_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_block_that_somebody_makes_now_is_waited_for_and_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divide, "POLL_SECONDS", 0.01)
     write_store(tmp_path / "a", "0:64")
     writer = write_store(tmp_path / "out", "0:16")
-    with writer.writing(), writer.claim(2), pytest.raises(LockedError, match="making block 2"):
+    layout = make_layout()
+    with ThreadPoolExecutor(1) as executor:
+        with writer.writing(), writer.claim(2) as claimed:
+            assert claimed
+            merging = executor.submit(run_merge, tmp_path / "out", tmp_path / "a")
+            while TrajectoryCache.open(tmp_path / "out").blocks != (0, 1, 3):
+                time.sleep(0.01)
+            with pytest.raises(TimeoutError):
+                merging.result(0.1)
+            writer.commit(2, block_states(layout, 2))
+        assert (merging.result().num_added, merging.result().num_present) == (2, 1)
+    assert tree(tmp_path / "out") == tree(tmp_path / "a")
+
+
+def test_a_block_that_appears_during_a_merge_is_settled_like_one_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not replaced unasked, and not taken for the same."""
+    write_store(tmp_path / "a", "0:64")
+    writing = CacheWriter.writing
+
+    def late(self: CacheWriter) -> AbstractContextManager[None]:
+        monkeypatch.setattr(CacheWriter, "writing", writing)
+        other_machine(tmp_path / "out", "32:48", 4e-3, TOLERANCE)
+        return writing(self)
+
+    monkeypatch.setattr(CacheWriter, "writing", late)
+    with pytest.raises(MismatchError, match=r"block 2 differs .*--prefer"):
         run_merge(tmp_path / "out", tmp_path / "a")
-    assert TrajectoryCache.open(tmp_path / "out").blocks == (0, 1)
-    run_merge(tmp_path / "out", tmp_path / "a")
+    combined = run_merge(tmp_path / "out", tmp_path / "a", prefer=tmp_path / "a")
+    assert (combined.num_added, combined.num_replaced) == (1, 1)
     assert tree(tmp_path / "out") == tree(tmp_path / "a")
 
 
