@@ -16,7 +16,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 from benchmarks.harness import peak_megabytes
-from advkd.stages.teacher.build import background as behind, build
+from advkd.stages.teacher.build import background, build
 from advkd.stages.teacher.build.block import sample_block
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.build.plan import make_plan
@@ -43,7 +43,7 @@ if how == "bare":  # weights and activations: a batch is sampled, and nothing ke
         noise = initial_noise(0, seeds, plan.recipe.item_shape, "float16")
         sample(plan.teacher, plan.sampler, noise, seeds=seeds, root_seed=0, record=[])
 else:
-    behind.Behind.wait = timed(behind.Behind.wait, waited)
+    background.Background.wait = timed(background.Background.wait, waited)
     build.sample_block = timed(sample_block, sampled)
     build.commit_block = timed(build.commit_block, committed)
     build.build(plan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
-from advkd.cache.write.writer import CacheWriter
 from advkd.stages.teacher.build.block import commit_block, sample_block
 from advkd.stages.teacher.build.build import begin_store
 from advkd.stages.teacher.build.plan import Plan, make_plan
@@ -83,19 +81,20 @@ class Ours:
             seeds=f"0:{batch}", record=STEPS, block_size=batch, batch_size=batch, precision=precision, device=device
         )
         self.plan: Plan = make_plan(TeacherConfig(source=str(folder)), SamplerConfig(steps=STEPS), config, store)
-        self.writer = CacheWriter.open(store, self.plan.recipe, self.plan.layout)
-        begin_store(self.writer, self.plan)
+        self.plan.writer.begin()
+        begin_store(self.plan)
         self.states: dict[int, Any] = {}
         self.seconds: list[tuple[float, float]] = []
         """Of sampling, and of writing, which a build does beside the next block's sampling; here it doesn't."""
 
     def __call__(self) -> None:
         """Sample and commit."""
-        begin, began = time.perf_counter(), datetime.now(UTC)
-        self.states = sample_block(self.plan, 0)
+        begin = time.perf_counter()
+        block = sample_block(self.plan, 0)
         sampled = time.perf_counter()
-        commit_block(self.writer, self.plan, 0, self.states, began, "benchmark")
+        commit_block(self.plan, block, "benchmark")
         self.seconds.append((sampled - begin, time.perf_counter() - sampled))
+        self.states = block.states
 
 
 def seconds_to_commit(store: Path, block_size: int) -> float:

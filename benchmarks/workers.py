@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from advkd.stages.reporter import SilentReporter
 from advkd.stages.teacher.build import workers
 from advkd.stages.teacher.build.tasks import Request
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
@@ -95,9 +94,8 @@ def scheduler_costs(num_tasks: int) -> dict[str, float]:
                 before = processor_seconds(scheduler.pid), resource.getrusage(resource.RUSAGE_SELF)
                 begin = time.perf_counter()
                 blocks = list(range(number))
-                made = workers._make_all(
-                    client, dataclasses.replace(request, run=name), blocks, lambda block: None, SilentReporter()
-                )
+                attempt = workers.attempt_on(client, dataclasses.replace(request, run=name), blocks)
+                made = sum(outcome == "made" for _, outcome in attempt)
                 wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
                 assert made == number
                 own = after.ru_utime + after.ru_stime - before[1].ru_utime - before[1].ru_stime

@@ -123,10 +123,10 @@ def _dry_run(experiment: Experiment, store: Path, num_workers: int) -> None:
 
 
 def _estimate(experiment: Experiment, store: Path, teacher: str, num_workers: int) -> None:
-    from advkd.stages.teacher.build.plan import measure_evaluation, missing_blocks
+    from advkd.stages.teacher.build.plan import measure_evaluation
 
     plan = _plan(experiment, store)
-    todo = missing_blocks(plan)
+    todo = plan.writer.missing(plan.seeds)
     num_seeds = len(todo) * plan.layout.block_size
     batch = min(plan.config.batch_size, plan.layout.block_size)
     batches = len(todo) * -(-plan.layout.block_size // batch)
@@ -153,18 +153,16 @@ def _look_at_store(plan: Plan, *, recorded: bool, rebuild: bool) -> None:
         MismatchError: dvc.lock records this very request, but another store lies there.
     """
     from advkd.cache.errors import MismatchError
-    from advkd.cache.write.writer import CacheWriter
     from advkd.pipeline.dvc import YES
 
-    writer = CacheWriter(plan.store, plan.recipe, plan.layout)
-    problem = writer.mismatch()
+    problem = plan.writer.mismatch()
     if problem and recorded:
         raise MismatchError(
             f"{plan.store} was built otherwise ({problem}) than what dvc.lock records: move it away, and `dvc checkout "
             f"{plan.store}` brings back the recorded one, or {YES}"
         )
-    if rebuild and writer.continues("set-aside"):
-        writer.give_up_incomplete(plan.seeds)
+    if rebuild and plan.writer.continues("set-aside"):
+        plan.writer.give_up_incomplete(plan.seeds)
 
 
 def _build(

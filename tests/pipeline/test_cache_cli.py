@@ -53,7 +53,7 @@ def test_info_tells_what_it_is_and_who_made_it(invoke: Invoke, built: Path, tmp_
 
 def test_rounding_is_what_storing_cost(built: Path) -> None:
     cache = TrajectoryCache.open(built)
-    computed = sample_block(plan_of(cache, None, 8, "cpu"), 1)
+    computed = sample_block(plan_of(cache, None, 8, "cpu"), 1).states
     for step in cache.states:
         lost = cache.rows(step, range(8, 16)).astype(np.float64) - computed[step]
         entry = cache.record(1).arrays[f"states/{step:04d}"]

@@ -22,6 +22,7 @@ from distributed import Client, KilledWorker
 from advkd.cache import errors
 from advkd.cache.errors import AdvkdError, CacheError, MismatchError
 from advkd.pipeline.cli.cache import main as cache_command
+from advkd.stages.teacher.build import cluster as clusters
 from advkd.stages.teacher.build import tasks, workers
 from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan
@@ -261,7 +262,7 @@ def test_a_scheduler_that_goes_away_is_one_line(
 def test_an_address_where_no_scheduler_answers_is_named(
     pipeline_folder: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(clusters, "CONNECT_SECONDS", 0.5)
     arguments = ("build", "--teacher", pipeline_folder, *SETTINGS, "--steps", 6, "--scheduler")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and says nothing
         taken = silent.getsockname()[1]
@@ -328,10 +329,10 @@ class Broken:
     [
         (
             KilledWorker("block-1", SimpleNamespace(address="tcp://a:1"), 3),
-            "workers died again and again while making block 1 .out of memory",
+            "workers died repeatedly while making block 1 .out of memory",
         ),
         (CancelledError("block-1"), "the dask scheduler went away"),
-        (ModuleNotFoundError("No module named 'advkd'"), "a worker has not what this needs .No module named 'advkd'"),
+        (ModuleNotFoundError("No module named 'advkd'"), "a worker lacks a package .No module named 'advkd'"),
     ],
 )
 def test_what_a_cluster_dies_of_is_named(error: BaseException, message: str) -> None:

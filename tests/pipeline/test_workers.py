@@ -17,7 +17,7 @@ from advkd.cache.care.verify import verify
 from advkd.cache.format.store_paths import record_path
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
-from advkd.stages.teacher.build import tasks, workers
+from advkd.stages.teacher.build import cluster, tasks, workers
 from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.config import TeacherConfig
 from tests.conftest import Invoke
@@ -140,15 +140,15 @@ def test_workers_keep_memory_and_are_left_in_peace(monkeypatch: pytest.MonkeyPat
     """Dask's settings cost over half of the time, and nobody else's workers are changed."""
     config: dict[str, Any] = {}
 
-    def cluster(**options: Any) -> AbstractContextManager[None]:
+    def local_cluster(**options: Any) -> AbstractContextManager[None]:
         config.update(copy.deepcopy(dask.config.config["distributed"]))
         return nullcontext()
 
-    monkeypatch.setattr("distributed.LocalCluster", cluster)
+    monkeypatch.setattr("distributed.LocalCluster", local_cluster)
     before = copy.deepcopy(dask.config.config["distributed"])
-    with workers._local_cluster(2):
+    with cluster._local_cluster(2):
         environment = config["nanny"]["pre-spawn-environ"]
-        assert environment == before["nanny"]["pre-spawn-environ"] | workers._KEEP_MEMORY
+        assert environment == before["nanny"]["pre-spawn-environ"] | cluster._KEEP_MEMORY
     assert environment["MALLOC_TRIM_THRESHOLD_"] >= 1 << 30 and environment["OMP_NUM_THREADS"] == 1
     assert (config["admin"]["tick"]["interval"], config["worker"]["profile"]["enabled"]) == ("500ms", False)
     assert dask.config.config["distributed"] == before

@@ -25,8 +25,9 @@ from advkd.stages.reporter import SilentReporter
 from advkd.stages.teacher.build import block as sampling_blocks
 from advkd.stages.teacher.build import build as building
 from advkd.stages.teacher.build import plan as planning
+from advkd.stages.teacher.build.block import SampledBlock
 from advkd.stages.teacher.build.build import build
-from advkd.stages.teacher.build.plan import Plan, make_plan, missing_blocks
+from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from tests.stores import tree
 
@@ -126,23 +127,23 @@ def test_a_block_is_written_while_the_next_is_sampled(
     original_sample, original_commit = building.sample_block, building.commit_block
     sampling, writing, overlapped = threading.Event(), threading.Event(), []
 
-    def sample_block(plan: Plan, block: int, *rest: object) -> object:
+    def sample_block(plan: Plan, block: int, *rest: object) -> SampledBlock:
         sampling.set()
         if block > 1:
             assert writing.wait(30), "nothing is written while a block is sampled"
             writing.clear()
-        states = original_sample(plan, block, *rest)  # type: ignore[arg-type]
+        sampled = original_sample(plan, block, *rest)  # type: ignore[arg-type]
         sampling.clear()
-        return states
+        return sampled
 
-    def commit_block(writer: CacheWriter, plan: Plan, block: int, *rest: object) -> None:
-        if 0 < block < 4:
+    def commit_block(plan: Plan, sampled: SampledBlock, command: str) -> None:
+        if 0 < sampled.number < 4:
             assert sampling.wait(30), "nothing is sampled while a block is written"
-            overlapped.append(block)
+            overlapped.append(sampled.number)
         writing.set()
-        with writer.claim(block) as claimed:
+        with plan.writer.claim(sampled.number) as claimed:
             assert not claimed
-        original_commit(writer, plan, block, *rest)  # type: ignore[arg-type]
+        original_commit(plan, sampled, command)
 
     monkeypatch.setattr(building, "sample_block", sample_block)
     monkeypatch.setattr(building, "commit_block", commit_block)
@@ -159,11 +160,11 @@ def test_a_full_disk_stops_the_sampling_of_the_next_block(
     plan = plan_for(pipeline_folder, tmp_path / "a.zarr", batch_size=1, seeds="0:40")
     original, failed, advanced = building.commit_block, threading.Event(), 0
 
-    def commit_block(writer: CacheWriter, plan: Plan, block: int, *rest: object) -> None:
-        if block == 1:
+    def commit_block(plan: Plan, sampled: SampledBlock, command: str) -> None:
+        if sampled.number == 1:
             failed.set()
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(writer, plan, block, *rest)  # type: ignore[arg-type]
+        original(plan, sampled, command)
 
     class Counting(SilentReporter):
         def advance(self, amount: int = 1, note: str = "") -> None:
@@ -264,7 +265,8 @@ def test_a_disk_that_fills_up_keeps_what_is_committed(
         patch.setattr(CacheWriter, "commit", full)
         with pytest.raises(OSError, match="No space left"):
             build(plan_for(pipeline_folder, store))
-    assert missing_blocks(plan_for(pipeline_folder, store)) == [1, 2]
+    plan = plan_for(pipeline_folder, store)
+    assert plan.writer.missing(plan.seeds) == [1, 2]
 
 
 def test_half_precision_states_are_recorded_as_such(pipeline_folder: Path, tmp_path: Path) -> None:

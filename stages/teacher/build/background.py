@@ -1,4 +1,4 @@
-"""One job at a time behind the caller's back: a block is written while the next one is sampled."""
+"""A background thread for one job at a time: a block is written while the next one is sampled."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from types import TracebackType
 from typing import Self
 
 
-class Behind:
-    """A thread for one job at a time, so that no more than two blocks are in memory: one in it, one being made."""
+class Background:
+    """Runs one job at a time, so that at most two blocks are in memory: one being written, one being sampled."""
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="behind")
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
         self._pending: Future[None] | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Begin a job, once the one before is done.
+        """Start a job once the previous one is done.
 
         Raises:
-            Exception: whatever the one before raised.
+            Exception: whatever the previous job raised.
         """
         self.wait()
         self._pending = self._executor.submit(job)
 
     def check(self) -> None:
-        """Raise at once what the job raised; a build should not sample on for an hour while the disk is full."""
+        """Raise what the job raised, if it has failed: a build should not sample for an hour while the disk is full."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -39,9 +39,9 @@ class Behind:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the job: what was sampled is not thrown away because something else went wrong."""
+        """Finish the job, after an error too: a block that was sampled is worth writing."""
         try:
             if kind is None:
                 self.wait()

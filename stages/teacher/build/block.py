@@ -1,10 +1,11 @@
-"""One block of a cache: sampled in batches, looked at, committed with a note of who made it."""
+"""One block of a cache: sampled in batches, checked, committed with a note of who made it."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -18,7 +19,6 @@ from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.format.seeds import seeds_of
 from advkd.cache.format.store_paths import provenance_path
-from advkd.cache.write.writer import CacheWriter
 from advkd.stages.provenance import versions
 from advkd.stages.teacher.build.plan import Plan
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
@@ -26,25 +26,32 @@ from advkd.stages.teacher.sample.sampling import initial_noise, sample
 MIN_SPREAD = 1e-3
 """Standard deviation over seeds below which x_0 counts as constant, where images lie in [−1, 1]."""
 
-States = dict[int, npt.NDArray[Any]]
-"""A block: by solver steps done, float32, stored units, shape (block_size, *item_shape)."""
 Advance = Callable[[int], None]
 
 
-def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluations: None) -> States:
-    """All recorded states of a block; batches are cut at fixed places within it.
+@dataclass(frozen=True, kw_only=True)
+class SampledBlock:
+    """A block that is sampled and not committed yet."""
+
+    number: int
+    states: dict[int, npt.NDArray[Any]]
+    """By solver steps done: float32, stored units, shape (block_size, *item_shape); x_T in the stored dtype's values,
+    since the teacher starts from them."""
+    began: datetime
+
+
+def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluations: None) -> SampledBlock:
+    """Sample all recorded states of a block; batches are cut at fixed places within it.
 
     Args:
         plan: the build.
         block: its number.
-        advance: hears of network evaluations of one image as they are done.
-
-    Returns:
-        Float32 in stored units; x_T is already rounded to the stored dtype, since the teacher starts from it.
+        advance: called with the number of network evaluations of one image that have just been done.
 
     Raises:
         TeacherError: x_0 is not finite.
     """
+    began = datetime.now(UTC)
     seeds = seeds_of(block, plan.layout.block_size)
     shape = (plan.layout.block_size, *plan.recipe.item_shape)
     states = {state.step: np.empty(shape, dtype=np.float32) for state in plan.layout.states}
@@ -62,40 +69,39 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
         )
         for step, values in kept.items():
             states[step][part] = values.numpy()
-    return states
+    return SampledBlock(number=block, states=states, began=began)
 
 
-def commit_block(writer: CacheWriter, plan: Plan, block: int, states: States, began: datetime, command: str) -> None:
-    """Write a sampled block; its provenance first, so that nothing is written after it counts."""
-    note = seal(block_provenance(plan, block, began, command))
-    write_atomically(plan.store / provenance_path(block), [note])
-    writer.commit(block, states)
+def commit_block(plan: Plan, sampled: SampledBlock, command: str) -> None:
+    """Write a sampled block; its provenance first, since the ledger record must be the last file written."""
+    note = seal(block_provenance(plan, sampled, command))
+    write_atomically(plan.store / provenance_path(sampled.number), [note])
+    plan.writer.commit(sampled.number, sampled.states)
 
 
-def check_images(images: npt.NDArray[Any], plan: Plan) -> str:
-    """The gate after the first block: x_0 in words.
+def check_images(plan: Plan, sampled: SampledBlock) -> str:
+    """Check x_0 of a build's first block; x_0 in words.
 
     Raises:
         TeacherError: all seeds give the same image.
     """
-    values = images.astype(np.float32)
-    mean, spread = float(values.mean()), float(values.std(axis=0).max())
-    described = f"mean {mean:+.3f}, sd {values.std():.3f}, range {values.min():+.2f} to {values.max():+.2f}"
-    if len(values) > 1 and spread < MIN_SPREAD:
+    images = sampled.states[plan.sampler.steps].astype(np.float32)
+    mean, spread = float(images.mean()), float(images.std(axis=0).max())
+    described = f"mean {mean:+.3f}, sd {images.std():.3f}, range {images.min():+.2f} to {images.max():+.2f}"
+    if len(images) > 1 and spread < MIN_SPREAD:
         raise TeacherError(
-            f"teacher {plan.teacher.source}: x_0 is constant over {len(values)} seeds ({described}); nothing was kept"
+            f"teacher {plan.teacher.source}: x_0 is constant over {len(images)} seeds ({described}); nothing was kept"
         )
     return described
 
 
-def block_provenance(plan: Plan, block: int, began: datetime, command: str) -> dict[str, Any]:
-    """Who made a block, when, where, how long it took: outside identity."""
-    now = datetime.now(UTC)
+def block_provenance(plan: Plan, sampled: SampledBlock, command: str) -> dict[str, Any]:
+    """Who made a block, when, where and in what time; no part of its identity."""
     device = plan.device
     return {
-        "block": block,
-        "began": began.isoformat(timespec="seconds"),
-        "seconds": round((now - began).total_seconds(), 3),
+        "block": sampled.number,
+        "began": sampled.began.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - sampled.began).total_seconds(), 3),
         "host": platform.node(),
         "pid": os.getpid(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

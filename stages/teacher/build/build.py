@@ -1,31 +1,28 @@
 """Build or extend a cache in this process: block by block, beside others who build the same store.
 
-A block is written in a thread of its own while the next one is sampled.
+A background thread writes a block while the next one is sampled.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from advkd.cache.errors import NotCachedError
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.format.seeds import seeds_of
-from advkd.cache.write.writer import CacheWriter, OnMismatch
+from advkd.cache.write.divide import Attempt, Outcome, divide
+from advkd.cache.write.writer import OnMismatch
 from advkd.stages.pictures import save_trajectories
 from advkd.stages.reporter import Reporter, SilentReporter
-from advkd.stages.teacher.build.background import Behind
-from advkd.stages.teacher.build.block import States, check_images, commit_block, sample_block
-from advkd.stages.teacher.build.plan import Plan, check_disk, missing_blocks, origin
+from advkd.stages.teacher.build.background import Background
+from advkd.stages.teacher.build.block import SampledBlock, check_images, commit_block, sample_block
+from advkd.stages.teacher.build.plan import Plan, check_disk, origin
 from advkd.stages.teacher.build.tolerance import record_tolerance
-
-POLL_SECONDS = 0.5
-"""How often to look whether a block that somebody else makes is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +33,7 @@ class Built:
     num_blocks: int
     """Made by this build."""
     num_present: int
-    """There already, or made meanwhile by somebody else."""
+    """There already, or made meanwhile by another build."""
     set_aside: Path | None
     preview: Path | None
 
@@ -51,7 +48,7 @@ def build(
     """Build the blocks of a plan that are not there yet.
 
     Any number of builds of the same store may run at once, in other processes and on other hosts with a shared folder:
-    each takes blocks that nobody makes yet, and all end when every block is there.
+    each takes blocks that no other is making, and all end when every block is there.
 
     Raises:
         MismatchError: the store is of another recipe, and `on_mismatch` is "stop".
@@ -60,71 +57,62 @@ def build(
         LockedError: the store is being moved or repaired.
     """
     reporter = reporter or SilentReporter()
-    work = plan.evaluations_per_block
-    todo = missing_blocks(plan)
-    check_disk(plan, len(todo))
-    reporter.start("cache", len(plan.blocks) * work, "evaluations", done=(len(plan.blocks) - len(todo)) * work)
-    ready: dict[int, tuple[datetime, States]] = {}
-    if not CacheWriter(plan.store, plan.recipe, plan.layout).continues(on_mismatch):
-        # Nothing is made or moved until the teacher has shown that it can fill a block.
-        ready[todo[0]] = _sample_first(plan, todo[0], reporter)
-    writer = CacheWriter.open(plan.store, plan.recipe, plan.layout, on_mismatch)
+    writer, work = plan.writer, plan.evaluations_per_block
+    continues = writer.continues(on_mismatch)
+    todo = start(plan, reporter)
+    # Nothing is created or moved until the teacher has shown that it can fill a block.
+    first = None if continues else _sample_first(plan, todo[0], reporter)
+    writer.begin(on_mismatch)
     if writer.set_aside:
         reporter.say(f"set aside the cache of another recipe: {writer.set_aside}")
-    check_whole(writer, plan)
-    made: list[int] = []
-    preview: Path | None = None
-    with writer.writing(), Behind() as behind:
-        begin_store(writer, plan)
+    check_whole(plan)
 
-        def make(block: int, claim: ExitStack) -> None:
-            nonlocal preview
-            if block in ready:
-                began, states = ready.pop(block)
-            elif not made:
-                began, states = _sample_first(plan, block, reporter)
-            else:
-                began, states = _sample(plan, block, reporter, behind.check)
-            behind.wait()
-            made.append(block)
-            held = claim.pop_all()  # given up when the block is committed
+    def finished(block: int, outcome: Outcome) -> None:
+        if outcome == "present":
+            reporter.advance(work)
 
-            def commit() -> None:
-                with held:
-                    commit_block(writer, plan, block, states, began, command)
-
-            behind.submit(commit)
-            if len(made) == 1:  # somebody waits to see it
-                behind.wait()
-                preview = _show(plan, block, states, reporter)
-
-        divide(writer, writer.missing(plan.seeds), make, lambda block: reporter.advance(work), behind.wait, reporter)
+    with writer.writing(), Background() as background:
+        begin_store(plan)
+        maker = _Maker(plan, first, background, reporter, command)
+        num_made = make_missing(plan, maker.attempt, finished, reporter)
     reporter.finish()
     return Built(
         store=plan.store,
-        num_blocks=len(made),
-        num_present=len(plan.blocks) - len(made),
+        num_blocks=num_made,
+        num_present=len(plan.blocks) - num_made,
         set_aside=writer.set_aside,
-        preview=preview,
+        preview=maker.preview,
     )
 
 
-def begin_store(writer: CacheWriter, plan: Plan) -> None:
+def start(plan: Plan, reporter: Reporter) -> list[int]:
+    """Start the progress bar; the blocks that are missing.
+
+    Raises:
+        UsageError: they don't fit on the disk.
+    """
+    todo, work = plan.writer.missing(plan.seeds), plan.evaluations_per_block
+    check_disk(plan, len(todo))
+    reporter.start("cache", len(plan.blocks) * work, "evaluations", done=(len(plan.blocks) - len(todo)) * work)
+    return todo
+
+
+def begin_store(plan: Plan) -> None:
     """Let the arrays declare the plan's seeds, and record where the teacher came from."""
-    writer.grow(plan.seeds)
+    plan.writer.grow(plan.seeds)
     note = plan.store / "provenance" / "store.json"
     if not note.is_file():
         write_atomically(note, [seal(origin(plan))])
     record_tolerance(plan)
 
 
-def check_whole(writer: CacheWriter, plan: Plan) -> None:
-    """Refuse to extend a partial copy: what isn't here was made once, and would be missing from what is shared.
+def check_whole(plan: Plan) -> None:
+    """Refuse to extend a partial copy: its absent blocks exist elsewhere, and would be missing from what is shared.
 
     Raises:
         NotCachedError: files of committed blocks are not here.
     """
-    incomplete = writer.incomplete()
+    incomplete = plan.writer.incomplete()
     if incomplete:
         seeds = seeds_of(incomplete[0], plan.layout.block_size)
         raise NotCachedError(
@@ -134,68 +122,92 @@ def check_whole(writer: CacheWriter, plan: Plan) -> None:
         )
 
 
-def divide(
-    writer: CacheWriter,
-    blocks: list[int],
-    make: Callable[[int, ExitStack], None],
-    present: Callable[[int], None],
-    settle: Callable[[], None],
-    reporter: Reporter,
-) -> None:
-    """Make blocks that nobody else makes, and wait for the others.
+def make_missing(plan: Plan, attempt: Attempt, finished: Callable[[int, Outcome], None], reporter: Reporter) -> int:
+    """Have the plan's missing blocks made, and wait for those that other builds are making.
 
     Args:
-        writer: the store.
-        blocks: to be made, in this order.
-        make: makes one block; it gets the block's claim too, and may keep it longer than the call.
-        present: hears of a block that somebody else made.
-        settle: waits until all that was made is committed.
-        reporter: hears of waiting.
+        plan: the build; its store is there and held for writing.
+        attempt: tries each of some blocks once.
+        finished: called once per block.
+        reporter: told once if this build has to wait.
+
+    Returns:
+        How many blocks `attempt` made.
     """
-    pending, waiting = list(blocks), False
-    while pending:
-        left = []
-        for block in pending:
-            with ExitStack() as claim:
-                if not claim.enter_context(writer.claim(block)):
-                    left.append(block)
-                elif writer.is_committed(block):
-                    present(block)
-                else:
-                    make(block, claim)
-        settle()
-        if len(left) == len(pending):
-            if not waiting:
-                reporter.say(f"waiting for {len(left)} blocks that another build is making")
-                waiting = True
-            time.sleep(POLL_SECONDS)
-        pending = left
+    num_made, num_waits = 0, 0
+
+    def waiting(blocks: list[int]) -> None:
+        nonlocal num_waits
+        if not num_waits:
+            reporter.say(f"waiting for {len(blocks)} blocks that another build is making")
+        num_waits += 1
+
+    for block, outcome in divide(plan.writer.missing(plan.seeds), attempt, waiting):
+        num_made += outcome == "made"
+        finished(block, outcome)
+    return num_made
 
 
-def _sample(
-    plan: Plan, block: int, reporter: Reporter, check: Callable[[], None] = lambda: None
-) -> tuple[datetime, States]:
+class _Maker:
+    """Makes blocks in this process, each written while the next one is sampled."""
+
+    def __init__(
+        self, plan: Plan, first: SampledBlock | None, background: Background, reporter: Reporter, command: str
+    ) -> None:
+        self.preview: Path | None = None
+        self._plan = plan
+        self._first = first
+        """A block that was sampled and checked before the store was there."""
+        self._background = background
+        self._reporter = reporter
+        self._command = command
+
+    def attempt(self, blocks: list[int]) -> Iterator[tuple[int, Outcome]]:
+        """Try each block once; all that were made are committed in the end."""
+        for block in blocks:
+            yield block, self._plan.writer.make(block, partial(self._make, block))
+        self._background.wait()
+
+    def _make(self, block: int, claim: ExitStack) -> None:
+        if self._first is not None and self._first.number == block:
+            sampled, self._first = self._first, None
+        elif self.preview is None:
+            sampled = _sample_first(self._plan, block, self._reporter)
+        else:
+            sampled = _sample(self._plan, block, self._reporter, self._background.check)
+        self._background.wait()
+        held = claim.pop_all()  # released when the block is committed
+
+        def commit() -> None:
+            with held:
+                commit_block(self._plan, sampled, self._command)
+
+        self._background.submit(commit)
+        if self.preview is None:  # the user waits to see it
+            self._background.wait()
+            self.preview = _show(self._plan, sampled, self._reporter)
+
+
+def _sample(plan: Plan, block: int, reporter: Reporter, check: Callable[[], None] = lambda: None) -> SampledBlock:
     def advance(num_evaluations: int) -> None:
         check()
         reporter.advance(num_evaluations, f"block {block}")
 
-    began = datetime.now(UTC)
-    return began, sample_block(plan, block, advance)
+    return sample_block(plan, block, advance)
 
 
-def _sample_first(plan: Plan, block: int, reporter: Reporter) -> tuple[datetime, States]:
-    """Sample a block and check its images before any other; when that began, and its states."""
-    began, states = _sample(plan, block, reporter)
-    check_images(states[plan.sampler.steps], plan)
-    return began, states
+def _sample_first(plan: Plan, block: int, reporter: Reporter) -> SampledBlock:
+    sampled = _sample(plan, block, reporter)
+    check_images(plan, sampled)
+    return sampled
 
 
-def _show(plan: Plan, block: int, states: States, reporter: Reporter) -> Path:
+def _show(plan: Plan, sampled: SampledBlock, reporter: Reporter) -> Path:
     preview = save_trajectories(
         plan.store.with_suffix(".png"),
         [state.timestep for state in plan.layout.states],
-        [states[state.step][:8] for state in plan.layout.states],
+        [sampled.states[state.step][:8] for state in plan.layout.states],
     )
-    seeds, described = seeds_of(block, plan.layout.block_size), check_images(states[plan.sampler.steps], plan)
+    seeds, described = seeds_of(sampled.number, plan.layout.block_size), check_images(plan, sampled)
     reporter.say(f"first block, seeds {seeds.start}:{seeds.stop}: x_0 {described}; look: {preview}")
     return preview

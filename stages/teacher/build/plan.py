@@ -1,4 +1,4 @@
-"""A build that was checked but has not begun: what would be sampled, how much of it, how long it takes."""
+"""A build that was checked but has not begun: what it would sample, how much, and how long that takes."""
 
 from __future__ import annotations
 
@@ -37,18 +37,32 @@ class Plan:
     teacher: Teacher
     sampler: SamplerConfig
     config: CacheConfig
-    recipe: Recipe
-    layout: Layout
-    store: Path
+    writer: CacheWriter
+    """Of the store, which need not exist yet."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What determines the states' values."""
+        return self.writer.recipe
+
+    @property
+    def layout(self) -> Layout:
+        """Which states are stored, and how."""
+        return self.writer.layout
+
+    @property
+    def store(self) -> Path:
+        """The store's folder."""
+        return self.writer.path
 
     @property
     def blocks(self) -> range:
-        """The blocks that cover the seeds that were asked for."""
+        """The blocks that cover the requested seeds."""
         return blocks_of(parse_seed_range(self.config.seeds), self.layout.block_size)
 
     @property
     def seeds(self) -> range:
-        """The seeds that were asked for, widened to whole blocks."""
+        """The requested seeds, widened to whole blocks."""
         return range(self.blocks.start * self.layout.block_size, self.blocks.stop * self.layout.block_size)
 
     @property
@@ -63,7 +77,7 @@ class Plan:
 
     @property
     def block_bytes(self) -> int:
-        """Disk that one block takes, all states."""
+        """Disk space of one block, all states."""
         return self.layout.block_bytes(self.recipe.item_shape) * len(self.layout.states)
 
     @property
@@ -73,11 +87,11 @@ class Plan:
 
 
 def check_request(sampler: SamplerConfig, config: CacheConfig, store: Path) -> tuple[int, ...]:
-    """Check what can be checked without a teacher; the solver steps after which states are recorded.
+    """Check a request as far as possible without a teacher; the solver steps after which states are recorded.
 
     Raises:
         UsageError: sampler, steps, recorded states, seeds or device don't fit.
-        NotACacheError: something that is no cache is at the store's path.
+        NotACacheError: the store's path holds something else.
     """
     find_solver(sampler.name)
     recorded = recorded_steps(config.record, sampler.steps)
@@ -111,19 +125,11 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
         item_shape=loaded.item_shape,
     )
     layout = Layout(states=tuple(states[step] for step in recorded), dtype=config.dtype, block_size=config.block_size)
-    return Plan(teacher=loaded, sampler=sampler, config=config, recipe=recipe, layout=layout, store=store)
-
-
-def missing_blocks(plan: Plan) -> list[int]:
-    """Blocks still to be built; all of them where the store is absent or of another recipe."""
-    writer = CacheWriter(plan.store, plan.recipe, plan.layout)
-    if not writer.exists() or writer.mismatch():
-        return list(plan.blocks)
-    return writer.missing(plan.seeds)
+    return Plan(teacher=loaded, sampler=sampler, config=config, writer=CacheWriter(store, recipe, layout))
 
 
 def check_disk(plan: Plan, num_blocks: int) -> None:
-    """Look whether so many more blocks fit.
+    """Check that this many more blocks fit on the disk.
 
     Raises:
         UsageError: they don't.
@@ -158,7 +164,7 @@ def sampler_of(recipe: Recipe) -> SamplerConfig:
     """The sampler that made a cache.
 
     Raises:
-        ConfigError: it is none that advkd has.
+        ConfigError: advkd has no such sampler.
     """
     sampler = recipe.sampler
     spacing = str(sampler["config"].get("timestep_spacing", SamplerConfig().spacing))
@@ -173,7 +179,7 @@ def recorded_list(layout: Layout) -> list[int]:
 
 
 def origin(plan: Plan) -> dict[str, Any]:
-    """What the store's provenance says of the teacher and the sampler."""
+    """What the store's provenance says about the teacher and the sampler."""
     teacher = plan.teacher
     return {
         "teacher": {"source": teacher.source, "commit": teacher.commit, "license": teacher.license},

@@ -88,7 +88,7 @@ def recompute(
     reporter.start("recompute", len(blocks) * plan.evaluations_per_block, "evaluations")
     tolerance, results = tolerance_of(cache), []
     for block in blocks:
-        states = sample_block(plan, block, reporter.advance)
+        states = sample_block(plan, block, reporter.advance).states
         apart = {}
         for step in cache.states:
             made = states[step].astype(cache.dtype)

@@ -1,7 +1,7 @@
-"""What a worker of a cluster runs: one task is one block. `advkd.stages.teacher.build.workers` is the other end.
+"""The tasks that a cluster's workers run, one per block. `advkd.stages.teacher.build.workers` submits them.
 
-A task may run twice (dask reruns what a lost worker did), on any worker, beside other builds of the store: the block's
-lock and its ledger record decide. Each worker loads the teacher once and samples one block at a time.
+A task may run twice (dask reruns the tasks of a lost worker), on any worker, beside other builds of the store: the
+block's lock and its ledger record decide. Each worker loads the teacher once and samples one block at a time.
 """
 
 from __future__ import annotations
@@ -14,33 +14,32 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from advkd.cache.errors import AdvkdError, CacheNotFoundError, MismatchError
 from advkd.cache.format.seeds import seeds_of
-from advkd.cache.write.writer import CacheWriter, OnMismatch
+from advkd.cache.write.divide import Outcome
+from advkd.cache.write.writer import OnMismatch
 from advkd.stages.reporter import SilentReporter
-from advkd.stages.teacher.build.block import commit_block, sample_block
+from advkd.stages.teacher.build.block import SampledBlock, commit_block, sample_block
 from advkd.stages.teacher.build.build import Built, build
 from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Outcome = Literal["made", "present", "busy"]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a worker needs to know to make any block of a store."""
+    """Everything that a worker needs to make any block of a store."""
 
     run: str
-    """Of one run of the command: names its tasks and events, so that no other run's are mistaken for them."""
+    """Identifies one run of the command, so that its tasks and events are not mistaken for another run's."""
     teacher: TeacherConfig
     sampler: SamplerConfig
     config: CacheConfig
@@ -50,25 +49,25 @@ class Request:
     layout_hash: str
     command: str
     report_seconds: float
-    """How often each worker tells how far it is."""
+    """How often each worker reports its progress."""
     threads: int | None
-    """Threads of a local worker, which also takes its turn at the GPUs; a cluster's workers are set up already."""
+    """Threads of a local worker, which also takes its turn at the GPUs; None for workers of a running cluster."""
 
     @property
     def topic(self) -> str:
-        """Of the events in which workers tell how far they are."""
+        """Of the events in which workers report their progress."""
         return f"advkd-{self.run}"
 
 
 def without_retry(function: Callable[P, R]) -> Callable[P, R | AdvkdError | OSError]:
-    """Return errors that another try would only meet again, after hours of sampling; dask retries what is raised."""
+    """Return errors that would recur, perhaps after hours of sampling; dask retries errors that are raised."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | AdvkdError | OSError:
         try:
             return function(*args, **kwargs)
         except AdvkdError as error:
-            return type(error)(str(error))  # without its cause, which may not travel
+            return type(error)(str(error))  # without its cause, which may not be picklable
         except OSError as error:
             if error.errno in _DISK_FULL:
                 return OSError(error.errno, error.strerror, error.filename)
@@ -79,7 +78,7 @@ def without_retry(function: Callable[P, R]) -> Callable[P, R | AdvkdError | OSEr
 
 @without_retry
 def make_first(request: Request, block: int, on_mismatch: OnMismatch) -> tuple[Built, list[str]]:
-    """Make the first block like a build of its own: gate, store, tolerance, preview; what it said as well."""
+    """Make the first block like a build of its own: gate, store, tolerance, preview. Also returns the lines it said."""
     plan = _plan(request)
     seeds = seeds_of(block, plan.layout.block_size)
     config = dataclasses.replace(plan.config, seeds=f"{seeds.start}:{seeds.stop}")
@@ -92,28 +91,28 @@ def make_first(request: Request, block: int, on_mismatch: OnMismatch) -> tuple[B
 
 @without_retry
 def make(request: Request, block: int) -> Outcome:
-    """Make one block; running it again does no harm, so dask may."""
+    """Make one block; idempotent, so dask may run it again."""
     plan = _plan(request)
-    writer = CacheWriter(request.store, plan.recipe, plan.layout)
-    if not writer.exists():
+    if not plan.writer.exists():
         raise CacheNotFoundError(f"{request.store} isn't there on a worker: all workers must see the store's folder")
-    with ExitStack() as held:
-        held.enter_context(writer.writing())
-        with _sampling:  # before the claim: what this thread waits for, somebody else may make
-            if not held.enter_context(writer.claim(block)):
-                return "busy"
-            if writer.is_committed(block):
-                return "present"
-            began = datetime.now(UTC)
-            states = sample_block(plan, block, _reporting(request, block))
-        commit_block(writer, plan, block, states, began, request.command)
-        return "made"
+    with plan.writer.writing(), ExitStack() as held:
+        sampled: list[SampledBlock] = []
+
+        def sample(claim: ExitStack) -> None:
+            sampled.append(sample_block(plan, block, _reporting(request, block)))
+            held.push(claim.pop_all())  # until the block is committed
+
+        with _sampling:  # before the claim: while this thread waits, another process may make the block
+            outcome = plan.writer.make(block, sample)
+        for one in sampled:
+            commit_block(plan, one, request.command)
+        return outcome
 
 
 _plans: dict[tuple[str, str, Path, int, str | None], Plan] = {}
 _loading = threading.Lock()
 _sampling = threading.Lock()
-"""A worker with several threads has one teacher and one GPU; another thread may write its block meanwhile."""
+"""A worker's threads share one teacher and one device: one thread samples while another writes its block."""
 
 
 def _plan(request: Request) -> Plan:
@@ -122,7 +121,7 @@ def _plan(request: Request) -> Plan:
     key = (request.fingerprint, request.layout_hash, request.store, config.batch_size, config.device)
     with _loading:
         if key not in _plans:
-            _plans.clear()  # first: two teachers may not fit
+            _plans.clear()  # before loading: two teachers may not fit into memory
             device = config.device
             if request.threads is not None:
                 torch.set_num_threads(request.threads)
@@ -140,7 +139,7 @@ def _plan(request: Request) -> Plan:
 
 
 def worker_device(wanted: str | None, name: object) -> str | None:
-    """Which device a local worker uses: what it is told, else the GPU whose turn it is by the worker's number."""
+    """The device of a local worker: the one that was asked for, else GPU number `name` modulo their count."""
     count = torch.cuda.device_count()
     if wanted is not None or count < 2 or not str(name).isdecimal():
         return wanted
@@ -169,14 +168,14 @@ def _reporting(request: Request, block: int) -> Callable[[int], None]:
 
 
 class _Messenger(SilentReporter):
-    """Sends on what a build in a worker says of its progress, and keeps its lines."""
+    """Forwards the progress of a build in a worker, and keeps its lines."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self.said: list[str] = []
         self._advance = advance
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Send it on."""
+        """Forward it."""
         self._advance(amount)
 
     def say(self, text: str) -> None:
