@@ -10,33 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from advkd.stages.evaluate.scores import Evaluation, Row
+    from advkd.stages.evaluate.scores import Evaluation
     from advkd.stages.metrics.intervals import Interval
 
 WIDTH = 100
-"""Of what is printed where there is no terminal."""
-NOT_MEASURED = "–"
+"""Of the output where there is no terminal."""
 TEACHER = "teacher itself"
-"""The name of its row, which is short; the sampler stands below."""
-BESIDE = {
-    "precision": "precision",
-    "recall": "recall",
-    "class_overlap": "class shares' overlap with reference",
-    "rarest_class": "rarest class, of its share there",
-    "confidence": "classifier's confidence",
-    "nearest_training": "rms to the nearest training image",
-    "nearest_training_closest": "… of the closest hundredth",
-    "frechet_to_real": "Fréchet distance to the real images",
-    "mse_to_teacher": "squared error to teacher, same noise",
-    "perceptual_to_teacher": "perceptual distance to teacher",
-}
-"""Measures of the second table."""
-DIGITS = 3
-"""Significant ones, so that an interval still fits."""
+"""The name of its row, which is short; the caption names its sampler."""
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Everything worth reading at once; scores.json has the rest."""
+    """What is worth reading at once; scores.json has the rest."""
     terminal = Console()
     console = Console(highlight=False, width=None if terminal.is_terminal else WIDTH)
     console.print(_samplers(evaluation))
@@ -62,46 +46,40 @@ def _table(title: str, caption: str, columns: list[str]) -> Table:
 
 
 def _samplers(evaluation: Evaluation) -> Table:
+    from advkd.stages.metrics.registry import MEASURES
+
+    measures = [name for name, measure in MEASURES.items() if measure.column_decimals is not None]
     form = "the whole protocol" if evaluation.full else "a short form of the protocol: see --full"
+    teacher = evaluation.table.rows[1].name
     table = _table(
         f"Against the teacher's cached x_0 of {evaluation.num_reference:,} seeds, in {evaluation.features} features "
         f"({form}).\nMean ± sd over {evaluation.num_sets} sets of {evaluation.set_size:,} fresh seeds "
         "(KID: ± standard error; precision, recall: %)\n",
         "student minus this: Fréchet distance, 95 % interval; ahead or behind where it excludes 0; "
-        f"{TEACHER}: {evaluation.rows[1].name.removeprefix('teacher ').strip('()')}\n",
-        ["sampler", "evals", "Fréchet", "KID", "precision", "recall", "student minus this", "student"],
+        f"{TEACHER}: {teacher.removeprefix('teacher ').strip('()')}\n",
+        ["sampler", "evals", *(MEASURES[name].title for name in measures), "student minus this", "student"],
     )
-    for row in evaluation.rows:
-        if not row.values:  # said in a line below, and why
-            continue
-        gap = evaluation.student_minus(row, "frechet") if row is not evaluation.rows[0] else None
-        verdict = ("ahead" if gap.mean < 0.0 else "behind") if gap and gap.excludes_zero else ""
-        table.add_row(
-            TEACHER if row is evaluation.rows[1] else row.name,
-            str(row.evaluations),
-            _spread(row, "frechet", 1),
-            _spread(row, "kid"),
-            _percent(row, "precision"),
-            _percent(row, "recall"),
-            _interval(gap, 1),
-            verdict,
-        )
+    for name, *cells in evaluation.table.cells(measures):  # rows without scores are explained below the tables
+        table.add_row(TEACHER if name == teacher else name, *cells)
     return table
 
 
 def _beside(evaluation: Evaluation) -> Table:
-    student, teacher = evaluation.rows[:2]
+    from advkd.stages.metrics.registry import MEASURES
+    from advkd.stages.metrics.table import difference_text
+
+    student, teacher = evaluation.table.rows[:2]
     table = _table(
-        "The student beside the teacher itself, on the same seeds\n",
+        "The student beside the teacher itself, on the same seeds (precision, recall: %)\n",
         f"*: the interval excludes 0. Reference {evaluation.num_reference:,} seeds, "
         f"{evaluation.num_training:,} of them training images\n",
         ["mean ± sd", "student", "teacher", "student minus teacher, 95 %", ""],
     )
-    for measure, label in BESIDE.items():
-        if measure in student.values:
-            gap = evaluation.student_minus(teacher, measure)
+    for name, measure in MEASURES.items():
+        if name in student.values and name != "frechet":
+            gap = evaluation.table.student_minus(teacher, name)
             mark = "*" if gap and gap.excludes_zero else ""
-            table.add_row(label, _spread(student, measure), _spread(teacher, measure), _interval(gap), mark)
+            table.add_row(measure.title, student.text(name), teacher.text(name), difference_text(gap, name), mark)
     return table
 
 
@@ -133,33 +111,6 @@ def _print_costs(evaluation: Evaluation) -> None:
         )
     else:
         click.echo(f"teacher: not measured ({evaluation.without_teacher})")
-
-
-def _decimals(*values: float, most: int = 4) -> int:
-    """Decimals that show the largest of some values to `DIGITS` digits, and not more than `most`."""
-    largest = max(map(abs, values))
-    return next((decimals for decimals in range(most) if largest * 10**decimals >= 10 ** (DIGITS - 1)), most)
-
-
-def _spread(row: Row, measure: str, most: int = 4) -> str:
-    mean = row.mean(measure)
-    spread = row.standard_error(measure) if measure == "kid" else row.deviation(measure)
-    if mean is None or spread is None:
-        return NOT_MEASURED
-    decimals = _decimals(mean, spread, most=most)
-    return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
-
-
-def _percent(row: Row, measure: str) -> str:
-    mean, spread = row.mean(measure), row.deviation(measure)
-    return NOT_MEASURED if mean is None or spread is None else f"{100.0 * mean:.0f} ± {100.0 * spread:.0f}"
-
-
-def _interval(interval: Interval | None, most: int = 4) -> str:
-    if interval is None:
-        return ""
-    decimals = _decimals(interval.low, interval.high, most=most)
-    return f"{interval.mean:+.{decimals}f} [{interval.low:+.{decimals}f}, {interval.high:+.{decimals}f}]"
 
 
 def _range(interval: Interval) -> str:

@@ -12,8 +12,9 @@ from advkd.pipeline.cli.common import all_or_nothing, example
 if TYPE_CHECKING:
     from advkd.cache.read.reader import TrajectoryCache
     from advkd.stages.evaluate.config import EvaluateConfig
-    from advkd.stages.evaluate.deployed import Form, FormScore
+    from advkd.stages.evaluate.deployed import Form
     from advkd.stages.metrics.features import FeatureNetwork
+    from advkd.stages.metrics.table import Row
     from advkd.stages.student.hub import Student
     from advkd.stages.student.sharing.export import Deviation
 
@@ -110,11 +111,11 @@ def _say(path: Path, form: str, deviation: Deviation) -> None:
 def _scoring(student: Student, store: str, features: str) -> Scoring:
     from advkd.cache.read.reader import TrajectoryCache
     from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_SET_SIZE, EvaluateConfig
-    from advkd.stages.evaluate.deployed import check_same_cache
-    from advkd.stages.metrics.features import load_features
+    from advkd.stages.evaluate.deployed import check_cache_of
+    from advkd.stages.evaluate.networks import load_features
 
     cache = TrajectoryCache.open(store)
-    check_same_cache(student, cache)
+    check_cache_of(student, cache)
     config = EvaluateConfig(features=features, num_sets=FULL_NUM_SETS, set_size=FULL_SET_SIZE)
     return cache, load_features(config, cache.item_shape), config
 
@@ -125,21 +126,23 @@ def _score(forms: dict[str, Form], student: Student, scoring: Scoring) -> None:
 
     cache, network, config = scoring
     with TerminalReporter() as reporter:
-        scores = score_forms(forms, student, cache, network, config, reporter)
+        rows = score_forms(forms, student, cache, network, config, reporter).rows
     click.echo(
         f"Fréchet distance to the teacher's cached x_0, mean ± sd over {config.num_sets} sets of {config.set_size} "
         f"fresh seeds (reference {len(cache.seeds())} seeds):"
     )
-    for score in scores:
-        click.echo(f"  {score.name:<10}{score.mean:.2f} ± {score.deviation:.2f}{_difference(score)}")
+    for row in rows:
+        click.echo(f"  {row.name:<10}{row.mean('frechet'):.2f} ± {row.deviation('frechet'):.2f}{_minus(row, rows[0])}")
 
 
-def _difference(score: FormScore) -> str:
-    if score.difference is None:
+def _minus(row: Row, first: Row) -> str:
+    from advkd.stages.metrics.table import difference
+
+    gap = difference(row, first, "frechet")
+    if gap is None:
         return ""
-    interval = score.difference
-    verdict = "not distinguishable" if not interval.excludes_zero else "ahead" if interval.mean < 0 else "behind"
-    return f"   minus PyTorch {interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}], 95 %: {verdict}"
+    verdict = "not distinguishable" if not gap.excludes_zero else "ahead" if gap.mean < 0 else "behind"
+    return f"   minus {first.name} {gap.text(3)}, 95 %: {verdict}"
 
 
 def _time(forms: dict[str, Form], student: Student) -> None:

@@ -1,4 +1,4 @@
-"""Evaluated runs side by side, one after another: what each change was worth."""
+"""Evaluated runs side by side: what each change was worth."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ import numpy as np
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import write_atomically
-from advkd.stages.metrics.intervals import Distances, Interval, paired_difference
+from advkd.stages.metrics.intervals import Interval
+from advkd.stages.metrics.table import Row, ScoreTable, difference
 from advkd.stages.pictures import save_figure
 from advkd.stages.student.student import weights_sha256
 from advkd.stages.student.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung(Distances):
+class Rung:
     """One run's scores."""
 
+    name: str
+    student: Row
+    teacher: Row | None
+    """The teacher itself on the same seeds, where it was measured."""
     held_out_mse: float | None
     num_parameters: int
     """Of the deployed student."""
     macs: float
-    teacher: list[float] | None
-    """The teacher's own distances on the same seeds, where they were measured."""
     protocol: dict[str, Any]
     gain: Interval | None = None
     """Its distances minus those of the rung before."""
@@ -50,7 +53,7 @@ def read_rungs(runs: Sequence[Path]) -> list[Rung]:
                 "all of them alike"
             )
         if rungs:
-            rung = dataclasses.replace(rung, gain=paired_difference(rung.distances, rungs[-1].distances))
+            rung = dataclasses.replace(rung, gain=difference(rung.student, rungs[-1].student, "frechet"))
         rungs.append(rung)
     return rungs
 
@@ -68,14 +71,16 @@ def _read(run: Path) -> Rung:
         protocol["features_sha256"] = value["protocol"].get("features_sha256")
         protocol["cache"] = value["student"]["cache"]["fingerprint"][:12]
         cost = value["cost"]["student"]
-        teachers = [scores["frechet"] for name, scores in value["samplers"].items() if name.startswith("teacher")]
+        student, *others = ScoreTable.from_json(value["samplers"]).rows
+        if student.mean("frechet") is None:
+            raise ValueError("the student's Fréchet distance is missing")
         return Rung(
             name=run.name,
-            distances=[float(distance) for distance in value["samplers"]["student"]["frechet"]],
+            student=student,
+            teacher=next((row for row in others if row.name.startswith("teacher") and row.values), None),
             held_out_mse=value["held_out_mse"],
             num_parameters=int(cost["deployed_parameters"]),
             macs=float(cost["macs"]),
-            teacher=teachers[0] if teachers else None,
             protocol=protocol,
         )
     except FileNotFoundError:
@@ -106,16 +111,19 @@ def table_lines(rungs: Sequence[Rung]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for rung in rungs:
-        gain = f"{rung.gain.mean:+.1f} [{rung.gain.low:+.1f}, {rung.gain.high:+.1f}]" if rung.gain else ""
+        gain = rung.gain.text(1) if rung.gain else ""
         mse = "" if rung.held_out_mse is None else f"{rung.held_out_mse:.4f}"
         lines.append(
-            f"| {rung.name} | {rung.mean:.1f} ± {rung.deviation:.1f} | {gain} | {mse} | {rung.num_parameters:,} | "
+            f"| {rung.name} | {_distance(rung.student)} | {gain} | {mse} | {rung.num_parameters:,} | "
             f"{rung.macs / 1e6:.1f} |"
         )
     if rungs[0].teacher:
-        teacher = rungs[0].teacher
-        lines.append(f"| the teacher itself | {np.mean(teacher):.1f} ± {np.std(teacher, ddof=1):.1f} | | | | |")
+        lines.append(f"| the teacher itself | {_distance(rungs[0].teacher)} | | | | |")
     return lines
+
+
+def _distance(row: Row) -> str:
+    return f"{row.mean('frechet'):.1f} ± {row.deviation('frechet'):.1f}"
 
 
 def _plot(rungs: Sequence[Rung], path: Path) -> None:
@@ -124,13 +132,19 @@ def _plot(rungs: Sequence[Rung], path: Path) -> None:
     figure = Figure(figsize=(7.0, 0.45 * len(rungs) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(rungs))
-    means, spreads = [rung.mean for rung in rungs], [rung.deviation for rung in rungs]
+    sets = np.array([rung.student.values["frechet"] for rung in rungs])
+    means, spreads = sets.mean(1), sets.std(1, ddof=1)
     axes.barh(places, means, xerr=spreads, capsize=3)
     axes.set_yticks(places, [rung.name for rung in rungs])
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="Fréchet distance to the teacher")
     axes.xaxis.set_major_formatter("{x:g}")
     if rungs[0].teacher:
-        axes.axvline(float(np.mean(rungs[0].teacher)), color="black", linestyle="--", label="the teacher itself")
+        axes.axvline(
+            float(np.mean(rungs[0].teacher.values["frechet"])),
+            color="black",
+            linestyle="--",
+            label="the teacher itself",
+        )
         axes.legend()
     save_figure(path, figure)

@@ -1,9 +1,9 @@
-"""Scores a student beside what a user would do instead.
+"""Scores a student beside the samplers that a user would otherwise use.
 
-Protocol: the reference is the teacher's cached x_0; every sampler, the teacher itself included, makes the *same* sets
-of fresh seeds, disjoint from the cache; every score is a mean ± standard deviation over the sets; "ahead" means that
+Protocol: the reference is the teacher's cached x_0. Every sampler, the teacher itself included, makes the *same* sets
+of fresh seeds, disjoint from the cache. Every score is a mean ± standard deviation over the sets; "ahead" means that
 the paired difference's 95 % interval excludes zero. The whole protocol takes five sets of 2,048 seeds and a reference
-of at least 8,192; the short form takes what the configuration says, and says so.
+of at least 8,192; the short form takes what the configuration sets, and the output names it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from advkd.stages.evaluate.config import (
     EvaluateConfig,
 )
 from advkd.stages.evaluate.cost import LARGE_BATCH, compare_costs
-from advkd.stages.evaluate.measure import ImageDistance, measure, pair_distance
-from advkd.stages.evaluate.reference import Yardstick, to_numpy, to_pixels
+from advkd.stages.evaluate.measure import ImageDistance, Sets, make_reference, measure, pair_distances
+from advkd.stages.evaluate.networks import load_features
 from advkd.stages.evaluate.samplers import all_samplers, find_teacher, student_sampler
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
 from advkd.stages.images.real import real_batches
-from advkd.stages.metrics.features import FeatureNetwork, load_features, observe
+from advkd.stages.metrics.features import FeatureNetwork, clipped, observe, to_numpy
 from advkd.stages.metrics.intervals import mean_interval
 from advkd.stages.metrics.lpips import Lpips
 from advkd.stages.metrics.neighbours import to_rows
+from advkd.stages.metrics.pairs import squared_errors
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.student import generate, load_student, weights_sha256
 from advkd.stages.student.training.data import read_float
-from advkd.stages.student.training.run import Run, seeds_of
+from advkd.stages.student.training.run import Run, seeds_of_run
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.load.identity import tensors_sha256
 
@@ -66,22 +67,23 @@ def evaluate(
         run_path: the run.
         cache_path: the cache it was trained from; its last state is the reference.
         config: sets, features, solvers.
-        teachers: where the cache's teacher may be, the first that is it being taken; none leave its rows unmeasured.
+        teachers: where the cache's teacher may be; the first match is taken, and without one its rows stay unmeasured.
         full: the whole protocol instead of the configured short form.
-        reporter: hears of progress.
+        reporter: reports progress.
 
     Raises:
         TrainingError: there is no student.
-        UsageError: the run is of another cache, or the features don't fit.
+        UsageError: the run is of another cache, or the features do not fit.
         CacheError: the cache can't be read.
     """
     reporter = reporter or SilentReporter()
-    forbid_tf32()  # a student's scores shall not depend on whether its teacher, which asks for this, is here
+    forbid_tf32()  # a student's scores must not depend on whether its teacher, whose loading sets this, is here
     cache = TrajectoryCache.open(cache_path)
     run = Run(run_path)
     weights = weights_sha256(run.student)  # before they are read: training may go on meanwhile
     student, geometry = load_student(run.student)
-    identity = _check_same_cache(run, cache)
+    identity: dict[str, Any] = run.read()["identity"]
+    check_same_cache(identity["cache"]["fingerprint"], cache, str(run.path))
     device = best_device()
     student = student.to(device)
     seeds = cache.seeds()
@@ -105,22 +107,21 @@ def evaluate(
     samplers = all_samplers(
         student_sampler(student, geometry), teacher, cache.recipe, cache.layout.dtype, config.solver_steps
     )
-    yardstick = Yardstick(network, _read(cache, last, seeds, config.batch_size), real, config.num_sets)
+    reference = make_reference(network, cached_batches(cache, last, seeds, config.batch_size), real, config.num_sets)
     costs = compare_costs(student, teacher, cache.item_shape, min(LARGE_BATCH, config.batch_size))
     measured = measure(
         samplers,
         network,
-        yardstick,
-        num_sets=config.num_sets,
-        set_size=config.set_size,
-        batch_size=config.batch_size,
-        distance=distance,
-        training=lambda: (to_rows(to_pixels(part)) for part in _read(cache, last, trained_on, config.batch_size)),
+        reference,
+        Sets(num_sets=config.num_sets, set_size=config.set_size, batch_size=config.batch_size),
         reporter=reporter,
+        teacher=samplers[1].name if teacher else None,
+        distance=distance,
+        training=lambda: (to_rows(clipped(x_0)) for x_0 in cached_batches(cache, last, trained_on, config.batch_size)),
     )
     held_out = seeds[is_held_out(seeds)]
     return Evaluation(
-        rows=measured.rows,
+        table=measured.table,
         features=network.name,
         features_sha256=tensors_sha256(network.network.state_dict()),
         perceptual=config.perceptual,
@@ -134,7 +135,7 @@ def evaluate(
         deployed_parameters=student.deployed_parameters(),
         without_teacher=why_not,
         real_source=config.real,
-        reference_shares=yardstick.shares,
+        reference_shares=reference.class_shares,
         pictures=measured.pictures,
         weights_sha256=weights,
         identity=identity,
@@ -151,26 +152,35 @@ def _whole_protocol(config: EvaluateConfig) -> EvaluateConfig:
     )
 
 
-def _check_same_cache(run: Run, cache: TrajectoryCache) -> dict[str, Any]:
-    identity: dict[str, Any] = run.read()["identity"]
-    trained_on = identity["cache"]["fingerprint"]
-    if trained_on != cache.recipe.fingerprint:
+def check_same_cache(trained_on: str | None, cache: TrajectoryCache, who: str) -> None:
+    """Refuse a cache whose teacher a student did not learn from.
+
+    Args:
+        trained_on: fingerprint of the cache that the student was trained from; None where that is not known.
+        cache: to compare with.
+        who: the student, for the message.
+
+    Raises:
+        UsageError: it is another cache.
+        NotCachedError: it is empty.
+    """
+    if trained_on is not None and trained_on != cache.recipe.fingerprint:
         raise UsageError(
-            f"{run.path} was trained from a cache with fingerprint {trained_on[:12]}, "
-            f"{cache.address} has {cache.recipe.fingerprint[:12]}: give the cache that it was trained from"
+            f"{who} was trained from a cache with fingerprint {trained_on[:12]}, {cache.address} has "
+            f"{cache.recipe.fingerprint[:12]}: give the cache that it was trained from"
         )
     cache.check_begun()
-    return identity
 
 
 def _training_seeds(identity: dict[str, Any], cache: TrajectoryCache, seeds: Seeds) -> Seeds:
     """The cached seeds that the run trained on."""
-    begun = seeds_of(identity, cache.layout.block_size)
+    begun = seeds_of_run(identity, cache.layout.block_size)
     chosen: Seeds = seeds[(begun.start <= seeds) & (seeds < begun.stop) & ~is_held_out(seeds)]
     return chosen
 
 
-def _read(cache: TrajectoryCache, step: int, seeds: Seeds, batch_size: int) -> Iterator[Tensor]:
+def cached_batches(cache: TrajectoryCache, step: int, seeds: Seeds, batch_size: int) -> Iterator[Tensor]:
+    """Rows of one cached state, float32, in batches of shape (n, C, H, W)."""
     for start in range(0, len(seeds), batch_size):
         yield read_float(cache, step, seeds[start : start + batch_size])
 
@@ -188,13 +198,11 @@ def _held_out(
     if len(seeds) < 2:
         return None
     errors, perceptual = [], []
-    for start in range(0, len(seeds), batch_size):
-        part = seeds[start : start + batch_size]
-        made, wanted = generate(student, read_float(cache, steps[0], part)), read_float(cache, steps[1], part)
-        errors.append(to_numpy((made - wanted).square().flatten(1).mean(1)))
-        looks = zip(observe(network, to_pixels(made)), observe(network, to_pixels(wanted)), strict=True)
-        for (chosen, look), (_, other) in looks:
-            perceptual.append(to_numpy(pair_distance(distance, look, other, made[chosen], wanted[chosen])))
+    for noise, wanted in zip(*(cached_batches(cache, step, seeds, batch_size) for step in steps), strict=True):
+        made = generate(student, noise)
+        errors.append(to_numpy(squared_errors(made, wanted)))
+        for (part, look), (_, other) in zip(observe(network, made), observe(network, wanted), strict=True):
+            perceptual.append(to_numpy(pair_distances(distance, look, other, made[part], wanted[part])))
     return HeldOut(
         num_seeds=len(seeds),
         mse=mean_interval(np.concatenate(errors)),

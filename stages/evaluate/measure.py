@@ -2,118 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from advkd.stages.evaluate.reference import Floats, Yardstick, to_numpy, to_pixels
 from advkd.stages.evaluate.samplers import Sampler
-from advkd.stages.evaluate.scores import Row
+from advkd.stages.metrics.base import Floats, Observed, Reference
 from advkd.stages.metrics.classes import class_shares
-from advkd.stages.metrics.features import FeatureNetwork, Look, observe
+from advkd.stages.metrics.features import FeatureNetwork, Look, clipped, observe, see, to_numpy
 from advkd.stages.metrics.neighbours import nearest_distances, to_rows
-from advkd.stages.metrics.perceptual import perceptual_distance
+from advkd.stages.metrics.pairs import perceptual_distances, squared_errors
+from advkd.stages.metrics.registry import Scorer
+from advkd.stages.metrics.table import Row, ScoreTable
 from advkd.stages.reporter import Reporter
 
 FIRST_FRESH_SEED = 1 << 40
 """Seeds of caches lie below this one."""
 SEEDS_IN_PICTURES = 16
-CLOSEST = 0.01
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
+Observations = dict[Observed, list[Floats]]
+"""Of one set of one sampler: parts of shape (n, …) that make up the set."""
 
 
-@dataclass(kw_only=True)
-class _Seen:
-    """What one set of one sampler has shown so far."""
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """The sets of fresh seeds that every sampler makes."""
 
-    features: list[Floats] = field(default_factory=list)
-    probabilities: list[Floats] = field(default_factory=list)
-    squared_errors: list[Floats] = field(default_factory=list)
-    perceptual: list[Floats] = field(default_factory=list)
+    num_sets: int
+    set_size: int
+    """Seeds per set."""
+    batch_size: int
+    """Seeds at one time."""
 
-    def add(self, look: Look) -> None:
-        self.features.append(to_numpy(look.features))
-        if look.probabilities is not None:
-            self.probabilities.append(to_numpy(look.probabilities))
-
-    def class_probabilities(self) -> Floats | None:
-        return np.concatenate(self.probabilities) if self.probabilities else None
-
-    def paired(self) -> dict[str, float]:
-        if not self.squared_errors:
-            return {}
-        return {
-            "mse_to_teacher": float(np.concatenate(self.squared_errors).mean()),
-            "perceptual_to_teacher": float(np.concatenate(self.perceptual).mean()),
-        }
+    def batches(self, index: int) -> Iterable[range]:
+        """The seeds of one set, in batches."""
+        first = FIRST_FRESH_SEED + index * self.set_size
+        for start in range(first, first + self.set_size, self.batch_size):
+            yield range(start, min(start + self.batch_size, first + self.set_size))
 
 
 @dataclass(kw_only=True)
 class Measured:
     """Rows in the samplers' order, and the first images of each."""
 
-    rows: list[Row]
+    table: ScoreTable
     pictures: dict[str, Tensor]
+
+
+def make_reference(
+    network: FeatureNetwork, cached: Iterable[Tensor], real: Iterable[Tensor] | None, num_sets: int
+) -> Reference:
+    """Look at what samples are compared with.
+
+    Args:
+        network: the features.
+        cached: the teacher's cached x_0 in batches, shape (N, C, H, W).
+        real: real images in batches; None without any.
+        num_sets: sets that will be scored.
+    """
+    features, probabilities = see(network, cached)
+    return Reference(
+        features=features,
+        class_shares=None if probabilities is None else class_shares(probabilities),
+        real_features=None if real is None else see(network, real)[0],
+        num_sets=num_sets,
+    )
 
 
 def measure(
     samplers: Sequence[Sampler],
     network: FeatureNetwork,
-    yardstick: Yardstick,
+    reference: Reference,
+    sets: Sets,
     *,
-    num_sets: int,
-    set_size: int,
-    batch_size: int,
-    distance: ImageDistance | None,
-    training: Callable[[], Iterable[npt.NDArray[np.float32]]],
     reporter: Reporter,
+    teacher: str | None = None,
+    distance: ImageDistance | None = None,
+    training: Callable[[], Iterable[npt.NDArray[np.float32]]] | None = None,
 ) -> Measured:
     """Score samplers on the same sets of fresh seeds.
 
     Args:
-        samplers: the student, the teacher, then others; one that can't generate gets a row without scores.
-        network: that gives features.
-        yardstick: the reference.
-        num_sets: of seeds.
-        set_size: seeds a set.
-        batch_size: seeds at one time.
-        distance: of image pairs in [−1, 1]; None takes the layers of `network`.
-        training: rows of the cached training images, see `neighbours`.
-        reporter: hears of progress.
+        samplers: to score; one that can't generate gets a row without scores.
+        network: the features.
+        reference: what sets are compared with.
+        sets: of fresh seeds.
+        reporter: reports progress.
+        teacher: the sampler whose images the others' are paired with; None for no pairs.
+        distance: of image pairs in [−1, 1]; None compares in the layers of `network`.
+        training: rows of the cached training images, see `neighbours`, for the first two samplers; None for no
+            neighbours.
     """
+    scorer = Scorer(reference)
     measurable = [sampler for sampler in samplers if sampler.generate]
-    teacher = samplers[1].name if samplers[1].generate else None
     rows = {sampler.name: Row(name=sampler.name, evaluations=sampler.evaluations) for sampler in samplers}
-    near = {sampler.name: list[npt.NDArray[np.float32]]() for sampler in samplers[:2] if sampler.generate}
-    probabilities = {sampler.name: list[Floats]() for sampler in measurable}
+    beside = [sampler.name for sampler in samplers[:2] if sampler.generate and training]
+    near: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in beside}
+    probabilities: dict[str, list[Floats]] = defaultdict(list)
     pictures: dict[str, Tensor] = {}
-    work = sum(sampler.evaluations for sampler in measurable) * num_sets * set_size
+    work = sum(sampler.evaluations for sampler in measurable) * sets.num_sets * sets.set_size
     reporter.start("evaluate", work, "evaluations")
-    for index in range(num_sets):
-        seen = {sampler.name: _Seen() for sampler in measurable}
-        first = FIRST_FRESH_SEED + index * set_size
-        for start in range(first, first + set_size, batch_size):
-            seeds = range(start, min(start + batch_size, first + set_size))
+    for index in range(sets.num_sets):
+        found: dict[str, Observations] = {sampler.name: defaultdict(list) for sampler in measurable}
+        for seeds in sets.batches(index):
             images = {sampler.name: _generate(sampler, seeds, reporter) for sampler in measurable}
-            _look(network, images, teacher, distance, seen)
+            _observe(network, images, teacher, distance, found)
             for name, made in images.items():
-                pictures.setdefault(name, to_pixels(made[:SEEDS_IN_PICTURES]))
+                pictures.setdefault(name, clipped(made[:SEEDS_IN_PICTURES]))
                 if name in near:
-                    near[name].append(to_rows(to_pixels(made)))
-        for name, found in seen.items():
-            classes = found.class_probabilities()
-            rows[name].add(yardstick.score(index, np.concatenate(found.features), classes) | found.paired())
-            if classes is not None:
-                probabilities[name].append(classes)
+                    near[name].append(to_rows(clipped(made)))
+        for name, parts in found.items():
+            observed: dict[Observed, Floats] = {kind: np.concatenate(values) for kind, values in parts.items()}
+            rows[name].add(scorer.score(observed, index))
+            if "probabilities" in observed:
+                probabilities[name].append(observed["probabilities"])
     reporter.finish()
-    for name, parts in probabilities.items():
-        if parts:
-            rows[name].class_shares = class_shares(np.concatenate(parts))
-    _add_neighbours(rows, near, num_sets, training)
-    return Measured(rows=list(rows.values()), pictures=pictures)
+    for name, of_sets in probabilities.items():
+        rows[name].class_shares = class_shares(np.concatenate(of_sets)).tolist()
+    if training and near:
+        add_neighbours(rows, near, sets.num_sets, scorer, training())
+    return Measured(table=ScoreTable(rows=list(rows.values())), pictures=pictures)
 
 
 def _generate(sampler: Sampler, seeds: range, reporter: Reporter) -> Tensor:
@@ -123,54 +135,63 @@ def _generate(sampler: Sampler, seeds: range, reporter: Reporter) -> Tensor:
     return images
 
 
-def _look(
+def _observe(
     network: FeatureNetwork,
     images: dict[str, Tensor],
     teacher: str | None,
     distance: ImageDistance | None,
-    seen: dict[str, _Seen],
+    found: dict[str, Observations],
 ) -> None:
     """Add a batch's images, side by side by seed: the teacher's are looked at once for all samplers."""
-    looks = {name: observe(network, to_pixels(made)) for name, made in images.items()}
+    looks = {name: observe(network, made) for name, made in images.items()}
     if teacher is None:
         for name, parts in looks.items():
             for _, look in parts:
-                seen[name].add(look)
+                _add(found[name], look)
         return
     for part, theirs in looks.pop(teacher):
-        seen[teacher].add(theirs)
+        _add(found[teacher], theirs)
         wanted = images[teacher][part]
         for name, parts in looks.items():
             _, look = next(parts)
             made = images[name][part]
-            seen[name].add(look)
-            seen[name].squared_errors.append(to_numpy((made - wanted).square().flatten(1).mean(1)))
-            seen[name].perceptual.append(to_numpy(pair_distance(distance, look, theirs, made, wanted)))
+            _add(found[name], look)
+            found[name]["squared_errors"].append(to_numpy(squared_errors(made, wanted)))
+            found[name]["perceptual_distances"].append(to_numpy(pair_distances(distance, look, theirs, made, wanted)))
 
 
-def pair_distance(distance: ImageDistance | None, look: Look, other: Look, images: Tensor, others: Tensor) -> Tensor:
-    """Perceptual distance of N image pairs, shape (N,): by a distance of images, or by what was seen in them."""
+def _add(found: Observations, look: Look) -> None:
+    found["features"].append(to_numpy(look.features))
+    if look.probabilities is not None:
+        found["probabilities"].append(to_numpy(look.probabilities))
+
+
+def pair_distances(distance: ImageDistance | None, look: Look, other: Look, images: Tensor, others: Tensor) -> Tensor:
+    """Perceptual distances of N image pairs, shape (N,): by a distance of images, or by what was seen in them."""
     if distance is None:
-        return perceptual_distance(look.maps, other.maps)
+        return perceptual_distances(look.maps, other.maps)
     device = look.features.device
-    return distance(to_pixels(images).to(device), to_pixels(others).to(device))
+    return distance(clipped(images).to(device), clipped(others).to(device))
 
 
-def _add_neighbours(
-    rows: dict[str, Row],
-    near: dict[str, list[npt.NDArray[np.float32]]],
+def add_neighbours(
+    rows: Mapping[str, Row],
+    near: Mapping[str, list[npt.NDArray[np.float32]]],
     num_sets: int,
-    training: Callable[[], Iterable[npt.NDArray[np.float32]]],
+    scorer: Scorer,
+    training: Iterable[npt.NDArray[np.float32]],
 ) -> None:
-    """Nearest training images of all sets of student and teacher, in one pass over the cache."""
-    distances = nearest_distances(np.concatenate([part for parts in near.values() for part in parts]), training())
-    if not np.isfinite(distances).all():  # this copy of the cache has none of the run's seeds
-        return
-    for name, of_sampler in zip(near, np.split(distances, len(near)), strict=True):
-        for of_set in np.split(of_sampler, num_sets):
-            rows[name].add(
-                {
-                    "nearest_training": float(of_set.mean()),
-                    "nearest_training_closest": float(np.quantile(of_set, CLOSEST)),
-                }
-            )
+    """Add the nearest training images of all sets of some samplers, in one pass over the cache.
+
+    Args:
+        rows: by sampler, to add scores to.
+        near: by sampler, its images as rows, all sets in order.
+        num_sets: of one size.
+        scorer: for the scores.
+        training: the training images as rows, in parts; without any, nothing is added.
+    """
+    distances = nearest_distances(np.concatenate([part for parts in near.values() for part in parts]), training)
+    if np.isfinite(distances).all():  # infinite if this copy of the cache has none of the run's seeds
+        for name, of_sampler in zip(near, np.split(distances, len(near)), strict=True):
+            for index, of_set in enumerate(np.split(of_sampler, num_sets)):
+                rows[name].add(scorer.score({"training_distances": of_set}, index))

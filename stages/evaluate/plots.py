@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from advkd.stages.evaluate.scores import Evaluation, Row
+from advkd.stages.evaluate.scores import Evaluation
+from advkd.stages.metrics.table import Row
 from advkd.stages.pictures import save_figure
 
 STUDENT, TEACHER = 0, 1
@@ -16,14 +17,14 @@ Draw = Callable[[Any, Evaluation], None]
 
 
 def plot_scores(path: Path, evaluation: Evaluation) -> Path:
-    """Write a PNG with a panel for everything that was measured."""
+    """Write a PNG with a panel per score that was measured."""
     from matplotlib.figure import Figure
 
     panels: list[Draw] = [_distances("frechet", "Fréchet distance to the teacher", "log")]
-    if any("kid" in row.values for row in evaluation.rows):
-        panels.append(_kernel)
-    if any("precision" in row.values for row in evaluation.rows):
-        panels.append(_manifolds)
+    if any("kid" in row.values for row in evaluation.table.rows):
+        panels.append(_kid)
+    if any("precision" in row.values for row in evaluation.table.rows):
+        panels.append(_precision_recall)
     if evaluation.reference_shares is not None:
         panels.append(_classes)
     figure = Figure(figsize=(11.0, 4.0 * -(-len(panels) // 2)), layout="constrained")
@@ -44,14 +45,14 @@ def _group(row: Row) -> str:
 def _distances(measure: str, label: str, scale: str) -> Draw:
     def draw(axes: Any, evaluation: Evaluation) -> None:
         groups: dict[str, list[tuple[int, float, float]]] = {}
-        for row in evaluation.rows:
+        for row in evaluation.table.rows:
             mean, deviation = row.mean(measure), row.deviation(measure)
             if mean is not None and deviation is not None:
                 groups.setdefault(_group(row), []).append((row.evaluations, mean, deviation))
         for group, points in groups.items():
             x, y, spread = zip(*sorted(points), strict=True)
             axes.errorbar(x, y, yerr=spread, marker="*" if group == "student" else "o", capsize=3, label=group)
-        axes.set(xscale="log", yscale=scale, xlabel="network evaluations an image", ylabel=label)
+        axes.set(xscale="log", yscale=scale, xlabel="network evaluations per image", ylabel=label)
         axes.xaxis.set_major_formatter("{x:g}")
         if scale == "log":
             axes.yaxis.set_major_formatter("{x:g}")
@@ -61,13 +62,13 @@ def _distances(measure: str, label: str, scale: str) -> Draw:
     return draw
 
 
-def _kernel(axes: Any, evaluation: Evaluation) -> None:
-    _distances("kid", "kernel distance (KID) to the teacher", "linear")(axes, evaluation)
+def _kid(axes: Any, evaluation: Evaluation) -> None:
+    _distances("kid", "KID to the teacher", "linear")(axes, evaluation)
     axes.axhline(0.0, color="black", linewidth=0.8)
 
 
-def _manifolds(axes: Any, evaluation: Evaluation) -> None:
-    for row in evaluation.rows:
+def _precision_recall(axes: Any, evaluation: Evaluation) -> None:
+    for row in evaluation.table.rows:
         recall, precision = row.mean("recall"), row.mean("precision")
         if recall is not None and precision is not None:
             axes.errorbar(
@@ -75,7 +76,7 @@ def _manifolds(axes: Any, evaluation: Evaluation) -> None:
                 precision,
                 xerr=row.deviation("recall"),
                 yerr=row.deviation("precision"),
-                marker="*" if row is evaluation.rows[STUDENT] else "o",
+                marker="*" if row is evaluation.table.rows[STUDENT] else "o",
                 capsize=2,
                 label=row.name,
             )
@@ -84,7 +85,7 @@ def _manifolds(axes: Any, evaluation: Evaluation) -> None:
 
 
 def _classes(axes: Any, evaluation: Evaluation) -> None:
-    shares = {row.name: row.class_shares for row in evaluation.rows[: TEACHER + 1]} | {
+    shares = {row.name: row.class_shares for row in evaluation.table.rows[: TEACHER + 1]} | {
         "reference": evaluation.reference_shares
     }
     bars = {name: values for name, values in shares.items() if values is not None}

@@ -1,27 +1,30 @@
-"""Which classes samples fall into, by a classifier: a student that drops a mode shows here.
+"""Which classes samples fall into, by a classifier: a dropped mode shows here.
 
-p is the share of samples in each class, q the reference's. All scores are plain shares of counts; with few samples both
-the student's and the teacher's own deviate from q by chance, which is why they are shown side by side.
+p is the share of samples in each class, q the reference's. With few samples both the student's and the teacher's shares
+deviate from q by chance, so tables show them side by side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Shares = npt.NDArray[np.float64]
+from advkd.stages.metrics.base import Floats, Measure, Reference, Score
+
+Shares = npt.NDArray[np.floating[Any]]
 
 
-def class_shares(probabilities: npt.NDArray[np.floating[Any]]) -> Shares:
+def class_shares(probabilities: Floats) -> Shares:
     """Share of samples whose most probable class is k; from shape (N, K) to (K,)."""
     count, num_classes = probabilities.shape
     shares: Shares = np.bincount(probabilities.argmax(1), minlength=num_classes) / count
     return shares
 
 
-def mean_confidence(probabilities: npt.NDArray[np.floating[Any]]) -> float:
+def mean_confidence(probabilities: Floats) -> float:
     """Mean probability of the most probable class, in [1/K, 1]."""
     return float(probabilities.max(1).mean())
 
@@ -35,3 +38,37 @@ def rarest_class(shares: Shares, reference: Shares) -> float:
     """min_k p_k / q_k over the classes that the reference has: 0 if one is missing, 1 at best."""
     present = reference > 0.0
     return float((shares[present] / reference[present]).min())
+
+
+def _of_shares(score: Callable[[Shares, Shares], float]) -> Callable[[Reference], Score | None]:
+    def prepare(reference: Reference) -> Score | None:
+        wanted = reference.class_shares
+        return None if wanted is None else lambda probabilities, _: score(class_shares(probabilities), wanted)
+
+    return prepare
+
+
+CLASS_OVERLAP = Measure(
+    name="class_overlap",
+    title="class shares' overlap with reference",
+    label="overlap of the class shares with the reference's",
+    better="higher",
+    observed="probabilities",
+    prepare=_of_shares(overlap),
+)
+RAREST_CLASS = Measure(
+    name="rarest_class",
+    title="rarest class, relative to reference",
+    label="the rarest class's share, relative to the reference's share of it",
+    better="higher",
+    observed="probabilities",
+    prepare=_of_shares(rarest_class),
+)
+CONFIDENCE = Measure(
+    name="confidence",
+    title="classifier's confidence",
+    label="the classifier's mean confidence",
+    better="as teacher",
+    observed="probabilities",
+    prepare=lambda _: lambda probabilities, _: mean_confidence(probabilities),
+)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-Features = npt.NDArray[np.floating[Any]]
+from advkd.stages.metrics.base import Floats, Measure, Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Gaussian:
     covariance: npt.NDArray[np.float64]
 
     @classmethod
-    def fit(cls, features: Features) -> Self:
+    def fit(cls, features: Floats) -> Self:
         """Fit features of shape (N, D), N ≥ 2."""
         values = features.astype(np.float64)
         return cls(mean=values.mean(0), covariance=np.atleast_2d(np.cov(values, rowvar=False)))
@@ -37,7 +37,7 @@ def frechet_distance(first: Gaussian, reference: Gaussian) -> float:
     """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½), in squared feature units.
 
     The trace of the root is the sum of the roots of the eigenvalues of Σ₂^½ Σ₁ Σ₂^½, which is symmetric: no matrix
-    root of a non-symmetric product, no imaginary part to discard, and the reference's root is found only once.
+    root of a non-symmetric product, no imaginary part to discard, and the reference's root is computed only once.
     """
     cross = np.linalg.eigvalsh(reference.root @ first.covariance @ reference.root)
     trace = np.trace(first.covariance) + np.trace(reference.covariance) - 2.0 * _roots(cross).sum()
@@ -45,5 +45,31 @@ def frechet_distance(first: Gaussian, reference: Gaussian) -> float:
 
 
 def _roots(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-    """Square roots of what can only be negative by rounding."""
+    """Square roots of values that are negative only by rounding."""
     return np.sqrt(np.clip(np.asarray(values, dtype=np.float64), 0.0, None))
+
+
+def _distance_to(reference: Floats | None) -> Score | None:
+    if reference is None:
+        return None
+    fitted = Gaussian.fit(reference)
+    return lambda features, _: frechet_distance(Gaussian.fit(features), fitted)
+
+
+FRECHET = Measure(
+    name="frechet",
+    title="Fréchet",
+    label="Fréchet distance to the teacher's cached x_0",
+    better="lower",
+    observed="features",
+    prepare=lambda reference: _distance_to(reference.features),
+    column_decimals=1,
+)
+FRECHET_TO_REAL = Measure(
+    name="frechet_to_real",
+    title="Fréchet distance to the real images",
+    label="Fréchet distance to the real images",
+    better="lower",
+    observed="features",
+    prepare=lambda reference: _distance_to(reference.real_features),
+)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 LEVEL = 0.95
 Values = Sequence[float] | npt.NDArray[np.floating]
@@ -27,24 +26,9 @@ class Interval:
         """Whether the difference is more than chance."""
         return self.low > 0.0 or self.high < 0.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class Distances:
-    """Fréchet distances of one thing that makes images, whatever it is."""
-
-    name: str
-    distances: list[float]
-    """To the teacher, one a set of fresh seeds."""
-
-    @property
-    def mean(self) -> float:
-        """Over the sets."""
-        return float(np.mean(self.distances))
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation over the sets."""
-        return float(np.std(self.distances, ddof=1))
+    def text(self, decimals: int) -> str:
+        """With signs, as a difference: `+0.2 [-2.0, +2.5]`."""
+        return f"{self.mean:+.{decimals}f} [{self.low:+.{decimals}f}, {self.high:+.{decimals}f}]"
 
 
 def standard_error(values: Values) -> float:
@@ -54,6 +38,8 @@ def standard_error(values: Values) -> float:
 
 def mean_interval(values: Values) -> Interval:
     """Mean of independent values, shape (N,), N ≥ 2, and its interval with N − 1 degrees of freedom."""
+    from scipy import stats
+
     mean = float(np.mean(values))
     reach = float(stats.t.ppf(0.5 + LEVEL / 2.0, len(values) - 1)) * standard_error(values)
     return Interval(mean=mean, low=mean - reach, high=mean + reach)

@@ -1,48 +1,40 @@
-"""Kernel distance (KID): the unbiased squared maximum mean discrepancy with a cubic kernel (Bińkowski et al. 2018).
+"""Kernel inception distance (KID): the unbiased squared maximum mean discrepancy (MMD) with a cubic kernel.
 
 With k(x, y) = (x·y / D + 1)³ and samples x of P, y of Q (Gretton et al. 2012, eq. 3; Bińkowski et al. 2018, sec. 4):
 
     MMD²(P, Q) = Σ_{i≠j} k(xᵢ, xⱼ) / m(m−1) + Σ_{i≠j} k(yᵢ, yⱼ) / n(n−1) − 2 Σ_{i,j} k(xᵢ, yⱼ) / mn
 
-It is unbiased at any number of samples – 0 on average for equal distributions, so it may be negative –, where a Fréchet
-distance grows as samples get fewer. Bińkowski et al. average it over random subsets that overlap; here neither the
-evaluation's sets of seeds overlap nor the parts of the reference that each is held against, so that
-sd / √(number of sets) is an honest standard error: a reference that all sets shared would err alike for all of them.
+It is unbiased at any number of samples (0 on average for equal distributions, so it may be negative), whereas a Fréchet
+distance grows as samples get fewer. Bińkowski et al. average it over random subsets, which overlap. Here neither the
+evaluation's sets nor the parts of the reference that they are compared with overlap, so that sd / √(number of sets) is
+the standard error: a reference shared by all sets would shift all of them alike.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-Features = npt.NDArray[np.floating[Any]]
+from advkd.stages.metrics.base import Floats, Measure, Reference, Score
+
 DEGREE = 3
 MAX_REFERENCE = 10_000
-"""Rows of the reference that are used, spread evenly: the cost of its own term is quadratic in them."""
+"""Rows of a part of the reference that are used, spread evenly: the cost of its own term is quadratic in them."""
 BLOCK_ENTRIES = 1 << 21
 """Entries of the kernel matrix at one time: 16 MB."""
 
 
-class KernelReference:
-    """The reference's features and their own term, which is found once for all samplers.
+def kid(features: Floats, reference: Floats, reference_term: float | None = None) -> float:
+    """Unbiased MMD² between features of shape (N, D) and a reference of shape (M, D); N, M ≥ 2.
 
     Args:
-        features: shape (N, D), N ≥ 2.
+        features: of samples.
+        reference: to compare with.
+        reference_term: `own_term(reference)`, where it is known.
     """
-
-    def __init__(self, features: Features) -> None:
-        chosen = np.linspace(0, len(features) - 1, min(len(features), MAX_REFERENCE)).round().astype(np.int64)
-        self.features: npt.NDArray[np.float64] = features[chosen].astype(np.float64)
-        self.own_term = own_term(self.features)
-
-
-def kernel_distance(features: Features, reference: KernelReference) -> float:
-    """Unbiased MMD² between features of shape (N, D), N ≥ 2, and a reference."""
-    values = features.astype(np.float64)
-    cross = kernel_sum(values, reference.features) / (len(values) * len(reference.features))
-    return own_term(values) + reference.own_term - 2.0 * cross
+    values, others = features.astype(np.float64), reference.astype(np.float64)
+    theirs = own_term(others) if reference_term is None else reference_term
+    return own_term(values) + theirs - 2.0 * (kernel_sum(values, others) / (len(values) * len(others)))
 
 
 def own_term(values: npt.NDArray[np.float64]) -> float:
@@ -67,5 +59,29 @@ def kernel_sum(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) 
         base = first[start : start + rows] @ second.T
         base /= first.shape[1]
         base += 1.0
-        total += float(np.vdot(base * base, base))  # the cube and its sum, without a power
+        total += float(np.vdot(base * base, base))  # the sum of cubes, without a call of power
     return total
+
+
+def _prepare(reference: Reference) -> Score:
+    """Each set is compared with a part of the reference of its own."""
+    parts = []
+    for index in range(reference.num_sets):
+        part = reference.features[index :: reference.num_sets]
+        if len(part) > 1:
+            chosen = np.linspace(0, len(part) - 1, min(len(part), MAX_REFERENCE)).round().astype(np.int64)
+            values = part[chosen].astype(np.float64)
+            parts.append((values, own_term(values)))
+    return lambda features, index: kid(features, *parts[index]) if index < len(parts) else None
+
+
+KID = Measure(
+    name="kid",
+    title="KID",
+    label="kernel inception distance (KID) to the teacher's cached x_0",
+    better="lower",
+    observed="features",
+    prepare=_prepare,
+    spread="standard_error",
+    column_decimals=4,
+)

@@ -1,22 +1,22 @@
-"""How near fresh samples come to what was trained on: a student that remembers images stands nearer than its teacher.
+"""How near fresh samples are to the training images: a student that memorises them is nearer than its teacher.
 
 Distances are Euclidean in pixels, divided by √D: the root mean square difference of two images in [−1, 1]. Images
-larger than 32 pixels are averaged down to it: that bounds the cost, and what was learned by heart is near even so.
+larger than 32 pixels are averaged down to 32, which bounds the cost; a memorised image is still near.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import pairwise_distances_argmin_min
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from advkd.stages.metrics.base import Floats, Measure, mean_of_set
+
 MAX_SIDE = 32
-Rows = npt.NDArray[np.floating[Any]]
+CLOSEST = 0.01
 
 
 def to_rows(images: Tensor) -> npt.NDArray[np.float32]:
@@ -27,18 +27,38 @@ def to_rows(images: Tensor) -> npt.NDArray[np.float32]:
     return rows
 
 
-def nearest_distances(samples: Rows, training: Iterable[Rows]) -> npt.NDArray[np.float64]:
+def nearest_distances(samples: Floats, training: Iterable[Floats]) -> npt.NDArray[np.float64]:
     """Root mean square difference to the nearest training image.
 
     Args:
         samples: shape (N, D).
-        training: rows of shape (M, D), in parts, each gone through once.
+        training: rows of shape (M, D), in parts, read once.
 
     Returns:
-        Shape (N,), in the images' units.
+        Shape (N,), in the images' units; infinite where there are no training images.
     """
+    from sklearn.metrics import pairwise_distances_argmin_min
+
     nearest = np.full(len(samples), np.inf)
     for part in training:
         nearest = np.minimum(nearest, pairwise_distances_argmin_min(samples, part)[1])
     result: npt.NDArray[np.float64] = nearest / samples.shape[1] ** 0.5
     return result
+
+
+NEAREST_TRAINING = Measure(
+    name="nearest_training",
+    title="rms to the nearest training image",
+    label="distance to the nearest training image, mean",
+    better="as teacher",
+    observed="training_distances",
+    prepare=mean_of_set,
+)
+NEAREST_TRAINING_CLOSEST = Measure(
+    name="nearest_training_closest",
+    title="… of the closest hundredth",
+    label="distance to the nearest training image, the closest hundredth",
+    better="as teacher",
+    observed="training_distances",
+    prepare=lambda _: lambda distances, _: float(np.quantile(distances, CLOSEST)),
+)

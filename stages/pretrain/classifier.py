@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import ConfigError
-from advkd.stages.metrics.features import SmallClassifier
+from advkd.stages.metrics.classifier import SmallClassifier
 from advkd.stages.pretrain.config import ClassifierConfig
 from advkd.stages.reporter import Reporter
 from advkd.stages.schedules import one_cycle

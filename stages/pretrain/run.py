@@ -25,7 +25,7 @@ from advkd.cache.files.durable import PARTIAL_SUFFIX, holds_something, write_jso
 from advkd.cache.files.locks import LOCK_FILE
 from advkd.stages.device import best_device
 from advkd.stages.images.datasets import load_dataset
-from advkd.stages.metrics.features import SmallClassifier, save_classifier
+from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.pictures import save_grid
 from advkd.stages.pretrain.classifier import train_classifier
@@ -163,7 +163,7 @@ def sample_pipeline(
 
 
 def _frechet(classifier: SmallClassifier, first: Tensor, second: Tensor) -> float:
-    fitted = [Gaussian.fit(classifier.features(images).numpy()) for images in (first, second)]
+    fitted = [Gaussian.fit(classifier.body(images).numpy()) for images in (first, second)]
     return frechet_distance(fitted[0], fitted[1])
 
 

@@ -57,7 +57,7 @@ def test_cifar_from_teacher_to_scores(invoke: Invoke, cifar_teacher: Path, tmp_p
         f"name: cifar\nteacher: {{source: {cifar_teacher}}}\n"
         "evaluate: {features: small, num_sets: 2, set_size: 4, solver_steps: [2]}\n"
     )
-    from advkd.stages.metrics.features import SmallClassifier, save_classifier
+    from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 
     save_classifier(Path("small"), SmallClassifier(3, 32, 10).eval(), {})
     result = invoke(evaluate_command, "--run", "runs/cifar", "--cache", store, "--config", "short.yaml")

@@ -87,7 +87,7 @@ def test_every_command_has_help_with_an_example(invoke: Invoke, name: str) -> No
 def test_build_train_sample_evaluate(
     invoke: Invoke, tmp_path: Path, toy_yaml: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from advkd.stages.metrics.features import SmallClassifier, save_classifier
+    from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 
     assert "seeds 0:256; built 4 blocks" in invoke(cache_command, "build", "--config", toy_yaml).output
     store = Path("cache/toy.zarr")

@@ -13,7 +13,9 @@ import pytest
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.evaluate_tables import print_evaluation
 from advkd.stages.evaluate.cost import Cost
-from advkd.stages.evaluate.scores import MEASURES, Evaluation, Row
+from advkd.stages.evaluate.scores import Evaluation
+from advkd.stages.metrics.registry import MEASURES
+from advkd.stages.metrics.table import Row, ScoreTable
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.train import train
 from tests.conftest import ROOT, Invoke
@@ -51,7 +53,7 @@ def test_the_page_runs_as_it_stands(invoke: Invoke, tmp_path: Path) -> None:
         assert result.exit_code == 0, f"{command}: {result.output}"
     scores = json.loads(Path("runs/mine/evaluation/scores.json").read_text())
     assert scores["samplers"]["student"]["frechet"][0] > 0.0
-    assert scores["protocol"]["measures"] == MEASURES
+    assert scores["protocol"]["measures"] == {name: measure.label for name, measure in MEASURES.items()}
 
 
 def test_the_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,8 +71,9 @@ def test_the_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) ->
     cost = Cost(num_parameters=35_746_307, macs=6.1e9, latency={1: 0.1, 64: 6.0})
     print_evaluation(
         Evaluation(
-            rows=rows, features="small-cnn", features_sha256="", perceptual="features", num_sets=5, set_size=2048,
-            num_reference=1_000_000, num_training=937_500, held_out=None, student=cost, teacher=cost,
+            table=ScoreTable(rows=rows), features="small-cnn", features_sha256="", perceptual="features",
+            num_sets=5, set_size=2048, num_reference=1_000_000, num_training=937_500, held_out=None,
+            student=cost, teacher=cost,
             deployed_parameters=1, without_teacher="", real_source=None, reference_shares=None, pictures={},
             weights_sha256=None, identity={}, device="cpu",
         )

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from advkd.pipeline.cli.export import main as export_command
-from advkd.stages.metrics.features import SmallClassifier, save_classifier
+from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.hub import Student
 from advkd.stages.student.sharing.onnx_student import OnnxStudent

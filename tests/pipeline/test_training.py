@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from advkd.cache import TrajectoryCache
-from advkd.stages.metrics.features import SmallClassifier, save_classifier
+from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT

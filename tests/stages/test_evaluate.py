@@ -14,9 +14,11 @@ from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate import evaluate as evaluating
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
+from advkd.stages.evaluate.networks import load_features
 from advkd.stages.evaluate.report import write_report
 from advkd.stages.images.real import real_batches
-from advkd.stages.metrics.features import SmallClassifier, extract, load_features, save_classifier
+from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
+from advkd.stages.metrics.features import see
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.student import load_student, weights_sha256
@@ -94,9 +96,12 @@ def test_a_classifier_comes_back_from_its_folder(tmp_path: Path) -> None:
     save_classifier(tmp_path, classifier, {"held_out_accuracy": 0.5})
     network = load_features(EvaluateConfig(features=str(tmp_path)), (1, 16, 16))
     images = torch.randn(5, 1, 16, 16)
-    features = extract(network, images, batch_size=2)
+    features, probabilities = see(network, torch.split(images, 2))
     assert features.shape == (5, 64)
-    np.testing.assert_allclose(features, classifier.features(images).detach().numpy(), rtol=1e-4, atol=1e-5)
+    shown = images.clamp(-1.0, 1.0)
+    np.testing.assert_allclose(features, classifier.body(shown).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert probabilities is not None
+    np.testing.assert_allclose(probabilities, classifier(shown).softmax(1).detach().numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="made for 1×16×16 images, these are 1×8×8"):
         load_features(EvaluateConfig(features=str(tmp_path)), (1, 8, 8))
     with pytest.raises(UsageError, match="no classifier that advkd can load"):
@@ -117,7 +122,7 @@ def test_inception_weights_from_a_local_file(tmp_path: Path) -> None:
         load_features(EvaluateConfig(inception_weights=str(tmp_path / "other.pth")), (3, 32, 32))
     save_random_inception(tmp_path / "weights.pth")
     features = load_features(EvaluateConfig(inception_weights=str(tmp_path / "weights.pth")), (3, 32, 32))
-    assert extract(features, torch.zeros(2, 3, 32, 32)).shape == (2, 2048)
+    assert see(features, [torch.zeros(2, 3, 32, 32)])[0].shape == (2, 2048)
 
 
 def test_absent_inception_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.deployed import score_forms, time_forms
-from advkd.stages.metrics.features import SmallClassifier, load_features, save_classifier
+from advkd.stages.evaluate.networks import load_features
+from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
+from advkd.stages.metrics.table import difference
 from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.hub import Student
@@ -184,10 +186,12 @@ def test_forms_are_scored_beside_the_first(store: Path, tmp_path: Path) -> None:
         return torch.full_like(noise, 5.0)
 
     forms = {"PyTorch": student, "same": student.network, "broken": broken}
-    base, same, worse = score_forms(forms, student, TrajectoryCache.open(store), features, settings)
-    assert base.difference is None and len(base.distances) == 3
-    assert same.distances == base.distances and same.difference is not None and same.difference.mean == 0.0
-    assert worse.difference is not None and worse.difference.low > 0.0
+    table = score_forms(forms, student, TrajectoryCache.open(store), features, settings)
+    base, same, worse = table.rows
+    assert table.student_minus(base, "frechet") is None and len(base.values["frechet"]) == 3
+    assert same.values == base.values
+    behind = difference(worse, base, "frechet")
+    assert behind is not None and behind.low > 0.0
     timed = time_forms({"PyTorch": student}, student)
     assert sorted(timed) == [1, 64] and all(seconds["PyTorch"] > 0 for seconds in timed.values())
     student.provenance = {"cache": {"fingerprint": "0" * 64}}

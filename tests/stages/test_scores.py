@@ -1,22 +1,27 @@
 """Each score against its published formula, on features where the answer is known."""
 
+import csv
+import io
+import json
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
 from advkd.cache.errors import UsageError
-from advkd.stages.evaluate.measure import _add_neighbours
-from advkd.stages.evaluate.reference import Yardstick
-from advkd.stages.evaluate.scores import Row
+from advkd.stages.evaluate.measure import add_neighbours, make_reference
+from advkd.stages.metrics.base import Reference
 from advkd.stages.metrics.classes import class_shares, mean_confidence, overlap, rarest_class
-from advkd.stages.metrics.features import Look
-from advkd.stages.metrics.intervals import mean_interval, paired_difference, standard_error
-from advkd.stages.metrics.kid import BLOCK_ENTRIES, KernelReference, kernel_distance, kernel_sum, own_term
+from advkd.stages.metrics.features import FeatureNetwork, Look
+from advkd.stages.metrics.intervals import Interval, mean_interval, paired_difference, standard_error
+from advkd.stages.metrics.kid import BLOCK_ENTRIES, kernel_sum, kid, own_term
 from advkd.stages.metrics.lpips import Lpips
 from advkd.stages.metrics.neighbours import nearest_distances, to_rows
-from advkd.stages.metrics.perceptual import perceptual_distance
-from advkd.stages.metrics.precision_recall import precision_and_recall
+from advkd.stages.metrics.pairs import perceptual_distances
+from advkd.stages.metrics.precision_recall import precision, recall
+from advkd.stages.metrics.registry import MEASURES, Scorer
+from advkd.stages.metrics.table import Row, ScoreTable
 
 Array = npt.NDArray[np.float64]
 
@@ -55,7 +60,7 @@ def slow_kernel_distance(first: Array, second: Array) -> float:
 
 def test_kernel_distance_is_the_double_loop() -> None:
     first, second = normal(1, 30, 5), normal(2, 47, 5) * 1.5 + 0.5
-    assert kernel_distance(first, KernelReference(second)) == pytest.approx(slow_kernel_distance(first, second))
+    assert kid(first, second) == pytest.approx(slow_kernel_distance(first, second))
 
 
 def test_kernel_distance_agrees_with_torchmetrics() -> None:
@@ -63,7 +68,7 @@ def test_kernel_distance_agrees_with_torchmetrics() -> None:
 
     first, second = normal(3, 200, 16), normal(4, 200, 16) + 0.3
     theirs = poly_mmd(torch.from_numpy(first), torch.from_numpy(second))  # asks for sets of one size
-    assert kernel_distance(first, KernelReference(second)) == pytest.approx(float(theirs), rel=1e-9)
+    assert kid(first, second) == pytest.approx(float(theirs), rel=1e-9)
 
 
 def test_kernel_sums_do_not_depend_on_the_blocks() -> None:
@@ -77,22 +82,19 @@ def test_kernel_sums_do_not_depend_on_the_blocks() -> None:
 
 
 def test_kernel_distance_of_equal_distributions_is_zero_on_average_even_of_few_samples() -> None:
-    reference = KernelReference(normal(6, 4000, 4))
-    found = [kernel_distance(normal(100 + index, 20, 4), reference) for index in range(300)]
+    reference = normal(6, 4000, 4)
+    own = own_term(reference)
+    found = [kid(normal(100 + index, 20, 4), reference, own) for index in range(300)]
     assert abs(np.mean(found)) < 3.0 * standard_error(found)
     assert min(found) < 0.0  # unbiased: it can't be positive always
 
 
-class SeesItself:
-    """A network whose features are the image."""
-
-    name, device, network = "itself", torch.device("cpu"), torch.nn.Identity()
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1)
-
-    def look(self, images: torch.Tensor) -> Look:
-        return Look(features=self(images), maps=[], probabilities=None)
+SEES_ITSELF = FeatureNetwork(
+    name="itself",
+    network=torch.nn.Identity(),
+    look=lambda images: Look(features=images.flatten(1), maps=[], probabilities=None),
+)
+"""A network whose features are the image."""
 
 
 def test_the_standard_error_of_a_kernel_distance_is_what_it_says() -> None:
@@ -100,9 +102,9 @@ def test_the_standard_error_of_a_kernel_distance_is_what_it_says() -> None:
     means, errors = [], []
     for trial in range(200):
         values = torch.from_numpy(normal(trial, 60 + 5 * 60, 2, 1, 2)).clamp(-1.0, 1.0)
-        yardstick = Yardstick(SeesItself(), [values[:60]], None, 5)
+        scorer = Scorer(make_reference(SEES_ITSELF, [values[:60]], None, 5))
         sets = values[60:].flatten(1).numpy().reshape(5, 60, 4)
-        found = [yardstick.score(index, features, None)["kid"] for index, features in enumerate(sets)]
+        found = [scorer.score({"features": features}, index)["kid"] for index, features in enumerate(sets)]
         means.append(np.mean(found))
         errors.append(np.square(standard_error(found)))
     assert np.std(means) == pytest.approx(np.sqrt(np.mean(errors)), rel=0.15)
@@ -114,9 +116,14 @@ def test_kernel_distance_of_a_known_shift() -> None:
     first = np.array([1.0, 0.0, 1.0, 0.0])  # E x⁰ … x³ of N(0, 1)
     second = np.array([1.0, shift, 1.0 + shift**2, 3.0 * shift + shift**3])
     expected = float(np.array([1.0, 3.0, 3.0, 1.0]) @ np.square(first - second))
-    reference = KernelReference(normal(7, 10_000, 1) + shift)
-    found = [kernel_distance(normal(200 + index, 2000, 1), reference) for index in range(20)]
+    reference = normal(7, 10_000, 1) + shift
+    own = own_term(reference)
+    found = [kid(normal(200 + index, 2000, 1), reference, own) for index in range(20)]
     assert np.mean(found) == pytest.approx(expected, rel=0.1)
+
+
+def precision_and_recall(samples: Array, reference: Array, neighbours: int) -> tuple[float, float]:
+    return precision(samples, reference, neighbours), recall(samples, reference, neighbours)
 
 
 def test_precision_and_recall_where_the_answer_is_known() -> None:
@@ -178,9 +185,9 @@ def test_perceptual_distance_by_its_formula() -> None:
     first = [torch.tensor([[3.0, 4.0], [1.0, 0.0]])[..., None, None].expand(2, 2, 2, 2)]
     second = [torch.tensor([[8.0, 6.0], [0.0, 5.0]])[..., None, None].expand(2, 2, 2, 2)]
     # Unit vectors (0.6, 0.8) and (0.8, 0.6): 0.08; (1, 0) and (0, 1): 2.
-    torch.testing.assert_close(perceptual_distance(first, second), torch.tensor([0.08, 2.0]))
-    torch.testing.assert_close(perceptual_distance(first * 2, second * 2), torch.tensor([0.16, 4.0]))
-    assert float(perceptual_distance(first, [first[0] * 7.0]).max()) < 1e-6  # scale doesn't count
+    torch.testing.assert_close(perceptual_distances(first, second), torch.tensor([0.08, 2.0]))
+    torch.testing.assert_close(perceptual_distances(first * 2, second * 2), torch.tensor([0.16, 4.0]))
+    assert float(perceptual_distances(first, [first[0] * 7.0]).max()) < 1e-6  # scale doesn't count
 
 
 def test_lpips_through_its_package() -> None:
@@ -211,6 +218,66 @@ def test_a_copy_of_the_cache_without_the_runs_seeds_has_no_neighbours(there: boo
     """Scores are still written, without these two."""
     row = Row(name="student", evaluations=1)
     training = [np.ones((5, 3), dtype=np.float32)] if there else []
-    _add_neighbours({"student": row}, {"student": [np.zeros((4, 3), dtype=np.float32)]}, 2, lambda: training)
+    scorer = Scorer(Reference(features=normal(0, 9, 2), class_shares=None, real_features=None, num_sets=2))
+    add_neighbours({"student": row}, {"student": [np.zeros((4, 3), dtype=np.float32)]}, 2, scorer, training)
     assert set(row.values) == ({"nearest_training", "nearest_training_closest"} if there else set())
     assert all(values == pytest.approx([1.0, 1.0]) for values in row.values.values())
+
+
+def test_a_measure_is_scored_only_where_it_can_be() -> None:
+    """By what was observed of the set, by what the reference has, and by how many samples there are."""
+    features, probabilities = normal(11, 20, 4), np.full((20, 2), 0.5)
+    bare = Reference(features=normal(12, 40, 4), class_shares=None, real_features=None, num_sets=2)
+    assert set(Scorer(bare).score({"features": features}, 0)) == {"frechet", "kid", "precision", "recall"}
+    whole = Reference(
+        features=normal(12, 40, 4), class_shares=np.array([0.5, 0.5]), real_features=normal(13, 9, 4), num_sets=2
+    )
+    found = Scorer(whole).score({"features": features, "probabilities": probabilities}, 0)
+    assert set(found) == {
+        "frechet", "kid", "precision", "recall", "frechet_to_real", "class_overlap", "rarest_class", "confidence",
+    }  # fmt: skip
+    few = Scorer(whole).score({"features": features[:3]}, 0)
+    assert set(few) == {"frechet", "kid", "frechet_to_real"}
+    pairs = Scorer(bare).score({"squared_errors": np.array([1.0, 3.0])}, 0)
+    assert pairs == {"mse_to_teacher": 2.0}
+
+
+def make_table() -> ScoreTable:
+    student = Row(name="student", evaluations=1, values={"frechet": [10.0, 20.0, 30.0], "recall": [0.5, 0.6, 0.7]})
+    teacher = Row(
+        name="teacher (ddim 50)", evaluations=50, values={"frechet": [11.1, 21.0, 30.9]}, class_shares=[0.2, 0.8]
+    )
+    return ScoreTable(rows=[student, teacher, Row(name="ddim 5", evaluations=5)])
+
+
+def test_a_table_comes_back_from_scores_json() -> None:
+    table = make_table()
+    assert ScoreTable.from_json(json.loads(json.dumps(table.to_json(), sort_keys=True))) == table
+    old = {"student": {"frechet": [1.0, 2.0]}, "ddim 5": {"evaluations": 5, "frechet": None}}
+    student, other = ScoreTable.from_json(old).rows
+    assert student.values == {"frechet": [1.0, 2.0]} and not other.values
+    for wrong in ({"student": 3}, {"student": {"frechet": [1.0, "2"]}}, {"student": {"frechet": [1.0, float("nan")]}}):
+        with pytest.raises((ValueError, TypeError, AttributeError)):
+            ScoreTable.from_json(wrong)
+
+
+def test_every_view_of_a_table_has_the_same_numbers() -> None:
+    table = make_table()
+    assert table.cells(["frechet", "recall"]) == [
+        ["student", "1", "20.0 ± 10.0", "60 ± 10", "", ""],
+        ["teacher (ddim 50)", "50", "21.0 ± 9.9", "–", "-1.0 [-1.2, -0.8]", "ahead"],
+    ]
+    first, second, third = csv.DictReader(io.StringIO(table.to_csv(num_sets=3)))
+    assert (first["frechet"], first["frechet_sd"], first["recall"], first["num_sets"]) == ("20", "10", "0.6", "3")
+    assert second["frechet"] == "21" and second["recall"] == third["frechet"] == ""
+    saved = table.to_json()["teacher (ddim 50)"]
+    assert saved["scores"]["frechet"]["mean"] == saved["frechet_mean"] == pytest.approx(21.0)
+    assert saved["student_minus_this"]["mean"] == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_verdict_knows_which_value_is_better(name: str) -> None:
+    below, chance = Interval(mean=-1.0, low=-2.0, high=-0.5), Interval(mean=-1.0, low=-2.0, high=0.5)
+    expected = {"lower": "ahead", "higher": "behind", "as teacher": ""}
+    assert MEASURES[name].verdict(below) == expected[MEASURES[name].better]
+    assert MEASURES[name].verdict(chance) == MEASURES[name].verdict(None) == ""

@@ -91,7 +91,7 @@ def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_
     }
 
 
-def seeds_of(identity: dict[str, Any], block_size: int) -> range:
+def seeds_of_run(identity: dict[str, Any], block_size: int) -> range:
     """The seeds that a run began with, held out or not.
 
     Raises:
@@ -153,7 +153,7 @@ class Run:
         value = self.read()
         if value["status"] == "complete" or value["identity"]["cache"]["fingerprint"] != cache.recipe.fingerprint:
             return None
-        seeds = seeds_of(value["identity"], cache.layout.block_size)
+        seeds = seeds_of_run(value["identity"], cache.layout.block_size)
         return f"{seeds.start}:{seeds.stop}"
 
     @contextmanager
