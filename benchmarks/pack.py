@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 from advkd.cache import CacheWriter, Layout, Recipe, State, TrajectoryCache, standard_normal
 from advkd.cache.codec import standard as plain
-from advkd.cache.codec.state_codec import Chain
-from advkd.cache.format.encoding import PLAIN, Packing
+from advkd.cache.codec.state_codec import StateCodec
+from advkd.cache.format.encoding import STANDARD, Packing
 from advkd.cache.format.noise import NOISE_RULE
 
 Values = npt.NDArray[Any]
@@ -100,24 +100,24 @@ def write_photographs(path: Path) -> None:
 
 
 def coders(cache: TrajectoryCache, packing: Packing) -> tuple[Callable[[Values], bytes], Callable[[bytes], Values]]:
-    """Encoder and decoder of the next state of block 0; a chain begins with x_T, which has no bytes."""
-    if not packing.redraws:
+    """Encoder and decoder of the next state of block 0; predictive codecs begin with x_T, which has no bytes."""
+    if not packing.is_predictive:
         shape = (cache.layout.block_size, *cache.item_shape)
         return (
             lambda values: plain.encode(plain.round_mantissas(values, packing), packing),
             lambda data: plain.decode(data, packing, cache.dtype, shape),
         )
-    encoder, decoder = (Chain(cache.recipe, cache.layout, packing, 0) for _ in range(2))
+    encoder, decoder = (StateCodec(cache.recipe, cache.layout, packing, 0) for _ in range(2))
     begun = False
 
     def encode(values: Values) -> bytes:
         nonlocal begun
         if begun:
             return encoder.encode(values)
-        begun = bool(encoder.first().size)
+        begun = bool(encoder.draw_initial().size)
         return b""
 
-    return encode, lambda data: decoder.decode(data) if data else decoder.first()
+    return encode, lambda data: decoder.decode(data) if data else decoder.draw_initial()
 
 
 def measure(cache: TrajectoryCache, packing: Packing, name: str, rounds: int) -> Result:
@@ -125,7 +125,7 @@ def measure(cache: TrajectoryCache, packing: Packing, name: str, rounds: int) ->
     states = [np.array(cache.block_view(step, 0)) for step in cache.states]
     encoding, decoding = math.inf, math.inf
     exact = Packing.of(packing.codec, cache.layout.dtype, level=packing.parameters.get("level")) if (
-        packing.codec in PLAIN) else packing  # fmt: skip
+        packing.codec in STANDARD) else packing  # fmt: skip
     for _ in range(rounds):
         first_encode, first_decode = coders(cache, exact)  # plain codecs leave x_T as it is
         encode, decode = coders(cache, packing) if packing is not exact else (first_encode, first_decode)
@@ -155,16 +155,16 @@ def results(cache: TrajectoryCache, rounds: int) -> Iterator[Result]:
     for name, error in NAMED.items():
         codec = "lossless" if error is None else "archive"
         yield measure(cache, Packing.of(codec, "float16", max_error=error), name, rounds)
-    for codec in PLAIN:
+    for codec in STANDARD:
         yield measure(cache, Packing.of(codec, "float16"), codec, rounds)
-    for codec in PLAIN:
+    for codec in STANDARD:
         yield measure(cache, Packing.of(codec, "float16", keep_bits=6), f"{codec}, 6 bits", rounds)
 
 
 def curves(cache: TrajectoryCache) -> dict[str, list[Result]]:
     """Rate against error."""
     found = {"archive": [measure(cache, Packing.of("archive", "float16", max_error=e), "archive", 1) for e in CURVE]}
-    for codec in PLAIN:
+    for codec in STANDARD:
         packings = [Packing.of(codec, "float16", keep_bits=bits) for bits in range(9, 2, -1)]
         found[codec] = [measure(cache, packing, codec, 1) for packing in packings]
     return found

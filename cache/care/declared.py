@@ -8,7 +8,6 @@ from contextlib import suppress
 
 from advkd.cache.errors import DamagedError, NotCachedError
 from advkd.cache.files.strict_json import parse_json
-from advkd.cache.format.source import LocalSource
 from advkd.cache.format.store_paths import metadata_path, states_path
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS
 from advkd.cache.read.reader import TrajectoryCache
@@ -16,7 +15,7 @@ from advkd.cache.read.reader import TrajectoryCache
 
 def listed_blocks(cache: TrajectoryCache) -> tuple[int, ...]:
     """Blocks that have a record; where they can be listed, also those beyond what the arrays declare."""
-    return cache.files.blocks(sys.maxsize) if isinstance(cache.files, LocalSource) else cache.blocks
+    return cache.blocks if cache.files.root is None else cache.files.blocks(sys.maxsize)
 
 
 def declared_seeds(cache: TrajectoryCache) -> dict[int, int]:

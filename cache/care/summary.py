@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from advkd.cache.codec.packed_source import PackedSource
+from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.format.ledger import ArrayRecord, BlockRecord, content_digest
 from advkd.cache.format.store_paths import states_path
@@ -101,7 +101,7 @@ def _states(cache: TrajectoryCache, records: Sequence[BlockRecord]) -> list[dict
     return states
 
 
-def _packed(cache: TrajectoryCache, source: PackedSource, sampled: Sequence[int]) -> dict[str, Any]:
+def _packed(cache: TrajectoryCache, source: UnpackedSource, sampled: Sequence[int]) -> dict[str, Any]:
     """How a packed store is coded, how large it is, and what error its packer measured; of the sampled blocks."""
     names = [states_path(state) for state in cache.states.values()]
     arrays = [source.records[block].arrays[name] for block in sampled for name in names]

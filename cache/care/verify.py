@@ -20,12 +20,11 @@ from advkd.cache.care.declared import declared_seeds, expected_num_seeds, listed
 from advkd.cache.errors import CacheError, DamagedError, NeedsDamagedError, NotCachedError
 from advkd.cache.files.durable import PARTIAL_SUFFIX
 from advkd.cache.files.locks import LOCK_FILE, NOTE_FILE, StoreLocks
-from advkd.cache.files.paths import open_file, walk
+from advkd.cache.files.paths import walk
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.files.strict_json import pretty_json
 from advkd.cache.format.layout import State
 from advkd.cache.format.ledger import ArrayRecord, crc32c
-from advkd.cache.format.source import LocalSource
 from advkd.cache.format.store_paths import chunk_path, metadata_path, provenance_path, record_path, states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES, MAX_BLOCKS, array_metadata, group_metadata, root_metadata
 from advkd.cache.read.compare import TOLERANCE_FILE, tolerance_of
@@ -103,7 +102,7 @@ class _Verification:
             self._block(block)
         self._store_provenance(STORE_FILE)
         self._store_provenance(TOLERANCE_FILE)
-        if isinstance(cache.files, LocalSource):
+        if cache.files.root is not None:
             self._strays(cache.files.root, set(blocks))
         absent = tuple(state.name for state in cache.layout.states if state not in self.states)
         return Verified(
@@ -194,13 +193,10 @@ class _Verification:
 
     def _hash(self, chunk: str, limit: int) -> tuple[int, str, bool]:
         """Size, sha256, and whether the CRC at the end fits: then the CRC of everything is a constant."""
-        source, total, crc = self.cache.source, hashlib.sha256(), 0
-        if not isinstance(source, LocalSource):
-            data = source.read(chunk, limit)
-            return len(data), hashlib.sha256(data).hexdigest(), crc32c(data) == _CRC_OF_ALL
-        source.check_folder(chunk)
-        with open(open_file(source.root, chunk), "rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
+        total, crc = hashlib.sha256(), 0
+        with self.cache.source.open(chunk, limit) as file:
+            num_bytes = file.seek(0, os.SEEK_END)
+            file.seek(0)
             while num_bytes <= limit and (piece := file.read(_PIECE)):
                 total.update(piece)
                 crc = google_crc32c.extend(crc, piece)
@@ -275,8 +271,8 @@ class _Verification:
 
 
 def _has_files(cache: TrajectoryCache, state: State) -> bool:
-    source = cache.files
-    return isinstance(source, LocalSource) and next(walk(source.root / states_path(state)), None) is not None
+    root = cache.files.root
+    return root is not None and next(walk(root / states_path(state)), None) is not None
 
 
 def _number(text: str) -> int | None:

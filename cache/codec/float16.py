@@ -1,6 +1,6 @@
-"""float16 to float32 and back, by integer arithmetic: the results of NumPy's own conversions, in half their time.
+"""float16 to float32 and back by integer arithmetic: the results of NumPy's conversions in half their time.
 
-No step has subnormal float32 numbers, which a library that sets flush-to-zero would turn into zeros.
+No step produces subnormal float32 numbers, which a library that sets flush-to-zero would turn into zeros.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 _BIAS = np.int32(112 << 23)
-"""What float32's exponents have more than float16's."""
+"""Difference of the exponent biases of float32 and float16, in float32's place."""
 _FIRST_NORMAL = 0x400
 _SMALLEST_NORMAL = np.float32(2.0**-14)
 _UNIT = np.float32(2.0**-24)
-"""Of subnormal halves."""
+"""Spacing of subnormal float16 numbers."""
 _NOWHERE = np.empty(0, dtype=np.intp)
 
 
@@ -40,13 +40,13 @@ def to_float32(values: npt.NDArray[Any]) -> Floats:
 def to_float16(values: Floats) -> npt.NDArray[np.float16]:
     """float32 values as the nearest float16, ties to even; too large ones become infinite."""
     bits = values.view(np.int32)
-    halves = magnitudes(values)
-    halves |= (bits >> np.int32(16)) & np.int32(-0x8000)
-    return halves.astype(np.int16).view(np.float16)
+    rounded = magnitudes(values)
+    rounded |= (bits >> np.int32(16)) & np.int32(-0x8000)
+    return rounded.astype(np.int16).view(np.float16)
 
 
 def magnitudes(values: Floats) -> npt.NDArray[np.int32]:
-    """The bits of the nearest float16 to each absolute value, at most those of infinity."""
+    """Bits of the float16 nearest to each absolute value, at most those of infinity."""
     found = values.view(np.int32) & np.int32(0x7FFFFFFF)
     small = _below(found, int(_SMALLEST_NORMAL.view(np.int32)))
     units = np.rint(found.reshape(-1)[small].view(np.float32) / _UNIT).astype(np.int32)
@@ -61,7 +61,7 @@ def magnitudes(values: Floats) -> npt.NDArray[np.int32]:
 
 
 def _below(bits: npt.NDArray[np.int32], limit: int) -> npt.NDArray[np.intp]:
-    """Where numbers are below a limit, which is rare."""
+    """Flat indices of the numbers below a limit; usually none."""
     if bits.size == 0 or bits.min() >= limit:
         return _NOWHERE
     return (bits.reshape(-1) < limit).nonzero()[0]

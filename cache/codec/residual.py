@@ -1,7 +1,7 @@
-"""What a prediction leaves over, as integers: quantised, or exact; and these integers as bytes.
+"""Residuals of a prediction as integers, quantised or exact, and these integers as bytes.
 
-Both kinds are + and × on float32 or integer arithmetic, the same on every machine. The integers go through PCodec
-(numcodecs), whose bins fit themselves to each phase's distribution.
+Both kinds use + and × on float32 or integer arithmetic, the same on every machine. PCodec (numcodecs) codes the
+integers, because its bins adapt to each phase's distribution.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from advkd.cache.errors import CacheError
 
 Integers = npt.NDArray[np.int32]
 _LARGEST = 2.0**31 - 256
-"""As a float32, the last one that int32 takes."""
+"""Largest float32 that fits int32."""
 _CODEC = PCodec(level=8, mode_spec="classic", delta_spec="none")
 
 
 class Residual(Protocol):
-    """A map between values and integers, given what was predicted."""
+    """A map between values and integers, given a prediction."""
 
     def integers(self, values: Floats, predicted: Floats) -> Integers:
-        """What to code of values."""
+        """The integers to code."""
 
     def values(self, integers: Integers, predicted: Floats) -> Floats:
-        """The values that a decoder finds, before they are rounded to the stored dtype."""
+        """The values that a decoder reconstructs, not yet rounded to the stored dtype."""
 
 
 class Quantised:
@@ -41,7 +41,7 @@ class Quantised:
         """The nearest multiple."""
         scaled = np.rint((values - predicted) / self._step)
         if not np.all(np.abs(scaled) <= _LARGEST):
-            raise CacheError("the largest values are too large for so small an error: use `--codec lossless`")
+            raise CacheError("the values are too large for an error this small: use `--codec lossless`")
         integers: Integers = scaled.astype(np.int32)
         return integers
 
@@ -54,37 +54,37 @@ class Quantised:
 
 
 class Exact:
-    """How many floating-point numbers of the stored dtype lie between value and prediction, with sign."""
+    """Signed count of floating-point numbers of the stored dtype between prediction and value."""
 
     def __init__(self, dtype: str) -> None:
-        self._is_half = dtype == "float16"
+        self._is_float16 = dtype == "float16"
 
     def integers(self, values: Floats, predicted: Floats) -> Integers:
-        """The difference of their places in the order of numbers; in float32 it may wrap around."""
-        return self._place(values) - self._place(predicted)
+        """The difference of their ranks among the numbers of the dtype; in float32 it may wrap around."""
+        return self._rank(values) - self._rank(predicted)
 
     def values(self, integers: Integers, predicted: Floats) -> Floats:
-        """The number at that place."""
-        place = self._place(predicted)
-        place += integers
-        if self._is_half:
-            return to_float32(_turned(place.astype(np.int16)).view(np.float16))
-        return _turned(place).view(np.float32)
+        """The number of that rank."""
+        rank = self._rank(predicted)
+        rank += integers
+        if self._is_float16:
+            return to_float32(_flip_negative(rank.astype(np.int16)).view(np.float16))
+        return _flip_negative(rank).view(np.float32)
 
-    def _place(self, values: Floats) -> Integers:
-        """0 of +0, 1 of the smallest positive number; −1 of −0, −2 of the largest negative one."""
-        if not self._is_half:
-            return _turned(values.view(np.int32))
-        place = magnitudes(values)
-        place ^= values.view(np.int32) >> np.int32(31)
-        return place
+    def _rank(self, values: Floats) -> Integers:
+        """0 for +0, 1 for the smallest positive number; −1 for −0, −2 for the largest negative one."""
+        if not self._is_float16:
+            return _flip_negative(values.view(np.int32))
+        rank = magnitudes(values)
+        rank ^= values.view(np.int32) >> np.int32(31)
+        return rank
 
 
-def _turned(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Sign and magnitude to two's complement, or back."""
+def _flip_negative(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Sign and magnitude to ranks in two's complement, or back."""
     width = 8 * bits.itemsize - 1
-    turned: npt.NDArray[Any] = bits ^ ((bits >> width) & bits.dtype.type((1 << width) - 1))
-    return turned
+    flipped: npt.NDArray[Any] = bits ^ ((bits >> width) & bits.dtype.type((1 << width) - 1))
+    return flipped
 
 
 def integers_to_bytes(integers: Integers) -> bytes:
@@ -93,7 +93,7 @@ def integers_to_bytes(integers: Integers) -> bytes:
 
 
 def integers_from_bytes(data: bytes, count: int) -> Integers:
-    """Decode that many integers; memory is bounded by `count`, whatever the bytes say.
+    """Decode `count` integers, which bounds memory, whatever the bytes say.
 
     Raises:
         ValueError: the bytes are no such code.
@@ -104,7 +104,7 @@ def integers_from_bytes(data: bytes, count: int) -> Integers:
     except Exception as error:
         raise ValueError(f"no PCodec stream of {count} integers ({str(error)[:80]})") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what a Rust library raises on data that it never expected
+        if type(error).__name__ != "PanicException":  # a Rust library's assertion
             raise
         raise ValueError("no PCodec stream") from None
     return integers

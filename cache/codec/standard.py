@@ -1,7 +1,7 @@
-"""Chunks in codecs that any Zarr v3 reader knows: zstd, blosc, PCodec.
+"""Decoding chunks of the standard Zarr codecs zstd, blosc and PCodec within bounded memory.
 
-They are numcodecs' codecs with the settings that `zarr.json` names, called directly: no reader's pipeline is loaded,
-and a decoder never gets more memory than the chunk's values have.
+These are numcodecs' codecs with the settings that `zarr.json` names, called directly: zarr's pipeline gives a decoder
+no output buffer, so that a chunk from someone else could unpack to as much memory as it claims.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def decode(data: bytes, packing: Packing, dtype: np.dtype[Any], shape: tuple[int
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"no {packing.codec} of {values.nbytes} bytes ({str(error)[:80]})") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what a Rust library raises on data that it never expected
+        if type(error).__name__ != "PanicException":  # a Rust library's assertion
             raise
         raise ValueError(f"no {packing.codec}") from None
     return values
 
 
 def _check_blosc(data: bytes, num_bytes: int) -> None:
-    """Its header says how much it unpacks to: bytes 4 to 7; bytes 12 to 15 how long it is."""
+    """Compare the header's sizes: bytes 4 to 7 say how much it unpacks to, bytes 12 to 15 how long it is."""
     if len(data) < 16 or data[4:8] != num_bytes.to_bytes(4, "little") or data[12:16] != len(data).to_bytes(4, "little"):
-        raise ValueError("another size")
+        raise ValueError("its header has another size")
 
 
 def _codec(packing: Packing, itemsize: int) -> Any:

@@ -1,4 +1,4 @@
-"""The states of one block, one after the other: coded from the first, x_T, which is drawn again from the seeds.
+"""Coding the states of one block in order, each predicted from x_T, which is drawn from the seeds, and earlier states.
 
 A chunk of `lossless` or `archive` is: the bytes `akc1`; the numbers of weights and of streams (uint32); the weights
 (float32), in time by channel, then in space by phase and channel; the length of each stream (uint32); the streams, by
@@ -39,28 +39,28 @@ from advkd.cache.format.seeds import seeds_of
 MAGIC = b"akc1"
 _HEAD = struct.Struct("<4sII")
 _GROUP_VALUES = 1 << 18
-"""Of one group of seeds: float32 arrays of so many values stay in a processor's cache."""
+"""Values of one group of seeds: float32 arrays of this size (1 MiB) stay in a processor's cache."""
 _FITTED_VALUES = 1 << 17
-"""To which an encoder fits weights, and at least eight seeds."""
+"""Values that an encoder fits weights to, at least eight seeds."""
 Stored = npt.NDArray[Any]
 
 
 def group_size(item_size: int) -> int:
-    """Seeds in a group, 32 to 512: part of the format, since streams are in this order."""
+    """Seeds in a group, 32 to 512; part of the format, since it orders the streams."""
     return max(32, min(512, _GROUP_VALUES // item_size))
 
 
-class Chain:
-    """The states of one block as far as they are coded.
+class StateCodec:
+    """Encodes or decodes the states of one block and remembers those that predict the next.
 
-    States are arrays of the stored dtype, shape (block_size, *item_shape). Call `first`, then `encode` or `decode` once
-    for each further state in the order of the layout.
+    States are arrays of the stored dtype, shape (block_size, *item_shape). Call `draw_initial`, then `encode` or
+    `decode` once for each further state in the order of the layout.
     """
 
     def __init__(self, recipe: Recipe, layout: Layout, packing: Packing, block: int) -> None:
         if recipe.noise["rule"] != NOISE_RULE:
             raise CacheError(
-                f"its noise is by a rule unknown here, so that x_T can't be drawn again: expected {NOISE_RULE}"
+                f"the recipe has an unknown noise rule, so x_T can't be drawn again: expected {NOISE_RULE}"
             )
         self._recipe, self._dtype = recipe, np.dtype(layout.dtype).newbyteorder("<")
         self._seeds = seeds_of(block, layout.block_size)
@@ -73,30 +73,30 @@ class Chain:
         self._residual: Residual = Exact(layout.dtype)
         if packing.codec == "archive":
             self._residual = Quantised(quantisation_step(packing.parameters["max_error"], layout.dtype))
-        self._first: list[Values] = []
+        self._initial: list[Values] = []
         self._earlier: list[list[Values]] = []
 
-    def first(self) -> Stored:
+    def draw_initial(self) -> Stored:
         """x_T, drawn from the seeds and rounded to the stored dtype."""
         drawn = np.empty(self._shape, dtype=self._dtype)
-        self._first = []
+        self._initial = []
         for group in self._groups:
             drawn[group] = standard_normal(self._recipe.root_seed, self._seeds[group], self._recipe.item_shape)
-            self._first.append(self._seeds_last(drawn[group]))
+            self._initial.append(self._seeds_last(drawn[group]))
         return drawn
 
-    def begin_like(self, other: Chain) -> None:
-        """Begin with the x_T that another chain of the same block drew."""
-        self._first = other._first
+    def share_initial(self, other: StateCodec) -> None:
+        """Begin with the x_T that another codec of the same block drew."""
+        self._initial = other._initial
 
-    def go_on_like(self, other: Chain) -> None:
-        """Share the states that another chain of the same block decoded: the same as one's own, once in memory."""
+    def share_decoded(self, other: StateCodec) -> None:
+        """Use the equal states that another codec of the same block decoded, so that memory holds them once."""
         self._earlier = other._earlier
 
     def encode(self, state: Stored) -> bytes:
         """The chunk of the next state."""
         targets = [self._seeds_last(state[group]) for group in self._groups]
-        # Seeds are alike: what predicts some of them best predicts them all.
+        # Seeds are identically distributed: weights that fit some of them fit all.
         few = slice(0, min(targets[0].shape[-1], max(8, _FITTED_VALUES // targets[0][..., 0].size)))
         known, target = [np.ascontiguousarray(state[..., few]) for state in self._known(0)], targets[0][..., few]
         in_time = fit_in_time(known, target)
@@ -118,13 +118,13 @@ class Chain:
         """The next state, from its chunk.
 
         Raises:
-            ValueError: the bytes are no such chunk; memory is bounded by the block's size, whatever they say.
+            ValueError: the bytes are no such chunk; the block's size bounds memory, whatever they say.
         """
-        in_time, in_space, coded = self._parse(data)
+        in_time, in_space, coded = self._split(data)
         counts = [count * self._shape[0] for count in self._num_pixels for _ in range(self._shape[1])]
         streams = [integers_from_bytes(part, count) for part, count in zip(coded, counts, strict=True)]
         state, decoded = np.empty(self._shape, dtype=self._dtype), []
-        with np.errstate(over="ignore", invalid="ignore"):  # what foolish weights make won't have the recorded hash
+        with np.errstate(over="ignore", invalid="ignore"):  # such values fail the check of the ledger's hash
             for index, group in enumerate(self._groups):
                 time = predict_in_time(self._known(index), in_time)
                 values = self._code(time, in_space, streams, group, None)
@@ -134,22 +134,22 @@ class Chain:
         return state
 
     def _known(self, index: int) -> list[Values]:
-        return [self._first[index], *(state[index] for state in self._earlier)]
+        return [self._initial[index], *(state[index] for state in self._earlier)]
 
     def _keep(self, decoded: list[Values]) -> None:
         self._earlier = [*self._earlier, decoded][-HISTORY:]
 
     def _seeds_last(self, values: Stored) -> Values:
-        turned = np.ascontiguousarray(values.reshape(len(values), -1).T)
-        return to_float32(turned).reshape(*self._shape[1:], len(values))
+        transposed = np.ascontiguousarray(values.reshape(len(values), -1).T)
+        return to_float32(transposed).reshape(*self._shape[1:], len(values))
 
     def _seeds_first(self, values: Values) -> Stored:
         flat = values.reshape(-1, values.shape[-1])
-        turned = (to_float16(flat) if self._dtype.itemsize == 2 else flat).T
-        return turned.reshape(values.shape[-1], *self._shape[1:])
+        transposed = (to_float16(flat) if self._dtype.itemsize == 2 else flat).T
+        return transposed.reshape(values.shape[-1], *self._shape[1:])
 
     def _new_streams(self, num_seeds: int) -> list[Integers]:
-        """Room for the integers of a state of some seeds, by phase and channel."""
+        """Uninitialised integers of a state of some seeds, by phase and channel."""
         return [
             np.empty(count * num_seeds, dtype=np.int32) for count in self._num_pixels for _ in range(self._shape[1])
         ]
@@ -157,20 +157,21 @@ class Chain:
     def _num_space_weights(self) -> list[int]:
         return [len(phase.groups) + channel for phase in self._phases for channel in range(self._shape[1])]
 
-    def _parse(self, data: bytes) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]], list[bytes]]:
+    def _split(self, data: bytes) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]], list[bytes]]:
+        """Weights in time, weights in space by phase and channel, and coded streams of a chunk."""
         num_channels, of_space = self._shape[1], self._num_space_weights()
         of_time = num_channels * num_time_weights(1 + len(self._earlier))
         num_weights, num_streams = of_time + sum(of_space), len(of_space)
         if data[: _HEAD.size] != _HEAD.pack(MAGIC, num_weights, num_streams):
-            raise ValueError("it doesn't begin as such a chunk does")
+            raise ValueError("it has another header")
         lengths_at = _HEAD.size + 4 * num_weights
         at = lengths_at + 4 * num_streams
         if len(data) < at:
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         weights = np.frombuffer(data, "<f4", num_weights, _HEAD.size)
         lengths = np.frombuffer(data, "<u4", num_streams, lengths_at).tolist()
         if len(data) != at + sum(lengths) or not np.isfinite(weights).all():
-            raise ValueError("its streams don't fill it, or a weight is not finite")
+            raise ValueError("its length doesn't match its streams, or a weight is not finite")
         ends = np.cumsum([at, *lengths]).tolist()
         coded = [data[start:stop] for start, stop in itertools.pairwise(ends)]
         in_space = np.split(weights[of_time:], np.cumsum(of_space)[:-1])
@@ -184,17 +185,17 @@ class Chain:
         group: slice,
         target: Values | None,
     ) -> Values:
-        """Go through the pixels of a group, coarse to fine.
+        """Encode or decode the pixels of a group of seeds, coarse to fine.
 
         Args:
             time: P, the prediction in time.
-            weights: in space; where the list is empty they are fitted to `target` and put there.
+            weights: in space; an empty list is filled with weights fitted to `target`.
             streams: by phase and channel; written if there is a target, else read.
-            group: which seeds.
+            group: the seeds.
             target: the state itself when encoding.
 
         Returns:
-            The state as a decoder finds it, float32.
+            The state as a decoder reconstructs it, float32.
         """
         num_channels, height, width, num_seeds = time.shape
         rest = np.zeros((num_channels, height + 2 * BORDER, width + 2 * BORDER, num_seeds), dtype=np.float32)
@@ -224,7 +225,7 @@ class Chain:
 
 
 def _neighbours(rest: Floats, phase: Phase) -> list[Floats]:
-    """For each group of neighbours the sum of what time left over there."""
+    """For each group of neighbours the sum of R there."""
     sums = []
     for group in phase.groups:
         (first, second, *others) = (phase.pixels(rest, dy, dx, BORDER) for dy, dx in group)

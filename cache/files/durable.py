@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from advkd.cache.errors import CacheError
 from advkd.cache.files.strict_json import pretty_json
 
 PARTIAL_SUFFIX = ".partial"
+_PIECE = 1 << 20
 _FICLONE = 0x40049409
 """Linux' ioctl that lets two files share their extents (btrfs, XFS, bcachefs) until one is changed."""
 
@@ -45,6 +47,21 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             os.fsync(file.fileno())
 
     _put(path, write)
+
+
+def write_verified(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file whole or not at all and compare it with what was meant.
+
+    Raises:
+        CacheError: the file reads back differently.
+    """
+    view = memoryview(data).cast("B")
+    write_atomically(path, [view])
+    with path.open("rb") as file:
+        pieces = (bytes(view[start : start + _PIECE]) for start in range(0, len(view), _PIECE))
+        same = all(file.read(_PIECE) == piece for piece in pieces) and not file.read(1)
+    if not same:
+        raise CacheError(f"{path} reads back differently from what was written: is the disk failing?")
 
 
 def link_or_copy(source: Path, target: Path) -> str:

@@ -12,11 +12,11 @@ from typing import Any, Self
 
 from advkd.cache.errors import NotACacheError
 from advkd.cache.files.strict_json import integer, shortened
-from advkd.cache.format.encoding import CODECS, MAX_PACKED_BLOCK_BYTES, Packing
+from advkd.cache.format.encoding import MAX_PACKED_BLOCK_BYTES, PACKED_ENCODINGS, Packing
 from advkd.cache.format.recipe import digest
 
 DTYPES = ("float16", "float32")
-ENCODINGS = ("raw", *CODECS)
+ENCODINGS = ("raw", *PACKED_ENCODINGS)
 """How a chunk's values are stored; a version that knows more ways adds them here."""
 MAX_STATES = 10_001
 MAX_BLOCK_BYTES = 1 << 34
@@ -93,7 +93,7 @@ class Layout:
             )
         if self.encoding not in ENCODINGS:
             raise NotACacheError(f"encoding {shortened(repr(self.encoding))} is unknown to this advkd: upgrade advkd")
-        if self.encoding != ("raw" if self.packing is None else self.packing.codec):
+        if self.encoding != ("raw" if self.packing is None else self.packing.encoding):
             raise NotACacheError(f"encoding {self.encoding} with the parameters of another one")
 
     @cached_property
@@ -112,7 +112,7 @@ class Layout:
 
     def packed(self, packing: Packing | None) -> Self:
         """The same states, dtype and blocks in another encoding; raw if None."""
-        return replace(self, encoding="raw" if packing is None else packing.codec, packing=packing)
+        return replace(self, encoding="raw" if packing is None else packing.encoding, packing=packing)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, for attributes and hashing."""

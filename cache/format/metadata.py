@@ -6,7 +6,7 @@ from advkd.cache.errors import CacheNotFoundError, DamagedError, NotACacheError
 from advkd.cache.files.strict_json import in_line, parse_json
 from advkd.cache.format.layout import Layout, State
 from advkd.cache.format.recipe import Recipe
-from advkd.cache.format.source import LocalSource, Source, check_num_blocks
+from advkd.cache.format.source import Source, check_num_blocks
 from advkd.cache.format.store_paths import metadata_path, states_path
 from advkd.cache.format.zarr_metadata import FORMAT, array_metadata
 
@@ -28,7 +28,7 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
     except DamagedError as error:
         raise NotACacheError(f"{address} is not a trajectory cache ({error}); nothing was changed") from None
     except (OSError, *_NOT_JSON_OF_OURS) as error:
-        if isinstance(error, FileNotFoundError) and not isinstance(source, LocalSource):
+        if isinstance(error, FileNotFoundError) and source.root is None:
             raise CacheNotFoundError(f"no cache at {address}: there is no zarr.json") from None
         raise NotACacheError(
             f"{address} is not a trajectory cache (no zarr.json of one); nothing was changed"
@@ -40,8 +40,8 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
         )
     if isinstance(value.get("layout"), dict) and "encoding" not in value["layout"]:
         raise NotACacheError(
-            f"{address}/zarr.json was written before format 1 was settled: `advkd-cache upgrade {address}` rewrites "
-            "the metadata and keeps the data"
+            f"{address}/zarr.json is a draft that preceded format 1, which no version of advkd reads: build the cache "
+            "again with `advkd-cache build`"
         )
     try:
         recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])

@@ -1,19 +1,20 @@
-"""Where a store's bytes come from: a local folder, or anything that fsspec reads.
+"""Where a store's files come from: a local folder, or anything that fsspec reads.
 
-Both give bounded reads of small files by path; only a local folder can be listed, so a remote store's blocks are
-enumerated from what its arrays declare, which plain HTTP allows too.
+`advkd.cache.codec.unpacked_source` adds a third kind, the raw store that a packed one decodes to. Only a local folder
+can be listed, so the blocks of other stores are enumerated from what their arrays declare, which works over plain HTTP.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from advkd.cache.errors import CacheError, CacheNotFoundError, DamagedError, UsageError
-from advkd.cache.files.paths import MAX_METADATA_BYTES, read_bounded, safe_folder
+from advkd.cache.files.paths import MAX_METADATA_BYTES, open_file, read_bounded, safe_folder
 from advkd.cache.format.store_paths import block_of_record, record_path
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS
 
@@ -28,40 +29,71 @@ def is_url(address: str | Path) -> bool:
 
 
 class Source(Protocol):
-    """Bytes of a store, by path relative to it."""
+    """The files of a store, by path relative to it."""
 
     address: str
-    """As a person gave it."""
+    """As the user gave it."""
+
+    @property
+    def root(self) -> Path | None:
+        """The folder that holds the files; None if they come over a network or are decoded when they are read."""
 
     def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:
-        """A whole file; FileNotFoundError if it isn't there, DamagedError if it is larger than `limit`."""
+        """A whole file; FileNotFoundError if it is absent, DamagedError if it is larger than `limit`."""
+
+    def open(self, path: str, limit: int) -> BinaryIO:
+        """A file to read piece by piece; raises as `read`, except that a local file may exceed `limit`."""
 
     def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
-        """Whole small files in order, None for one that isn't there."""
+        """Whole small files in order, None for each that is absent."""
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Blocks that have a ledger record, ascending."""
 
 
-def read_each(read: Callable[[str], bytes], paths: Sequence[str]) -> Iterator[bytes | None]:
-    """Whole files in order, None for one that isn't there."""
-    for path in paths:
-        try:
-            yield read(path)
-        except FileNotFoundError:
-            yield None
+class WholeFileSource:
+    """What follows for a source that has `read` and no folder."""
+
+    address: str
+    root: Path | None = None
+
+    def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:
+        """A whole file."""
+        raise NotImplementedError
+
+    def open(self, path: str, limit: int) -> BinaryIO:
+        """A whole file in memory."""
+        return io.BytesIO(self.read(path, limit))
+
+    def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        """Whole small files in order, None for each that is absent."""
+        for path in paths:
+            try:
+                yield self.read(path)
+            except FileNotFoundError:
+                yield None
+
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Blocks that have a ledger record: asks for each that is declared, since not every source can list."""
+        records = self.read_many([record_path(block) for block in range(num_blocks)])
+        return tuple(block for block, raw in enumerate(records) if raw is not None)
 
 
-class LocalSource:
+def too_large(where: str, limit: int) -> DamagedError:
+    """The error for a file that exceeds any valid size."""
+    return DamagedError(f"{where} has more than {limit:,} bytes, the most that it can have in a cache")
+
+
+class LocalSource(WholeFileSource):
     """A folder."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root: Path = root
         self.address = str(root)
         self._checked: set[str] = set()
 
-    def check_folder(self, path: str) -> None:
-        """Refuse a file whose folder is reached through a symlink; each folder is looked at once."""
+    def _check_folder(self, path: str) -> None:
+        """Refuse a file whose folder is reached through a symlink; each folder is checked once."""
         folder = path.rpartition("/")[0]
         if folder not in self._checked:
             safe_folder(self.root, folder)
@@ -71,17 +103,18 @@ class LocalSource:
 
     def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:
         """A whole file."""
-        self.check_folder(path)
+        self._check_folder(path)
         return read_bounded(self.root, path, limit)
 
-    def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
-        """Whole small files in order, None for one that isn't there."""
-        return read_each(self.read, paths)
+    def open(self, path: str, limit: int) -> BinaryIO:
+        """The file itself, so that it can be mapped, too."""
+        self._check_folder(path)
+        return open(open_file(self.root, path), "rb")
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Blocks that have a ledger record: one listing, however many seeds are declared."""
         try:
-            self.check_folder("blocks/")
+            self._check_folder("blocks/")
             with os.scandir(self.root / "blocks") as entries:
                 found = (block_of_record(entry.name) for entry in entries)
                 return tuple(sorted(block for block in found if block is not None and block < num_blocks))
@@ -89,8 +122,8 @@ class LocalSource:
             return ()
 
 
-class RemoteSource:
-    """A store behind a URL: `s3://`, `gs://`, `hf://`, `http(s)://`, whatever fsspec knows."""
+class RemoteSource(WholeFileSource):
+    """A store at a URL that fsspec reads: `s3://`, `gs://`, `hf://`, `http(s)://` and others."""
 
     def __init__(self, url: str) -> None:
         self.address = url
@@ -112,11 +145,11 @@ class RemoteSource:
         if data is None:
             raise FileNotFoundError(f"{self.address}/{path}")
         if len(data) > limit:
-            raise DamagedError(f"{self.address}/{path} is larger than {limit:,} bytes, which can't be")
+            raise too_large(f"{self.address}/{path}", limit)
         return data
 
     def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
-        """Whole small files in order, many requests at once."""
+        """Whole small files in order, many requests at a time."""
         return self._cat(paths)
 
     def _cat(self, paths: Sequence[str]) -> Iterator[bytes | None]:
@@ -138,7 +171,7 @@ class RemoteSource:
                 yield value if isinstance(value, bytes) else None
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
-        """Blocks that have a ledger record: all that are declared are asked for, since HTTP can't list."""
+        """Blocks that have a ledger record; keeps the records, which are asked for again soon."""
         paths = [record_path(block) for block in range(num_blocks)]
         self._records = {path: raw for path, raw in zip(paths, self._cat(paths), strict=True) if raw is not None}
         return tuple(block for block, path in enumerate(paths) if path in self._records)

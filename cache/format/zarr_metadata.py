@@ -1,6 +1,7 @@
 """The Zarr v3 metadata that makes any Zarr reader open a store.
 
-Generated here rather than by the installed zarr, so that it is the same bytes under every version.
+Generated here, not by the installed zarr: zarr's own JSON is neither sorted nor ends in a newline, and its members
+differ between versions, while a store's bytes are a function of its recipe.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from advkd.cache.format.store_paths import metadata_path, states_path
 FORMAT = 1
 CRC_BYTES = 4
 MAX_BLOCKS = 1_000_000
-"""What a store can declare at most: a header that claims more is refused, not walked."""
+"""Largest number that a store may declare: a header that claims more is refused, not iterated over."""
 _BLOSC = {"cname": "zstd", "shuffle": "bitshuffle", "blocksize": 0}
 _PCODEC = {"mode_spec": "auto", "delta_spec": "auto", "paging_spec": "equal_pages_up_to", "equal_pages_up_to": 1 << 18}
 
@@ -45,7 +46,7 @@ def group_metadata() -> dict[str, Any]:
 
 
 def array_metadata(recipe: Recipe, layout: Layout, state: State, num_seeds: int) -> dict[str, Any]:
-    """`zarr.json` of one state. The fill value is NaN, so that what is missing can't pass for data."""
+    """`zarr.json` of one state. The fill value is NaN, so that a missing chunk never passes for data."""
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -70,7 +71,7 @@ def array_metadata(recipe: Recipe, layout: Layout, state: State, num_seeds: int)
 
 
 def metadata_files(recipe: Recipe, layout: Layout, num_seeds: int) -> dict[str, dict[str, Any]]:
-    """Every `zarr.json` of a store, by relative path, the root's last: a store without it is not a store."""
+    """Every `zarr.json` of a store by relative path, the root's last: a folder without it is no store."""
     arrays = {
         metadata_path(states_path(state)): array_metadata(recipe, layout, state, num_seeds) for state in layout.states
     }
@@ -83,8 +84,11 @@ def zarr_codecs(packing: Packing | None, dtype: str) -> list[dict[str, Any]]:
     crc: list[dict[str, Any]] = [{"name": "crc32c"}]
     if packing is None:
         return to_bytes + crc
-    if packing.redraws:
-        return [{"name": "advkd.chain", "configuration": {"codec": packing.codec, **packing.parameters}}, *crc]
+    if packing.is_predictive:
+        configuration = {"codec": packing.codec, **packing.parameters}
+        if packing.encoding == packing.codec:  # as these stores were first written
+            return [{"name": "advkd.chain", "configuration": configuration}, *crc]
+        return [{"name": "advkd.packed", "configuration": configuration}]
     level = packing.parameters["level"]
     if packing.codec == "zstd":
         return [*to_bytes, {"name": "zstd", "configuration": {"level": level, "checksum": False}}, *crc]

@@ -7,16 +7,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from advkd.cache.errors import DamagedError
-from advkd.cache.files.paths import open_file
 from advkd.cache.format.layout import State
 from advkd.cache.format.ledger import HOW_TO_MEND, SEGMENT_BYTES, ArrayRecord, BlockRecord, crc32c
 from advkd.cache.format.records import Records
-from advkd.cache.format.source import LocalSource, Source
+from advkd.cache.format.source import Source
 from advkd.cache.format.zarr_metadata import CRC_BYTES
 from advkd.cache.read.chunk_cache import Scratch
 from advkd.cache.read.mapping import ReadAhead, Window
@@ -41,8 +41,8 @@ class ChunkFiles:
         self._source = source
         self._scratch = scratch
 
-    def open(self, chunk: str, expected: ArrayRecord) -> int:
-        """A descriptor of a chunk's local file, which has the recorded size.
+    def open(self, chunk: str, expected: ArrayRecord) -> BinaryIO:
+        """A chunk's local file, opened, which has the recorded size.
 
         Raises:
             DamagedError: it is missing or has another size.
@@ -50,18 +50,16 @@ class ChunkFiles:
         where = f"{self.address}/{chunk}"
         try:
             if self._scratch is not None:
-                descriptor = os.open(self._scratch.fetch(chunk, expected), os.O_RDONLY | os.O_CLOEXEC)
+                file: BinaryIO = self._scratch.fetch(chunk, expected).open("rb")
             else:
-                assert isinstance(self._source, LocalSource)
-                self._source.check_folder(chunk)
-                descriptor = open_file(self._source.root, chunk)
+                file = self._source.open(chunk, expected.num_bytes)
         except FileNotFoundError:
             raise DamagedError(f"{where} is missing, but the ledger has it; {HOW_TO_MEND}") from None
-        size = os.fstat(descriptor).st_size
+        size = os.fstat(file.fileno()).st_size
         if size != expected.num_bytes:
-            os.close(descriptor)
+            file.close()
             raise DamagedError(f"{where} has {size} bytes, the ledger says {expected.num_bytes}; {HOW_TO_MEND}")
-        return descriptor
+        return file
 
     def path(self, chunk: str, expected: ArrayRecord) -> Path:
         """A chunk's local file, which has the recorded size; a remote one comes to the scratch folder.
@@ -69,7 +67,7 @@ class ChunkFiles:
         Raises:
             DamagedError: it is missing or has another size.
         """
-        os.close(self.open(chunk, expected))
+        self.open(chunk, expected).close()
         if self._scratch is not None:
             return self._scratch.path(expected)
         return Path(self.address) / chunk
@@ -229,15 +227,12 @@ class StateRows:
     def _open(self, block: int) -> Iterator[tuple[int, Checked]]:
         """A descriptor of a block's file, and which of its segments were checked."""
         chunk, expected = self._records.chunk(self._state, block)
-        descriptor = self._files.open(chunk, expected)
-        try:
-            status = os.fstat(descriptor)
+        with self._files.open(chunk, expected) as file:
+            status = os.fstat(file.fileno())
             identity = (status.st_dev, status.st_ino, status.st_mtime_ns)
             if block not in self._checked or self._checked[block][0] != identity:
                 self._checked[block] = (identity, np.zeros(len(expected.segments) // 8, dtype=np.bool_))
-            yield descriptor, self._checked[block][1]
-        finally:
-            os.close(descriptor)
+            yield file.fileno(), self._checked[block][1]
 
     def _check(self, file: Bytes, block: int, checked: Checked, segments: Seeds) -> None:
         if len(segments):

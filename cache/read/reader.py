@@ -6,6 +6,7 @@ is (`advkd.cache.read.mapping`). Readers obey the ledger: an uncommitted seed is
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,20 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.errors import CacheError, NotCachedError
+from advkd.cache.errors import CacheError, DamagedError, NotCachedError
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.ledger import ArrayRecord, BlockRecord
+from advkd.cache.format.ledger import HOW_TO_MEND, ArrayRecord, BlockRecord
 from advkd.cache.format.metadata import read_arrays, read_metadata
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.records import Records
-from advkd.cache.format.source import LocalSource, Source, open_source
+from advkd.cache.format.source import Source, open_source
+from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.chunk_cache import Scratch, default_scratch
 from advkd.cache.read.chunks import ChunkFiles, StateRows
 
 if TYPE_CHECKING:
     import dask.array
+    from zarr import Group
 
-    from advkd.cache.codec.packed_source import PackedSource
+    from advkd.cache.codec.unpacked_source import UnpackedSource
 
 Values = npt.NDArray[Any]
 
@@ -43,6 +46,7 @@ class TrajectoryCache:
         num_seeds: seeds that the arrays declare; not all of them need to be committed.
         states: the recorded states that are present, by solver steps done.
         records: the ledger.
+        packed: of a packed store, what decodes it and has its own layout and records.
     """
 
     def __init__(
@@ -59,7 +63,8 @@ class TrajectoryCache:
         self.layout = layout
         self.num_seeds = num_seeds
         self.states = states
-        self._scratch = None if isinstance(source, LocalSource) else Scratch(source, scratch or default_scratch())
+        self._scratch = None if source.root is not None else Scratch(source, scratch or default_scratch())
+        self.packed: UnpackedSource | None = None
         self.records = Records(source, recipe, layout, BlockRecord)
         self._files = ChunkFiles(source, self._scratch)
         self._rows: dict[int, StateRows] = {}
@@ -80,12 +85,14 @@ class TrajectoryCache:
         source = open_source(address)
         recipe, layout = read_metadata(source)
         states, num_seeds = read_arrays(source, recipe, layout)
-        if layout.packing is not None:
-            from advkd.cache.codec.packed_source import PackedSource
+        if layout.packing is None:
+            return cls(source, recipe, layout, num_seeds, states, scratch)
+        from advkd.cache.codec.unpacked_source import UnpackedSource
 
-            source = PackedSource(source, recipe, layout, num_seeds)
-            layout = source.raw_layout
-        return cls(source, recipe, layout, num_seeds, states, scratch)
+        unpacked = UnpackedSource(source, recipe, layout, num_seeds)
+        cache = cls(unpacked, recipe, unpacked.raw_layout, num_seeds, states, scratch)
+        cache.packed = unpacked
+        return cache
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens it anew."""
@@ -95,13 +102,6 @@ class TrajectoryCache:
     def address(self) -> str:
         """The path or URL that it was opened at."""
         return self.source.address
-
-    @property
-    def packed(self) -> PackedSource | None:
-        """The packed store that this one is decoded from, if it is one."""
-        from advkd.cache.codec.packed_source import PackedSource
-
-        return self.source if isinstance(self.source, PackedSource) else None
 
     @property
     def files(self) -> Source:
@@ -116,7 +116,7 @@ class TrajectoryCache:
     def is_drawn_again(self, state: State) -> bool:
         """Whether a state has no chunk files because a packed store leaves x_T to the seeds."""
         packing = self.stored_layout.packing
-        return packing is not None and packing.redraws and state == self.layout.states[0]
+        return packing is not None and packing.is_predictive and state == self.layout.states[0]
 
     @property
     def item_shape(self) -> tuple[int, ...]:
@@ -276,8 +276,35 @@ class TrajectoryCache:
         values = self._rows_of(step).gather(wanted, into)
         return values.view(self.dtype).reshape(wanted.size, *self.item_shape) if out is None else out
 
+    def chunk_bytes(self, step: int, block: int) -> bytes:
+        """The whole chunk file of one block of one state, as a raw store has it.
+
+        Raises:
+            NotCachedError: the block or state is not here.
+            DamagedError: the file is missing or differs from the ledger.
+        """
+        chunk, expected = self.chunk(step, block)
+        with self._files.open(chunk, expected) as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != expected.sha256:
+            raise DamagedError(f"{self.address}/{chunk} differs from what its ledger says; {HOW_TO_MEND}")
+        return data
+
+    @cached_property
+    def zarr(self) -> Group:
+        """The store as a read-only zarr group, such as `cache.zarr["states/0050"][:8]`.
+
+        Local, remote and packed stores look like the raw store. Reading a block that was never committed raises
+        NotCachedError, reading a damaged one DamagedError. For random rows `rows` is about 100 times faster.
+        """
+        import zarr
+
+        from advkd.cache.read.zarr_store import CommittedStore
+
+        return zarr.open_group(CommittedStore(self), mode="r", zarr_format=3)
+
     def dask_array(self, step: int) -> dask.array.Array:
-        """A lazy dask view of one state over all declared seeds, for analysis; one dask chunk a block.
+        """A lazy dask view of one state over all declared seeds, for analysis; one dask chunk per block.
 
         Returns:
             Stored dtype, shape (num_seeds, *item_shape). Rows of uncommitted blocks are NaN.
@@ -285,9 +312,13 @@ class TrajectoryCache:
         Raises:
             NotCachedError: the state is not here.
         """
-        from advkd.cache.read.lazy import dask_view
+        import dask.array
+        import zarr
 
-        return dask_view(self, step)
+        from advkd.cache.read.zarr_store import CommittedStore
+
+        store = CommittedStore(self, fill_uncommitted=True)
+        return dask.array.from_zarr(zarr.open_array(store, path=states_path(self.state(step)), mode="r"))
 
 
 def _reopen(address: str, scratch: Path | None) -> TrajectoryCache:
@@ -300,6 +331,6 @@ def local_root(cache: TrajectoryCache) -> Path:
     Raises:
         CacheError: it is remote.
     """
-    if not isinstance(cache.files, LocalSource):
+    if cache.files.root is None:
         raise CacheError(f"{cache.address} is read only: copy it to a folder first (`advkd-cache subset --out STORE`)")
     return cache.files.root

@@ -1,7 +1,7 @@
-"""Packing a store, and unpacking it: block by block, each committed by its ledger record, as `build` does.
+"""Packing and unpacking a store block by block, each committed by its ledger record, as `build` does.
 
-Both resume where they were stopped or killed, divide the blocks with others who do the same, and extend what is
-there. The packer decodes every chunk from the file that it wrote before the block counts.
+Both resume after being stopped or killed, share the blocks with other processes that do the same, and extend an
+existing store. The packer decodes every chunk that it wrote before it commits the block.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from advkd.cache.codec.packed_source import PackedSource
+from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.errors import CacheError, MismatchError
 from advkd.cache.files.processes import in_processes
 from advkd.cache.format.encoding import MAX_PACKED_BLOCK_BYTES, Packing
+from advkd.cache.format.layout import Layout
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import carry, check_whole
 from advkd.cache.write.divide import divide
@@ -28,17 +29,17 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """What packing or unpacking did."""
+    """Result of packing or unpacking."""
 
     store: Path
     num_added: int
     num_present: int
     """Blocks that were there already."""
     num_bytes: int
-    """Of the packed chunk files of all these blocks."""
+    """Bytes of the packed chunk files of all these blocks."""
     num_values: int
     error_rms: float
-    """Over all these blocks and all states that are stored."""
+    """Over all these blocks and states, stored units."""
     error_max: float
 
 
@@ -55,30 +56,30 @@ def pack(
 
     Args:
         cache: the store, local or remote.
-        out: a new store, or one that an earlier call of the same kind began.
+        out: a new store, or one that an earlier call with the same arguments began.
         packing: codec and parameters.
-        num_workers: processes that divide the blocks.
-        begin: hears how many bytes of values there are.
-        advance: hears of those that are done.
+        num_workers: processes that share the blocks.
+        begin: called with the number of bytes of values.
+        advance: called with the number of bytes of each finished block.
 
     Raises:
-        MismatchError: `out` is of another recipe, layout or packing.
-        NotCachedError: the store is a partial copy, or empty.
-        CacheError: the codec can't keep its promise.
+        MismatchError: `out` has another recipe, layout or packing.
+        NotCachedError: the store is a partial copy or empty.
+        CacheError: the codec can't keep its error bound.
     """
     check_whole(cache)
     cache.check_begun()
     block_bytes = cache.layout.block_bytes(cache.item_shape)
     if block_bytes > MAX_PACKED_BLOCK_BYTES:
         raise CacheError(
-            f"{cache.address} has blocks of {block_bytes:,} bytes a state, packing takes {MAX_PACKED_BLOCK_BYTES:,} "
-            "at most: build with a smaller --block-size"
+            f"{cache.address} has blocks of {block_bytes:,} bytes per state, packing takes at most "
+            f"{MAX_PACKED_BLOCK_BYTES:,}: build with a smaller --block-size"
         )
-    writer = CacheWriter(out, cache.recipe, cache.layout.packed(packing))
-    problem = writer.mismatch()
-    if problem:
-        raise MismatchError(f"{out} holds something else ({problem}): choose another --out")
-    writer = CacheWriter.open(out, cache.recipe, cache.layout.packed(packing))
+    first_written = packing.as_first_written()
+    existing = CacheWriter(out, cache.recipe, cache.layout.packed(first_written))
+    if existing.exists() and existing.mismatch() is None:
+        packing = first_written  # extend an older store in its own encoding
+    writer = _open(out, cache, cache.layout.packed(packing))
     begin(len(cache.blocks) * len(cache.layout.states) * block_bytes)
     with writer.writing():
         writer.grow(range(cache.num_seeds))
@@ -99,20 +100,16 @@ def unpack(
     begin: Callable[[int], None] = lambda num_bytes: None,
     advance: Advance = lambda num_bytes: None,
 ) -> Packed:
-    """Write the raw store that a packed one stands for, or what is missing of it.
+    """Write the raw store that a packed one unpacks to, or the blocks of it that are missing.
 
     Raises:
-        MismatchError: `out` is of another recipe or layout.
+        MismatchError: `out` has another recipe or layout.
         NotCachedError: the packed store is a partial copy, or no packed store.
-        DamagedError: a file is missing or not what the ledger says; no block of it was written.
+        DamagedError: a file is missing or differs from the ledger; its block was not written.
     """
     source = packed_source(cache)
     check_whole(cache)
-    writer = CacheWriter(out, cache.recipe, cache.layout)
-    problem = writer.mismatch()
-    if problem:
-        raise MismatchError(f"{out} holds something else ({problem}): choose another --out")
-    writer = CacheWriter.open(out, cache.recipe, cache.layout)
+    writer = _open(out, cache, cache.layout)
     block_bytes = cache.layout.block_bytes(cache.item_shape)
     begin(len(cache.blocks) * len(cache.layout.states) * block_bytes)
     with writer.writing():
@@ -127,7 +124,14 @@ def unpack(
     return _sum_up(out, cache, source, num_added)
 
 
-def _sum_up(out: Path, cache: TrajectoryCache, packed: PackedSource, num_added: int) -> Packed:
+def _open(out: Path, cache: TrajectoryCache, layout: Layout) -> CacheWriter:
+    problem = CacheWriter(out, cache.recipe, layout).mismatch()
+    if problem:
+        raise MismatchError(f"{out} holds another store ({problem}): choose another --out")
+    return CacheWriter.open(out, cache.recipe, layout)
+
+
+def _sum_up(out: Path, cache: TrajectoryCache, packed: UnpackedSource, num_added: int) -> Packed:
     arrays = [array for block in cache.blocks for array in packed.records[block].arrays.values()]
     return Packed(
         store=out,

@@ -1,4 +1,4 @@
-"""One block, packed or unpacked: encoded, written, decoded from what was written, compared, committed."""
+"""Packing and unpacking one block: encode, write, decode again, compare, commit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.codec import standard as plain
-from advkd.cache.codec.packed_source import PackedSource
+from advkd.cache.codec import standard
+from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
-from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.durable import write_atomically, write_verified
 from advkd.cache.files.paths import safe_target
 from advkd.cache.format.encoding import Packing
 from advkd.cache.format.layout import State
@@ -33,20 +33,20 @@ Encode = Callable[[npt.NDArray[Any]], bytes]
 Decode = Callable[[bytes], npt.NDArray[Any]]
 
 
-def packed_source(cache: TrajectoryCache) -> PackedSource:
+def packed_source(cache: TrajectoryCache) -> UnpackedSource:
     """The packed store that a cache is decoded from.
 
     Raises:
         NotCachedError: it is a raw one.
     """
-    if not isinstance(cache.source, PackedSource):
+    if cache.packed is None:
         raise NotCachedError(f"{cache.address} is no packed store: nothing to unpack")
-    return cache.source
+    return cache.packed
 
 
 @functools.lru_cache(maxsize=1)
 def _open(address: str, call: str) -> TrajectoryCache:
-    """Kept from block to block by a process, not from one call to the next."""
+    """Opened once per process and call of `pack` or `unpack`."""
     return TrajectoryCache.open(address)
 
 
@@ -73,14 +73,14 @@ def _provenance(cache: TrajectoryCache, block: int) -> bytes:
     try:
         return cache.source.read(provenance_path(block))
     except FileNotFoundError:
-        return b""  # a copy without it
+        return b""  # provenance may be absent
 
 
 class _PackedWriter(CacheWriter):
     """A packed store opened for writing blocks of a raw one."""
 
     def is_present(self, block: int, cache: TrajectoryCache) -> bool:
-        """Whether a block is there, made of this very content."""
+        """Whether a packed block is there and was made from the raw block's present content."""
         try:
             found = TrajectoryCache.open(self.path)
             record = packed_source(found).records[block]
@@ -95,23 +95,19 @@ class _PackedWriter(CacheWriter):
         return True
 
     def pack(self, block: int, cache: TrajectoryCache, packing: Packing) -> None:
-        """Encode, write, decode what was written, compare, commit."""
+        """Encode each state, write it and read it back, decode it, compare, commit."""
         self._prepare(block)
         arrays = {}
-        encode, decode = _chains(cache, packing, block) if packing.redraws else _plain_codec(cache, packing)
+        encode, decode = _predictive(cache, packing, block) if packing.is_predictive else _standard(cache, packing)
         for index, state in enumerate(self.layout.states):
             values, entry = cache.block_view(state.step, block), cache.chunk(state.step, block)[1]
-            if packing.redraws and index == 0:
+            if packing.is_predictive and index == 0:
                 arrays[states_path(state)] = self._drawn(block, cache, encode(values), entry)
                 continue
             body = encode(values)
             data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
-            path = self._chunk(state.name, block)
-            write_atomically(path, [data])
-            back = path.read_bytes()
-            if back != data:
-                raise CacheError(f"{path} reads back differently from what was written: is the disk failing?")
-            decoded = decode(back[:-CRC_BYTES])
+            write_verified(self._chunk(state.name, block), data)
+            decoded = decode(body)
             arrays[states_path(state)] = _describe(state, block, data, decoded, values, entry, packing)
         provenance = _provenance(cache, block)
         if provenance:
@@ -132,11 +128,11 @@ class _PackedWriter(CacheWriter):
         )
 
 
-def _chains(cache: TrajectoryCache, packing: Packing, block: int) -> tuple[Encode, Decode]:
-    """The encoder, which draws x_T first, and a decoder that sees nothing but the files."""
-    from advkd.cache.codec.state_codec import Chain
+def _predictive(cache: TrajectoryCache, packing: Packing, block: int) -> tuple[Encode, Decode]:
+    """An encoder, which returns x_T as drawn first, and a decoder that knows only what it returned."""
+    from advkd.cache.codec.state_codec import StateCodec
 
-    encoder, decoder = (Chain(cache.recipe, cache.layout, packing, block) for _ in range(2))
+    encoder, decoder = (StateCodec(cache.recipe, cache.layout, packing, block) for _ in range(2))
     begun = False
 
     def encode(values: npt.NDArray[Any]) -> bytes:
@@ -144,28 +140,28 @@ def _chains(cache: TrajectoryCache, packing: Packing, block: int) -> tuple[Encod
         if begun:
             return encoder.encode(values)
         begun = True
-        drawn = encoder.first()
-        decoder.begin_like(encoder)
+        drawn = encoder.draw_initial()
+        decoder.share_initial(encoder)
         return drawn.tobytes()
 
     def decode(data: bytes) -> npt.NDArray[Any]:
         values = decoder.decode(data)
-        encoder.go_on_like(decoder)
+        encoder.share_decoded(decoder)
         return values
 
     return encode, decode
 
 
-def _plain_codec(cache: TrajectoryCache, packing: Packing) -> tuple[Encode, Decode]:
+def _standard(cache: TrajectoryCache, packing: Packing) -> tuple[Encode, Decode]:
     shape, first = (cache.layout.block_size, *cache.item_shape), True
 
     def encode(values: npt.NDArray[Any]) -> bytes:
         nonlocal first
-        rounded = values if first else plain.round_mantissas(values, packing)  # x_T stays what the seeds draw
+        rounded = values if first else standard.round_mantissas(values, packing)  # x_T stays as drawn
         first = False
-        return plain.encode(rounded, packing)
+        return standard.encode(rounded, packing)
 
-    return encode, lambda data: plain.decode(data, packing, cache.dtype, shape)
+    return encode, lambda data: standard.decode(data, packing, cache.dtype, shape)
 
 
 def _describe(
@@ -195,7 +191,7 @@ def _describe(
         if bound == 0.0:
             raise CacheError(f"state {state.name} of block {block} decodes to other bytes, which lossless must not")
         rounding = ArrayRecord.of(chunk, decoded, decoded)
-        # Stored minus computed value is what storing cost and what packing cost, together no more than their sum.
+        # The error against the computed value is at most that of storing plus that of packing.
         raw = replace(
             rounding,
             rounding_rms=_three_digits_up(entry.rounding_rms + rms),

@@ -28,19 +28,20 @@ from advkd.cache.files.durable import (
     link_or_copy,
     write_atomically,
     write_json,
+    write_verified,
 )
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target, walk
 from advkd.cache.files.strict_json import pretty_json
 from advkd.cache.format.differences import differences
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.ledger import ArrayRecord, BlockRecord, checked_seal, crc32c
+from advkd.cache.format.ledger import ArrayRecord, BlockRecord, checked_seal
 from advkd.cache.format.metadata import read_metadata
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.seeds import blocks_of, seeds_of
 from advkd.cache.format.source import LocalSource, check_num_blocks
 from advkd.cache.format.store_paths import chunk_path, provenance_path, record_path, states_path
-from advkd.cache.format.zarr_metadata import CRC_BYTES, metadata_files
+from advkd.cache.format.zarr_metadata import array_metadata, metadata_files
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.divide import Outcome
 
@@ -277,24 +278,38 @@ class CacheWriter:
             computed = np.ascontiguousarray(states[state.step])
             if computed.shape != shape:
                 raise CacheError(f"state {state.name} of block {block} has shape {computed.shape}, expected {shape}")
-            with np.errstate(over="ignore"):  # what becomes infinite is counted and refused below
+            with np.errstate(over="ignore"):  # values that become infinite are refused below
                 stored = computed.astype(np.dtype(self.layout.dtype).newbyteorder("<"))
-            body = stored.tobytes()
-            data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
-            record = ArrayRecord.of(data, stored, computed)
-            del body, stored  # two copies in memory less while the file is read back
-            if record.num_nonfinite:
+            if not (np.isfinite(stored.min()) and np.isfinite(stored.max())):
                 seeds = seeds_of(block, self.layout.block_size)
                 raise CacheError(
-                    f"state {state.name} of seeds {seeds.start}:{seeds.stop} has {record.num_nonfinite} values that "
-                    "are not finite; the block was not written"
+                    f"state {state.name} of seeds {seeds.start}:{seeds.stop} has "
+                    f"{np.count_nonzero(~np.isfinite(stored))} values that are not finite; the block was not written"
                 )
             path = self._chunk(state.name, block)
-            write_atomically(path, [data])
-            if path.read_bytes() != data:
-                raise CacheError(f"{path} reads back differently from what was written: is the disk failing?")
-            arrays[states_path(state)] = record
+            self._write_values(state, block, stored)
+            del stored
+            data = path.read_bytes()
+            written = np.frombuffer(data, np.dtype(self.layout.dtype).newbyteorder("<"), computed.size)
+            arrays[states_path(state)] = ArrayRecord.of(data, written, computed)
+            del data, written
         return self._record(block, arrays)
+
+    def _write_values(self, state: State, block: int, values: npt.NDArray[Any]) -> None:
+        """Write one whole chunk through zarr, durably and read back.
+
+        The array's metadata are those that the recipe generates, so that what someone put into the store's own
+        `zarr.json` has no say in it.
+        """
+        from zarr import Array, AsyncArray
+        from zarr.storage import StorePath
+
+        from advkd.cache.read.zarr_store import DurableStore
+
+        seeds = seeds_of(block, self.layout.block_size)
+        metadata: Any = array_metadata(self.recipe, self.layout, state, seeds.stop)
+        at = StorePath(DurableStore(self.path), states_path(state))
+        Array(AsyncArray(metadata, at, {"write_empty_chunks": True}))[seeds.start : seeds.stop] = values
 
     def adopt(self, block: int, cache: TrajectoryCache, linked: Callable[[str], None] = lambda how: None) -> None:
         """Commit a block of another store of the same fingerprint by linking its files, or copying where that fails.
@@ -343,9 +358,7 @@ class CacheWriter:
             path = self._chunk(state.name, block)
             if hashlib.sha256(data).hexdigest() != record.arrays[states_path(state)].sha256:
                 raise DamagedError(f"state {state.name} of block {block} is not what was recorded; it was not written")
-            write_atomically(path, [data])
-            if path.read_bytes() != data:
-                raise CacheError(f"{path} reads back differently from what was written: is the disk failing?")
+            write_verified(path, data)
         if provenance:
             write_atomically(safe_target(self.path, provenance_path(block)), [provenance])
         self._record(block, record.arrays)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from advkd.pipeline.cli.cache_build import build
-from advkd.pipeline.cli.cache_combine import merge, subset, upgrade
+from advkd.pipeline.cli.cache_combine import merge, subset
 from advkd.pipeline.cli.cache_look import diff, info, preview
 from advkd.pipeline.cli.cache_pack import pack, unpack
 from advkd.pipeline.cli.cache_verify import verify
@@ -16,5 +16,5 @@ def main() -> None:
     """Trajectory caches: build them, look at them, check, merge and cut them."""
 
 
-for _command in (build, info, verify, merge, subset, pack, unpack, preview, diff, upgrade):
+for _command in (build, info, verify, merge, subset, pack, unpack, preview, diff):
     main.add_command(_command)

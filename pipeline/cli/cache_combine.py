@@ -1,4 +1,4 @@
-"""`advkd-cache merge`, `subset` and `upgrade`."""
+"""`advkd-cache merge` and `subset`."""
 
 from __future__ import annotations
 
@@ -71,21 +71,6 @@ def subset(store: str, out: Path, seeds: str | None, states: str | None) -> None
         )
         reporter.finish()
     _tell(combined)
-
-
-@click.command(epilog=example("advkd-cache upgrade cache/old.zarr"))
-@click.argument("store", type=click.Path(path_type=Path))
-@guarded
-def upgrade(store: Path) -> None:
-    """Rewrite an older cache's metadata for this version; its data stays as it is."""
-    from advkd.cache.format.zarr_metadata import FORMAT
-    from advkd.cache.upgrade import upgrade as run_upgrade
-
-    found, num_blocks = run_upgrade(store)
-    if found == f"format {FORMAT}":
-        click.echo(f"{store} has {found}, the newest; nothing to do")
-    else:
-        click.echo(f"{store}: {found} → format {FORMAT}; the records of {num_blocks} blocks were rewritten")
 
 
 def _tell(combined: Combined) -> None:

@@ -58,7 +58,7 @@ def pack(
     cache = TrajectoryCache.open(store)
     chosen = codec or ("lossless" if max_error is None else "archive")
     packing = Packing.of(chosen, cache.layout.dtype, max_error=max_error, keep_bits=keep_bits, level=level)
-    if packing.redraws and not cache.recipe.deterministic:
+    if packing.is_predictive and not cache.recipe.deterministic:
         click.echo(
             f"{cache.recipe.sampler['name']} draws noise at every step, and drawing that again costs more than its "
             "bytes: only x_T is left out, the rest takes nearly what PCodec takes",

@@ -16,7 +16,6 @@ from advkd.cache.errors import CacheError
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.read.compare import compare, tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
-from advkd.cache.upgrade import upgrade
 from advkd.cache.write.combine import merge, subset
 from advkd.cache.write.writer import CacheWriter
 from tests.cache.harm import Pristine
@@ -84,7 +83,6 @@ def write_everything(store: Path, out: Path) -> Attempts:
     if own is not None:
         _write(attempt, CacheWriter(store, own.recipe, own.layout))
     attempt(_alone, store)
-    attempt(upgrade, store)
     for combine in (_subset, _merge):
         shutil.rmtree(out, ignore_errors=True)
         attempt(combine, store, out)

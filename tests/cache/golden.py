@@ -18,8 +18,6 @@ from advkd.cache.write.writer import CacheWriter
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FORMAT_1 = DATA / "format-1.zarr"
-DRAFT = DATA / "draft-1.zarr"
-"""The same content as a development snapshot before format 1 wrote it."""
 SHAPE = (1, 4, 4)
 BLOCKS = (0, 2)
 RECIPE = Recipe(

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from advkd.cache import TrajectoryCache
-from advkd.cache.format.encoding import PLAIN, Packing
+from advkd.cache.format.encoding import STANDARD, Packing
 from advkd.cache.format.layout import Layout, State
 from advkd.cache.format.noise import standard_normal
 from advkd.cache.format.recipe import Recipe
@@ -15,15 +15,18 @@ from advkd.cache.write.writer import CacheWriter
 from tests.conftest import ROOT
 from tests.stores import make_recipe
 
-GOLDEN = ROOT / "tests/data/packed-1.zarr"
+FIRST_GOLDEN = ROOT / "tests/data/packed-1.zarr"
+"""Of the encoding `archive`, whose arrays list `advkd.chain`."""
+GOLDEN = ROOT / "tests/data/packed-2.zarr"
+"""Of the encoding `packed-lossless`, whose arrays list `advkd.packed`."""
 ERROR = 1 / 256
 ARCHIVE = Packing.of("archive", "float16", max_error=ERROR)
 LOSSLESS = Packing.of("lossless", "float16")
 EVERY = [
     LOSSLESS,
     ARCHIVE,
-    *(Packing.of(codec, "float16") for codec in PLAIN),
-    *(Packing.of(codec, "float16", keep_bits=5, level=3) for codec in PLAIN),
+    *(Packing.of(codec, "float16") for codec in STANDARD),
+    *(Packing.of(codec, "float16", keep_bits=5, level=3) for codec in STANDARD),
 ]
 
 

@@ -19,12 +19,11 @@ import zarr
 
 from advkd.cache.care.summary import summarize
 from advkd.cache.care.verify import verify
-from advkd.cache.errors import DamagedError, NotACacheError
+from advkd.cache.errors import NotACacheError
 from advkd.cache.format.hashing import is_held_out
 from advkd.cache.format.noise import standard_normal
 from advkd.cache.read.compare import tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
-from advkd.cache.upgrade import upgrade
 from tests.cache import golden
 from tests.conftest import ROOT
 from tests.stores import tree
@@ -215,58 +214,19 @@ def test_zarrs_own_check_finds_a_flipped_bit(tmp_path: Path) -> None:
         array[0:4]
 
 
-def test_a_draft_is_named_and_upgraded_without_touching_its_data(tmp_path: Path) -> None:
+def test_a_draft_before_format_1_is_refused_by_name(tmp_path: Path) -> None:
+    """Development snapshots wrote `format: 1` too, and a layout without an encoding."""
     store = tmp_path / "draft.zarr"
-    shutil.copytree(golden.DRAFT, store)
+    shutil.copytree(golden.FORMAT_1, store)
+    value = json.loads((store / "zarr.json").read_text())
+    attributes = value["attributes"]["advkd"]
+    del attributes["layout"]["encoding"]
+    attributes["layout_hash"] = sha256(canonical(attributes["layout"]))
+    (store / "zarr.json").write_text(json.dumps(value))
     before = tree(store)
-    with pytest.raises(NotACacheError, match=r"before format 1 was settled: `advkd-cache upgrade"):
+    with pytest.raises(NotACacheError, match=r"draft.*`advkd-cache build`"):
         TrajectoryCache.open(store)
-    assert upgrade(store) == ("draft of format 1", 2)
-    cache = TrajectoryCache.open(store)
-    after = tree(store)
-    assert {name: data for name, data in after.items() if "/c/" in name} == {
-        name: data for name, data in before.items() if "/c/" in name
-    }
-    assert verify(cache).findings == ()
-    kept = tree(golden.FORMAT_1)
-    assert {name for name in kept if kept[name] != after[name]} == {f"blocks/00000{block}.json" for block in (0, 2)}
-    assert upgrade(store) == ("format 1", 0)
-
-
-@pytest.mark.parametrize("written", range(8))
-def test_an_interrupted_upgrade_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
-    from advkd.cache.files import durable
-
-    store, whole = tmp_path / "draft.zarr", tmp_path / "whole.zarr"
-    for path in (store, whole):
-        shutil.copytree(golden.DRAFT, path)
-    upgrade(whole)
-    original, count = durable.os.fsync, 0
-
-    def failing(descriptor: int) -> None:
-        nonlocal count
-        count += 1
-        if count > written:
-            raise OSError(28, "No space left on device")
-        original(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "fsync", failing)
-        with pytest.raises(OSError, match="No space left"):
-            upgrade(store)
-    upgrade(store)
-    assert tree(store) == tree(whole)
-
-
-def test_an_upgrade_of_what_is_damaged_stops(tmp_path: Path) -> None:
-    store = tmp_path / "draft.zarr"
-    shutil.copytree(golden.DRAFT, store)
-    chunk = store / "states/0004/c/0/0/0/0"
-    chunk.write_bytes(chunk.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(DamagedError, match="differs from what its record says"):
-        upgrade(store)
-    with pytest.raises(NotACacheError):
-        upgrade(tmp_path)
+    assert tree(store) == before
 
 
 @pytest.mark.parametrize("format_", [0, 2, 10**30, "1", 1.0, True, None])
@@ -277,9 +237,8 @@ def test_another_format_is_refused_with_both_named(tmp_path: Path, format_: obje
     value["attributes"]["advkd"]["format"] = format_
     (store / "zarr.json").write_text(json.dumps(value))
     before = tree(store)
-    for act in (TrajectoryCache.open, upgrade):
-        with pytest.raises(NotACacheError, match="reads format 1"):
-            act(store)
+    with pytest.raises(NotACacheError, match="reads format 1"):
+        TrajectoryCache.open(store)
     assert tree(store) == before
 
 

@@ -15,21 +15,30 @@ from hypothesis import strategies as st
 from advkd.cache import TrajectoryCache
 from advkd.cache.care.verify import verify
 from advkd.cache.codec.float16 import to_float16, to_float32
-from advkd.cache.codec.packed_source import PackedSource
 from advkd.cache.codec.residual import Exact
 from advkd.cache.errors import CacheError, DamagedError, MismatchError, NotCachedError, UsageError
-from advkd.cache.format.encoding import PLAIN, Packing, quantisation_step
+from advkd.cache.format.encoding import STANDARD, Packing, quantisation_step
 from advkd.cache.format.seeds import parse_seed_range
 from advkd.cache.write.pack import pack, unpack
 from advkd.cache.write.writer import CacheWriter
 from tests.cache.harm import content, files_of
-from tests.cache.packs import ARCHIVE, ERROR, EVERY, GOLDEN, LOSSLESS, packed_of, smooth_states, write_smooth
+from tests.cache.packs import (
+    ARCHIVE,
+    ERROR,
+    EVERY,
+    FIRST_GOLDEN,
+    GOLDEN,
+    LOSSLESS,
+    packed_of,
+    smooth_states,
+    write_smooth,
+)
 from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, write_store
 
 # What comes back.
 
 
-@pytest.mark.parametrize("codec", ["lossless", *PLAIN])
+@pytest.mark.parametrize("codec", ["lossless", *STANDARD])
 def test_an_unpacked_store_has_the_bytes_of_the_packed_one(whole: Path, codec: str) -> None:
     packed = packed_of(whole, Packing.of(codec, "float16"))
     unpack(TrajectoryCache.open(packed), whole.with_name("again.zarr"))
@@ -172,9 +181,9 @@ def test_what_does_not_fit_is_refused_and_left_alone(whole: Path) -> None:
     before = files_of(out)
     with pytest.raises(MismatchError, match=r"packing\.max_error: 0\.00390625 → 0\.01"):
         pack(cache, out, Packing.of("archive", "float16", max_error=0.01))
-    with pytest.raises(MismatchError, match="encoding: archive → raw"):
+    with pytest.raises(MismatchError, match="encoding: packed-archive → raw"):
         unpack(TrajectoryCache.open(out), out)
-    with pytest.raises(MismatchError, match="encoding: raw → archive"):
+    with pytest.raises(MismatchError, match="encoding: raw → packed-archive"):
         pack(cache, whole, ARCHIVE)
     with pytest.raises(MismatchError, match="encoding"):
         CacheWriter.open(out, make_recipe(), make_layout())
@@ -233,19 +242,27 @@ def test_an_error_that_float32_cannot_keep_is_refused(tmp_path: Path) -> None:
 # What is promised to stay.
 
 
-def test_the_golden_packed_store_decodes_to_what_it_always_did() -> None:
-    cache = TrajectoryCache.open(GOLDEN)
-    assert isinstance(cache.source, PackedSource) and cache.packed is not None
+@pytest.mark.parametrize(
+    ("golden", "encoding", "digest"),
+    [
+        (FIRST_GOLDEN, "archive", "77411333661e166bf1e8c290d857734be1352dbbd5e7d1f90bc43e3ee96329bf"),
+        (GOLDEN, "packed-lossless", "f109a398c6c927462ba01a912ef386b4f0129268ad651a7fe304ee43bc1f1a1b"),
+    ],
+)
+def test_golden_packed_stores_decode_to_the_same_bytes_for_ever(golden: Path, encoding: str, digest: str) -> None:
+    cache = TrajectoryCache.open(golden)
+    assert cache.stored_layout.encoding == encoding
+    assert cache.packed is not None and cache.source is cache.packed
     assert verify(cache).findings == ()
     total = hashlib.sha256()
     for block in cache.blocks:
         for _, chunk in cache.packed.states(block, set(cache.states)):
             total.update(chunk)
-    assert total.hexdigest() == "77411333661e166bf1e8c290d857734be1352dbbd5e7d1f90bc43e3ee96329bf"
+    assert total.hexdigest() == digest
 
 
 def make_golden() -> None:
-    """Run this once, when a format is new."""
+    """Writes the golden store of the encoding `packed-lossless`; run it once, when an encoding is new."""
     shutil.rmtree(GOLDEN, ignore_errors=True)
     with_states = GOLDEN.with_name("tmp.zarr")
     layout = replace(make_layout(8), block_size=8)
@@ -255,7 +272,7 @@ def make_golden() -> None:
         writer.grow(range(24))
         for block in (0, 2):
             writer.commit(block, smooth_states(recipe, layout, block))
-    pack(TrajectoryCache.open(with_states), GOLDEN, ARCHIVE)
+    pack(TrajectoryCache.open(with_states), GOLDEN, LOSSLESS)
     shutil.rmtree(with_states)
     shutil.rmtree(GOLDEN / "provenance")
 

@@ -13,7 +13,7 @@ from numcodecs.pcodec import PCodec
 from advkd.cache import TrajectoryCache
 from advkd.cache.format.encoding import Packing
 from advkd.cache.write.pack import pack
-from tests.cache.packs import GOLDEN, write_smooth
+from tests.cache.packs import FIRST_GOLDEN, GOLDEN, write_smooth
 
 F = np.float32
 Values = npt.NDArray[np.float32]
@@ -159,8 +159,9 @@ def crc(data: bytes) -> bytes:
     return (value ^ 0xFFFFFFFF).to_bytes(4, "little")
 
 
-def test_the_golden_store() -> None:
-    assert check(GOLDEN) == 4
+@pytest.mark.parametrize("golden", [FIRST_GOLDEN, GOLDEN])
+def test_the_golden_stores(golden: Path) -> None:
+    assert check(golden) == 4
 
 
 @pytest.mark.parametrize(

@@ -180,15 +180,6 @@ def test_merge_and_subset_say_what_they_did(invoke: Invoke, store: Path, tmp_pat
     assert not Path("no.zarr").exists()
 
 
-def test_upgrade_says_what_it_found(invoke: Invoke, tmp_path: Path) -> None:
-    shutil.copytree(golden.DRAFT, tmp_path / "old.zarr")
-    assert "advkd-cache upgrade" in invoke(command, "info", "old.zarr").stderr
-    result = invoke(command, "upgrade", "old.zarr")
-    assert "draft of format 1 → format 1; the records of 2 blocks were rewritten" in result.output
-    assert "has format 1, the newest; nothing to do" in invoke(command, "upgrade", "old.zarr").output
-    assert invoke(command, "upgrade", "none.zarr").exit_code == 1
-
-
 def test_someone_elses_names_cannot_rule_the_terminal(invoke: Invoke, store: Path) -> None:
     origin = {"teacher": {"source": "\x1b[2Jevil\r\nlines", "commit": None, "license": "\x07"}}
     write_atomically(store / "provenance/store.json", [seal(origin)])
@@ -203,7 +194,7 @@ def test_someone_elses_names_cannot_rule_the_terminal(invoke: Invoke, store: Pat
         assert not set(result.output + result.stderr) & set("\x1b\x07\r")
 
 
-@pytest.mark.parametrize("name", ["info", "verify", "preview", "diff", "merge", "subset", "upgrade"])
+@pytest.mark.parametrize("name", ["info", "verify", "preview", "diff", "merge", "subset"])
 def test_what_is_no_cache_is_said_in_one_line_and_left_alone(invoke: Invoke, tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/notes.txt").write_text("mine")

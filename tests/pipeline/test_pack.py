@@ -39,7 +39,7 @@ def test_pack_and_unpack_say_what_they_did(invoke: Invoke, store: Path) -> None:
     assert "0 blocks packed, 16 were there" in invoke(command, "pack", store, "--out", "packed.zarr").output
     assert "all as recorded" in invoke(command, "verify", "packed.zarr").output
     shown = invoke(command, "info", "packed.zarr").output
-    assert "float16, lossless; 0.000 GB unpacked" in shown and "no error" in shown
+    assert "float16, packed-lossless; 0.000 GB unpacked" in shown and "no error" in shown
     assert json.loads(invoke(command, "info", "packed.zarr", "--json").output)["packed"]["codec"] == "lossless"
     result = invoke(command, "unpack", "packed.zarr", "--out", "again.zarr", "--workers", "1")
     assert result.exit_code == 0 and "16 blocks unpacked, 0 were there" in result.output

@@ -37,7 +37,7 @@ def with_controls(pristine: Pristine) -> dict[str, bytes]:
 
 
 def commands(store: Path, like: Path) -> Iterator[tuple[str, ...]]:
-    for name in ("info", "verify", "upgrade"):
+    for name in ("info", "verify"):
         yield name, str(store)
     yield "info", str(store), "--json"
     yield "verify", str(store), "--json"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from advkd.cache.errors import CacheError
 from advkd.cache.files.strict_json import pretty_json
 from advkd.cache.format.recipe import digest
-from advkd.cache.read.reader import TrajectoryCache
-from advkd.cache.upgrade import upgrade
-from tests.cache import golden
-from tests.cache.exercise import Attempts, Mutant, read_everything
-from tests.cache.harm import files_of, put, state_of_folder
+from tests.cache.exercise import Mutant
 from tests.cache.mutations import mutated_stores
 from tests.conftest import ROOT
 
@@ -227,43 +221,3 @@ def test_mutated_metadata_are_read_or_refused(mutant: Mutant, like: Path, fast_f
 def test_ten_thousand_mutations_of_metadata_are_read_or_refused(mutant: Mutant, like: Path, fast_folder: Path) -> None:
     signal.alarm(0)
     fuzz(mutant, like, fast_folder, 10_000)
-
-
-@pytest.fixture
-def draft(fast_folder: Path) -> Iterator[Path]:
-    """A store as a development snapshot before format 1 wrote it."""
-    shutil.copytree(golden.DRAFT, fast_folder / "draft.zarr")
-    yield fast_folder / "draft.zarr"
-    put(fast_folder / "draft.zarr", None)
-
-
-def make_draft(store: Path, files: dict[str, bytes]) -> None:
-    put(store, None)
-    for name, data in files.items():
-        put(store / name, data)
-
-
-def test_mutated_drafts_are_upgraded_or_refused(draft: Path) -> None:
-    files = files_of(draft)
-
-    @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(changed=mutated_stores({name: data for name, data in files.items() if name.endswith(".json")}))
-    def run(changed: dict[str, bytes]) -> None:
-        make_draft(draft, files | changed)
-        attempt = Attempts(draft)
-        if attempt(upgrade, draft) is not None:
-            assert TrajectoryCache.open(draft).blocks
-        read_everything(draft)
-
-    run()
-
-
-@pytest.mark.parametrize("folder", ["blocks", "states", "states/0004", "states/0004/c/0", "provenance"])
-def test_an_upgrade_writes_nothing_through_a_symlink(draft: Path, outside: Path, folder: str) -> None:
-    put(draft / "provenance/block-000000.json", b"{}")
-    (draft / folder).rename(outside / "there")
-    (draft / folder).symlink_to(outside / "there")
-    before = state_of_folder(outside)
-    with pytest.raises(CacheError, match="symlink"):
-        upgrade(draft)
-    assert state_of_folder(outside) == before
