@@ -244,7 +244,7 @@ def test_a_packed_array_without_its_store_says_what_it_needs(whole: Path, tmp_pa
         zarr.open_array(tmp_path / "alone/deep/array", mode="r")[0]
     shutil.copytree(packed / "states", tmp_path / "renamed/arrays")
     with pytest.raises(CacheError, match="whole store"):
-        array_of(zarr.open_group(tmp_path / "renamed", mode="r"), "arrays/0004")[0]
+        array_of(zarr.open_group(tmp_path / "renamed/arrays", mode="r"), "0004")[0]
 
 
 def test_plain_zarr_cannot_write_a_packed_store(whole: Path) -> None:
