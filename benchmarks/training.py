@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.student import build_student
 from advkd.stages.student.train import train
 from advkd.stages.student.training import trainer
-from advkd.stages.student.training.data import read_float
+from advkd.stages.student.training.data import Batch, read_float
 from advkd.stages.student.training.losses import relativistic_discriminator, relativistic_generator, squared_gradient
 from advkd.stages.student.unrolled.program import UnrolledProgram
 from benchmarks.harness import Benchmark, Comparison, Target, ratio_between, rows_of, run, wait_for
@@ -51,10 +51,10 @@ def smooth_store(store: Path, item_shape: tuple[int, ...], num_states: int, num_
 
 def waiting_share(store: Path, run_path: Path, config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     """Seconds that each step of a real run waited for its batch, and seconds of whole steps."""
-    original: Any = trainer.__dict__["make_loader"]
+    original: Any = trainer.__dict__["prefetch_batches"]
     waits, moments = list[float](), list[float]()
 
-    def timed(*arguments: Any) -> Iterator[dict[int, Tensor]]:
+    def timed(*arguments: Any) -> Iterator[Batch]:
         batches = iter(original(*arguments))
         while True:
             begin = time.perf_counter()
@@ -66,11 +66,11 @@ def waiting_share(store: Path, run_path: Path, config: TrainConfig, steps: int) 
             waits.append(moments[-1] - begin)
             yield batch
 
-    setattr(trainer, "make_loader", timed)  # noqa: B010
+    setattr(trainer, "prefetch_batches", timed)  # noqa: B010
     try:
         train(store, config, run_path, max_steps=steps)
     finally:
-        setattr(trainer, "make_loader", original)  # noqa: B010
+        setattr(trainer, "prefetch_batches", original)  # noqa: B010
     # The first steps warm up, and make the order of the first epoch.
     return waits[3:], [after - before for before, after in itertools.pairwise(moments[2:])]
 
@@ -78,7 +78,7 @@ def waiting_share(store: Path, run_path: Path, config: TrainConfig, steps: int) 
 class HalfProgram(UnrolledProgram):
     """Ours as `mixed_precision: bf16` has it, beside programs in float32: an accelerator is one for the process."""
 
-    def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> dict[str, Tensor]:
+    def step(self, batch: Batch, phase: int, step: int) -> dict[str, Tensor]:
         """One iteration, the student's pass in bfloat16."""
         device = next(self.student.parameters()).device.type
         unroll = self.student.unroll
@@ -94,17 +94,17 @@ class HalfProgram(UnrolledProgram):
 class NaiveProgram(UnrolledProgram):
     """The same losses as one writes them first: the student passes twice an iteration, penalties every time."""
 
-    def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> dict[str, Tensor]:
+    def step(self, batch: Batch, phase: int, step: int) -> dict[str, Tensor]:
         """One iteration: the critic, then the student."""
-        if not self.adversary.learns(step):
+        if not self.adversary.trains_at(step):
             return super().step(batch, phase, step)
         config, critic = self.config.objective.adversarial, self.adversary.critic
-        noise = batch[self.geometry.steps[0]]
+        noise = batch.states[self.geometry.steps[0]]
         fresh = self.adversary.fresh_noise(step, min(config.fresh, len(noise)), noise)
         count = len(fresh)
         with torch.no_grad():
             fake = self._unroll(torch.cat([noise, fresh]))[0][-1][-count:]
-        real = batch[self.geometry.steps[-1]][:count].clone().requires_grad_(True)
+        real = batch.states[self.geometry.steps[-1]][:count].clone().requires_grad_(True)
         shown = fake.clone().requires_grad_(True)
         real_logits, fake_logits = critic(real, noise[:count]), critic(shown, fresh)
         loss = relativistic_discriminator(real_logits, fake_logits)
@@ -115,7 +115,7 @@ class NaiveProgram(UnrolledProgram):
         self.adversary.optimizer.step()
         predictions, states = self._unroll(torch.cat([noise, fresh]))
         size = len(noise)
-        loss, _ = self.regression([x0[:size] for x0 in predictions], [state[:size] for state in states], batch)
+        loss, _ = self.regression([x0[:size] for x0 in predictions], [state[:size] for state in states], batch.states)
         gain = relativistic_generator(critic(real, noise[:count]), critic(predictions[-1][-count:], fresh))
         loss = loss + self.adversary.weight(step) * gain
         self.descent.backward(loss)
@@ -149,7 +149,7 @@ def compare_steps(bench: Benchmark, cache: TrajectoryCache, config: TrainConfig,
             programs[name].begin(0)
         order = np.random.default_rng(start)
         batches = [order.choice(len(cache.seeds()) - 256, config.batch_size, replace=False) for _ in range(steps)]
-        loaded = [{step: read_float(cache, step, seeds).to(device) for step in cache.states} for seeds in batches]
+        loaded = [Batch.read(cache, list(cache.states), seeds.tolist()).to(torch.device(device)) for seeds in batches]
         for first in range(0, steps, turn):
             for name in sorted(programs, reverse=(first // turn) % 2 == 0):
                 begin = time.perf_counter()

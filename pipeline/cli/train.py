@@ -78,10 +78,10 @@ def main(
             should_stop=stop,
         )
     if stop.requested and not trained.complete:
-        if trained.is_first:
+        if trained.is_main:
             click.echo(f"stopped at step {trained.step}, checkpoint saved. To go on: {command_line()}", err=True)
         sys.exit(INTERRUPTED)
-    if not trained.is_first:
+    if not trained.is_main:
         return
     where = f"; look: {trained.preview}" if trained.preview else ""
     click.echo(

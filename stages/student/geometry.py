@@ -1,4 +1,4 @@
-"""What a student must know of the cache that it learns from: shape, noise levels, and how noise is drawn."""
+"""What a student's network takes from its cache: item shape, noise levels, and the rule that draws noise."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ MAX_LEVELS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """Item shape and noise levels, in stored units; travels with the weights."""
+    """Item shape, noise levels in stored units, and noise rule; saved beside the weights."""
 
     item_shape: tuple[int, int, int]
     """(C, H, W)."""
     levels: tuple[tuple[float, float], ...]
     """(alpha, sigma) of x_T and of each recorded state after it: stored = alpha · x_0 + sigma · ε."""
     timesteps: tuple[float, ...]
-    """The teacher's timestep of each, −1 for x_0."""
+    """The teacher's timestep at each level, −1 for x_0."""
     steps: tuple[int, ...]
-    """The solver steps done at each."""
+    """Number of solver steps at each level."""
     root_seed: int
-    """Of the cache's noise, so that seed i means the same x_T here as for the teacher."""
+    """Root seed of the cache's noise: seed i has the same x_T here as for the teacher."""
     noise_dtype: str
-    """What x_T is rounded to, as the teacher saw it."""
+    """Dtype that x_T is rounded to, as for the teacher."""
 
     @classmethod
     def of(cls, cache: TrajectoryCache, steps: Sequence[int] | None = None) -> Self:
-        """Read it off a cache.
+        """The geometry of some of a cache's recorded states.
 
         Args:
             cache: the cache.
-            steps: the states to learn from, by solver steps done; all that it records if None.
+            steps: the states to learn from, as numbers of solver steps; all recorded ones if None.
 
         Raises:
-            UsageError: x_T or x_0 is not among them.
-            NotCachedError: one of them was never recorded.
+            UsageError: x_T or x_0 is not among `steps`.
+            NotCachedError: one of `steps` isn't recorded.
         """
         channels, height, width = cache.item_shape
         known = {state.step: state for state in cache.layout.states}
@@ -50,8 +50,8 @@ class Geometry:
         wanted = sorted(set(recorded if steps is None else steps))
         if wanted[:1] != recorded[:1] or wanted[-1] != recorded[-1] or len(wanted) < 2:
             raise UsageError(
-                f"train.states {wanted}: x_T and x_0, the states after {recorded[0]} and {recorded[-1]} steps, must be "
-                "among them"
+                f"train.states {wanted}: must include x_T and x_0, the states after {recorded[0]} and {recorded[-1]} "
+                "steps"
             )
         states = [known[step] if step in known else cache.state(step) for step in wanted]
         return cls(
@@ -64,7 +64,7 @@ class Geometry:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """As JSON."""
         return asdict(self)
 
     @classmethod
@@ -72,7 +72,7 @@ class Geometry:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: it can't be a cache's.
+            ValueError: a value is out of range.
         """
         channels, height, width = (int(n) for n in value["item_shape"])
         sizes_fit = 1 <= channels <= MAX_CHANNELS and 1 <= height == width <= MAX_SIDE
@@ -80,7 +80,7 @@ class Geometry:
         noise_fits = value["noise_dtype"] in DTYPES and 0 <= int(value["root_seed"]) < 1 << 63
         levels_fit = levels_fit and all(math.isfinite(float(number)) for level in value["levels"] for number in level)
         if not (sizes_fit and levels_fit and noise_fits):
-            raise ValueError("its shape, noise levels or noise can't be a cache's")
+            raise ValueError("geometry: item_shape, levels, root_seed or noise_dtype is out of range")
         return cls(
             item_shape=(channels, height, width),
             levels=tuple((float(alpha), float(sigma)) for alpha, sigma in value["levels"]),

@@ -25,7 +25,8 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.sharing.card import model_card
 from advkd.stages.student.sharing.origin import FILE as PROVENANCE
 from advkd.stages.student.sharing.origin import Provenance, read_provenance, write_provenance
-from advkd.stages.student.student import WEIGHTS, StudentNetwork, is_student, noise_of, read_student, save_student
+from advkd.stages.student.student import WEIGHTS, is_student, noise_of, read_student, save_student
+from advkd.stages.student.training.protocol import StudentNetwork
 
 FILES = ["config.json", WEIGHTS, PROVENANCE]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

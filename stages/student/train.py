@@ -1,7 +1,7 @@
 """Stage two: train a student from a cache.
 
-The order of seeds and every random draw are functions of (seed, phase, step), so going on from a checkpoint needs no
-random state: run the same command again, and on a CPU the metrics that follow are those of an uninterrupted run.
+The order of seeds and all random draws are functions of (seed, phase, step), so a checkpoint holds no generator state.
+On a CPU a resumed run gives the same metrics and weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,30 +19,26 @@ from advkd.cache.errors import UsageError
 from advkd.cache.format.recipe import digest
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter, SilentReporter
-from advkd.stages.student.config import TrainConfig
+from advkd.stages.student.config import KINDS, TrainConfig
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.progressive.network import ProgressiveStudent
-from advkd.stages.student.progressive.program import ProgressiveProgram
 from advkd.stages.student.student import build_student, load_student
 from advkd.stages.student.training.data import fetch_states
-from advkd.stages.student.training.distributed import Team
-from advkd.stages.student.training.protocol import Program
+from advkd.stages.student.training.distributed import ProcessGroup
 from advkd.stages.student.training.run import Run, identity, split_seeds
 from advkd.stages.student.training.trainer import Trainer
-from advkd.stages.student.unrolled.program import UnrolledProgram
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """How a training run ended."""
+    """The result of a training run."""
 
     run: Path
     step: int
     num_steps: int
     held_out_mse: float
     preview: Path | None
-    is_first: bool
-    """Whether this process is the one of its team that speaks."""
+    is_main: bool
+    """Whether this process has rank 0, which prints."""
 
     @property
     def complete(self) -> bool:
@@ -61,38 +57,39 @@ def train(
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Train a student from a cache, or go on where an earlier call stopped.
+    """Train a student from a cache, or resume where an earlier call stopped.
 
     Args:
-        cache_path: the trajectory cache, a folder or a URL; nothing else is read.
-        config: the run.
-        run_path: its folder.
-        max_steps: stop after so many steps in all, resumable; the schedule stays that of the whole run.
-        resume: insist that the run is there already.
-        on_mismatch: where the folder holds another run: stop, or rename it.
-        reporter: hears of progress.
-        should_stop: asked after every step; True saves a checkpoint and returns.
+        cache_path: the trajectory cache, a folder or a URL.
+        config: settings of the run.
+        run_path: folder of the run.
+        max_steps: stop at this step and stay resumable; the learning rate's schedule remains that of the whole run.
+        resume: require that the run exists.
+        on_mismatch: if the folder holds another run, stop or rename it.
+        reporter: shows progress.
+        should_stop: called after every step; True saves a checkpoint and returns.
 
     Raises:
         CacheError: the cache is missing, partial or damaged.
-        UsageError: the request doesn't fit the cache or the folder.
-        TrainingError: the loss is not finite; the last checkpoint stays.
+        UsageError: the request doesn't fit the cache, the folder or the number of processes.
+        TrainingError: training diverged; the last checkpoint stays.
     """
-    team = Team(config.mixed_precision)
-    reporter = reporter if reporter and team.is_first else SilentReporter()
+    processes = ProcessGroup(config.mixed_precision)
+    reporter = reporter if reporter and processes.is_main else SilentReporter()
     cache = TrajectoryCache.open(cache_path)
     run = Run(run_path)
-    in_progress = team.told(run.seeds_in_progress(cache, on_mismatch) if team.is_first else None)
+    in_progress = processes.broadcast(run.seeds_in_progress(cache, on_mismatch) if processes.is_main else None)
     split = split_seeds(cache, config.seeds or in_progress)
-    _check_paired(cache, config)
+    _check_kind(cache, config, processes.world_size)
     torch.manual_seed(config.seed)
     geometry = Geometry.of(cache, config.states)
-    student = build_student(config.student, geometry).to(team.accelerator.device)
-    program = _make_program(config, student, geometry, team, len(split.training))
+    student = build_student(config.student, geometry).to(processes.accelerator.device)
+    kind = KINDS[config.student.kind]
+    program = kind.program(config, student, geometry, processes.accelerator, len(split.training))
     steps = sorted({step for phase in program.phases for step in phase.states} | {geometry.steps[-1]})
     for step in steps:
-        cache.state(step)  # what a partial copy has not is said at once
-    wanted = identity(config, cache, split, team.size)
+        cache.state(step)  # raises now if a partial copy lacks it
+    wanted = identity(config, cache, split, processes.world_size)
     trainer = Trainer(
         cache=cache,
         config=config,
@@ -100,23 +97,23 @@ def train(
         split=split,
         geometry=geometry,
         program=program,
-        team=team,
+        processes=processes,
         reporter=reporter,
         identity=wanted,
         identity_digest=digest(wanted),
     )
     claim = run.claimed(wanted, resume=resume, on_mismatch=on_mismatch)
-    with team.entered_by_first(claim) as status:
+    with processes.entered_by_main(claim) as status:
         if status == "complete":
-            reporter.say(f"{run_path} is complete already; nothing to do")
+            reporter.say(f"{run_path} is already complete; nothing to do")
             return _trained(trainer, load_student(run.student)[0], trainer.num_steps)
         fetch_states(cache, steps, split.blocks, reporter)
         if status == "resume":
             trainer.resume()
-        elif team.is_first:
+        elif processes.is_main:
             shutil.rmtree(run.log, ignore_errors=True)
         trainer.run_to(min(trainer.num_steps, max_steps or trainer.num_steps), should_stop)
-        team.accelerator.wait_for_everyone()
+        processes.accelerator.wait_for_everyone()
         return _trained(trainer, trainer.average.model, trainer.step)
 
 
@@ -126,29 +123,22 @@ def _trained(trainer: Trainer, student: nn.Module, step: int) -> Trained:
         run=trainer.run.path,
         step=step,
         num_steps=trainer.num_steps,
-        held_out_mse=trainer.held_out_mse(student.to(trainer.team.accelerator.device)),
+        held_out_mse=trainer.held_out_mse(student.to(trainer.processes.accelerator.device)),
         preview=previews[-1] if previews else None,
-        is_first=trainer.team.is_first,
+        is_main=trainer.processes.is_main,
     )
 
 
-def _check_paired(cache: TrajectoryCache, config: TrainConfig) -> None:
-    if config.student.kind == "unrolled" and config.objective.paired and not cache.recipe.deterministic:
+def _check_kind(cache: TrajectoryCache, config: TrainConfig, world_size: int) -> None:
+    kind = KINDS[config.student.kind]
+    if kind.is_paired(config) and not cache.recipe.deterministic:
         raise UsageError(
             f"{cache.address} was sampled with {cache.recipe.sampler['name']}, which draws noise at every step: x_T "
             "does not determine x_0, so a paired loss would teach the average image. Build with a deterministic "
             "sampler (ddim, dpmsolver++, euler, heun), or train `student.kind: progressive`"
         )
-
-
-def _make_program(config: TrainConfig, student: nn.Module, geometry: Geometry, team: Team, num_seeds: int) -> Program:
-    if isinstance(student, ProgressiveStudent):
-        if team.size > 1:
-            raise UsageError(
-                f"student.kind: progressive normalises over the batch of one process; {team.size} would train another "
-                "student: use one process, or `student.kind: unrolled`"
-            )
-        return ProgressiveProgram(config, student, geometry, team.accelerator, num_seeds)
-    if num_seeds < config.batch_size * team.size:
-        raise UsageError(f"train.batch_size {config.batch_size * team.size} exceeds the {num_seeds} seeds to train on")
-    return UnrolledProgram(config, student, geometry, team.accelerator)  # type: ignore[arg-type]
+    if kind.normalises_over_batch and world_size > 1:
+        raise UsageError(
+            f"student.kind: {config.student.kind} normalises over the batch of one process; {world_size} processes "
+            "would train another student: use one process, or `student.kind: unrolled`"
+        )

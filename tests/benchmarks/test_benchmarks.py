@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from advkd.pipeline.config import load_experiment
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.student import build_student
-from advkd.stages.student.training.data import read_float
+from advkd.stages.student.training.data import Batch
 from advkd.stages.student.unrolled.config import AdversarialConfig
 from advkd.stages.student.unrolled.network import UnrolledStudent
 from advkd.stages.student.unrolled.program import UnrolledProgram
@@ -69,7 +69,7 @@ def test_our_training_step_teaches_what_the_naive_loop_does(tmp_path: Path) -> N
         program.begin(0)
         for step in range(4):
             seeds = np.arange(8 * step, 8 * step + 8)
-            program.step({at: read_float(cache, at, seeds) for at in cache.states}, 0, step)
+            program.step(Batch.read(cache, list(cache.states), seeds.tolist()), 0, step)
         trained += [torch.nn.utils.parameters_to_vector(module.parameters()) for module in program.modules().values()]
     for naive, ours in zip(trained[:2], trained[2:], strict=True):
         torch.testing.assert_close(naive, ours, rtol=1e-3, atol=1e-5)

@@ -65,7 +65,7 @@ def test_the_references_setting_is_as_published() -> None:
         ({"cache": {"dtype": "int8"}}, "'int8' is none of float16, float32"),
         ({"sampler": {"spacing": "even"}}, "'even' is none of trailing"),
         ({"sampler": {"eta": 1.0, "name": "euler"}}, "of ddim only"),
-        ({"train": {"student": {"kind": "progressive"}, "compile": True}}, "the unrolled student's alone"),
+        ({"train": {"student": {"kind": "progressive"}, "compile": True}}, "don't apply to student.kind progressive"),
         ({"train": {"student": {"kind": "big"}}}, "'big' is none of unrolled, progressive"),
         ({"train": {"student": {"depth": 0}}}, "leave no blocks"),
         ({"train": {"ema": 1.0}}, r"in \[0, 1\)"),

@@ -1,4 +1,4 @@
-"""Critics, what they see, and what the student hears of them."""
+"""Critics: their inputs, their training, and the losses that they give the student."""
 
 import dataclasses
 
@@ -8,10 +8,11 @@ from accelerate import Accelerator
 
 from advkd.cache.errors import UsageError
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.unrolled.adversary import Adversary, Judged
+from advkd.stages.student.training.losses import ADVERSARIAL
+from advkd.stages.student.unrolled.adversary import Adversary, CriticInput
 from advkd.stages.student.unrolled.augment import augment
-from advkd.stages.student.unrolled.config import ADVERSARIAL_LOSSES, AUGMENTATIONS, JUDGED, AdversarialConfig
-from advkd.stages.student.unrolled.critics import Critic, CriticOfEach
+from advkd.stages.student.unrolled.config import AUGMENTATIONS, JUDGED, AdversarialConfig
+from advkd.stages.student.unrolled.critics import Critic, CriticPerSubmodule
 
 GEOMETRY = Geometry(
     item_shape=(1, 8, 8),
@@ -31,22 +32,22 @@ def adversary(config: AdversarialConfig = SETTINGS) -> Adversary:
     return made
 
 
-def test_images_that_critics_cannot_look_at_are_refused() -> None:
+def test_critics_refuse_images_of_odd_size() -> None:
     odd = dataclasses.replace(GEOMETRY, item_shape=(1, 9, 9))
-    with pytest.raises(UsageError, match=r"images of 9 don't divide .*weight 0 leaves critics out"):
+    with pytest.raises(UsageError, match=r"images of 9 .*objective\.adversarial\.weight to 0"):
         Adversary(SETTINGS, odd, num_steps=100, seed=3, accelerator=Accelerator())
     Adversary(dataclasses.replace(SETTINGS, weight=0.0), odd, num_steps=100, seed=3, accelerator=Accelerator())
 
 
-def judged(num_times: int, level: float, count: int = 6) -> Judged:
+def judged(num_times: int, level: float, count: int = 6) -> CriticInput:
     generator = torch.Generator().manual_seed(int(level * 10) + 5)
     images = [level + 0.1 * torch.randn(count, 1, 8, 8, generator=generator) for _ in range(num_times)]
-    return Judged.of(images, torch.randn(count, 1, 8, 8, generator=generator), count)
+    return CriticInput.of(images, torch.randn(count, 1, 8, 8, generator=generator), count)
 
 
 @pytest.mark.parametrize("scales", [1, 2])
 @pytest.mark.parametrize("conditional", [False, True])
-def test_a_critic_sees_the_noise_only_if_asked(conditional: bool, scales: int) -> None:
+def test_only_a_conditional_critic_sees_the_noise(conditional: bool, scales: int) -> None:
     critic = Critic(1, 4, scales, conditional=conditional)
     images, noise = torch.randn(3, 1, 16, 16), torch.randn(3, 1, 16, 16)
     logits = critic(images, noise)
@@ -65,24 +66,24 @@ def test_a_shared_critic_tells_times_apart_once_it_has_learnt_to() -> None:
     assert not torch.allclose(critic(images, images, time), critic(images, images, time.flip(0)))
 
 
-def test_a_critic_of_each_time_judges_its_own() -> None:
+def test_a_critic_per_submodule_judges_its_own_images() -> None:
     members = [Critic(1, 4, conditional=False) for _ in range(3)]
     both = judged(3, 0.0)
-    logits = CriticOfEach(members)(both.images, both.noise, both.time)
+    logits = CriticPerSubmodule(members)(both.images, both.noise, both.time)
     for index, member in enumerate(members):
         here = both.time == index
         torch.testing.assert_close(logits[here], member(both.images[here], both.noise[here]))
 
 
-@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+@pytest.mark.parametrize("loss", ADVERSARIAL)
 @pytest.mark.parametrize("kind", JUDGED)
-def test_a_critic_learns_to_tell_and_a_student_hears_the_way(loss: str, kind: str) -> None:
+def test_a_critic_learns_and_its_gradient_points_to_the_real_images(loss: str, kind: str) -> None:
     """Real images are bright and the student's dark: soon the critic is ahead, and its gradient says "brighter"."""
     ours = adversary(dataclasses.replace(SETTINGS, loss=loss, judged=kind))
     times = ours.num_judged
     assert times == (1 if kind == "last" else 3)
     for step in range(40):
-        readings = ours.learn(judged(times, 0.5), judged(times, -0.5), step, 0, 1)
+        readings = ours.accumulate(judged(times, 0.5), judged(times, -0.5), step)
         ours.descent.step()
     assert float(readings["ahead"]) == 1.0
     images = judged(times, -0.5).images.requires_grad_(True)
@@ -99,7 +100,7 @@ def test_penalties_are_lazy_and_each_has_its_side() -> None:
 
     def gradients(step: int, **changes: float) -> torch.Tensor:
         ours = adversary(dataclasses.replace(SETTINGS, penalty_every=2, **changes))
-        ours.learn(judged(1, 0.5), judged(1, -0.5), step, 0, 1)
+        ours.accumulate(judged(1, 0.5), judged(1, -0.5), step)
         return torch.cat([weight.grad.flatten() for weight in ours.critic.parameters() if weight.grad is not None])
 
     none = gradients(0, r1=0.0, r2=0.0)
@@ -111,21 +112,21 @@ def test_penalties_are_lazy_and_each_has_its_side() -> None:
     torch.testing.assert_close(gradients(0, r1=0.1, r2=0.0) - none, 2 * (first - none))
 
 
-def test_when_critics_learn_and_when_they_are_heard() -> None:
+def test_critics_train_before_the_adversarial_loss_begins() -> None:
     ours = adversary()
-    assert [ours.learns(step) for step in (38, 40, 99)] == [False, True, True]
+    assert [ours.trains_at(step) for step in (38, 40, 99)] == [False, True, True]
     assert [round(ours.weight(step), 6) for step in (48, 59, 69, 99)] == [0.0, 0.05, 0.1, 0.1]
-    assert not adversary(dataclasses.replace(SETTINGS, weight=0.0)).learns(99)
+    assert not adversary(dataclasses.replace(SETTINGS, weight=0.0)).trains_at(99)
 
 
-def test_critics_that_come_every_third_step_are_heard_three_times_as_loud() -> None:
+def test_critics_of_every_third_step_have_three_times_the_weight() -> None:
     ours = adversary(dataclasses.replace(SETTINGS, every=3))
-    assert [ours.learns(step) for step in (42, 60, 61, 62, 63)] == [True, True, False, False, True]
+    assert [ours.trains_at(step) for step in (42, 60, 61, 62, 63)] == [True, True, False, False, True]
     assert [round(ours.weight(step), 6) for step in (39, 48, 60, 61, 99)] == [0.0, 0.0, 0.165, 0.0, 0.3]
-    assert ours.is_heard(61) and not ours.is_heard(39)
+    assert ours.has_begun(61) and not ours.has_begun(39)
 
 
-def test_the_distance_in_the_critics_layers_is_of_pairs() -> None:
+def test_the_feature_distance_compares_pairs() -> None:
     ours, truth = adversary(), judged(1, 0.5)
 
     def distance(images: torch.Tensor) -> float:
@@ -155,7 +156,7 @@ def test_a_shared_critic_sees_the_last_images_as_the_last() -> None:
     assert distance() != before
 
 
-def test_fresh_noise_is_of_the_step_alone() -> None:
+def test_fresh_noise_depends_on_the_step_alone() -> None:
     like = torch.zeros(1, 1, 8, 8)
     first = adversary().fresh_noise(5, 4, like)
     assert torch.equal(first, adversary().fresh_noise(5, 4, like))

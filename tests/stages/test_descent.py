@@ -19,7 +19,8 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.student import build_student
 from advkd.stages.student.train import train
 from advkd.stages.student.training.descent import Descent
-from advkd.stages.student.training.optimizers import KernelMuon, make_optimizers
+from advkd.stages.student.training.muon import KernelMuon
+from advkd.stages.student.training.optimizers import OPTIMIZERS
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 
 CONFIG = TrainConfig(
@@ -118,7 +119,7 @@ def test_every_weight_has_one_optimiser() -> None:
     )
     wrapped = nn.ModuleDict({"submodules": student})
     for optimizer, expected in (("muon", ["student-muon", "student-adamw"]), ("adamw", ["student-adamw"])):
-        made = make_optimizers(wrapped, TrainConfig(optimizer=optimizer))
+        made = OPTIMIZERS[optimizer](wrapped, 1e-3, 0.02, 0.01)
         assert list(made) == expected
         moved = [p for item in made.values() for group in item.param_groups for p in group["params"]]
         assert sum(p.numel() for p in moved) == sum(p.numel() for p in wrapped.parameters())

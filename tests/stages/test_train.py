@@ -13,7 +13,8 @@ import torch
 
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.read.reader import TrajectoryCache
-from advkd.stages.student.config import StagesConfig, StudentConfig, TrainConfig
+from advkd.stages.student.config import StudentConfig, TrainConfig
+from advkd.stages.student.progressive.config import StagesConfig
 from advkd.stages.student.student import generate, load_student
 from advkd.stages.student.train import train
 from advkd.stages.student.training.data import read_float
@@ -173,7 +174,7 @@ def test_empty_and_partial_caches_are_refused(store: Path, tmp_path: Path) -> No
     with pytest.raises(NotCachedError, match=r"is empty \(0 of 1 blocks\): finish it"):
         train(tmp_path / "empty.zarr", UNROLLED, tmp_path / "run")
     (store / "blocks/000005.json").unlink()
-    with pytest.raises(NotCachedError, match=r"15 of the 16 blocks .* block 5 \(seeds 80:96\) is not; finish it"):
+    with pytest.raises(NotCachedError, match=r"15 of the 16 blocks .* block 5 \(seeds 80:96\)"):
         train(store, UNROLLED, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert train(store, dataclasses.replace(UNROLLED, seeds="96:256"), tmp_path / "run").complete
@@ -216,9 +217,9 @@ print(any("diffusers" in name for name in sys.modules), any("teachers/" in path 
 def test_a_student_that_normalises_over_its_batch_is_trained_in_one_process(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("advkd.stages.student.training.distributed.Team.size", 2)
-    monkeypatch.setattr("advkd.stages.student.training.distributed.Team.told", lambda self, value: value)
-    with pytest.raises(UsageError, match="2 would train another student"):
+    monkeypatch.setattr("advkd.stages.student.training.distributed.ProcessGroup.world_size", 2)
+    monkeypatch.setattr("advkd.stages.student.training.distributed.ProcessGroup.broadcast", lambda self, value: value)
+    with pytest.raises(UsageError, match="2 processes would train another student"):
         train(store, PROGRESSIVE, tmp_path / "run")
 
 

@@ -1,13 +1,12 @@
-"""The paper's student: a generator that grows as it follows the trajectory (Adv-KD, arXiv 2405.20675).
+"""The paper's student: a generator that grows along the trajectory (Adv-KD, arXiv 2405.20675).
 
-x_T enters at 4×4. Submodule k of K adds layers, some of them an upsampling, and has its own head that predicts the
-k-th recorded state resized to the resolution reached there. Stage k trains submodules 0…k against a fresh
+x_T enters at 4×4. Submodule k of K adds layers, some with an upsampling, and has its own head that predicts the k-th
+recorded state at the resolution reached there. Stage k trains submodules 0…k against a fresh
 conditional discriminator; the last head's image is the sample. With K = 11 and 256×256 it has the reference's
 2,429,937 parameters, 1,721,235 of them deployed (trunk and last head).
 
-Kept from the reference: layers, widths, heads, BatchNorm, tanh. Not kept: 8-bit inputs, and an input whose scale
-differs between training and test: x_T is averaged over areas to 4×4 and multiplied by H/4, so that it stays unit
-normal.
+As in the published code: layers, widths, heads, BatchNorm, tanh. Different: inputs aren't rounded to 8 bits, and x_T is
+averaged over areas to 4×4 and multiplied by H/4, so that it stays unit normal in training and test alike.
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import TrainingError
 from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.training.protocol import StudentNetwork
 
 INPUT_SIZE = 4
 
 
 def upsampling_submodules(num_submodules: int, size: int) -> tuple[int, ...]:
-    """Which submodules double the resolution: log2(size / 4) of them, spread evenly, the last one the last.
+    """The submodules that double the resolution: log2(size / 4) of them, spread evenly, including the last.
 
     Raises:
-        TrainingError: the size is no 4·2ⁿ, or there are fewer submodules than doublings.
+        TrainingError: the size is not 4·2ⁿ, or there are fewer submodules than doublings.
     """
     doublings = (size // INPUT_SIZE).bit_length() - 1
     if size != INPUT_SIZE << doublings or doublings < 1:
@@ -60,7 +60,7 @@ def _block(in_channels: int, out_channels: int, upsample: bool) -> nn.Sequential
     return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.LeakyReLU(0.2))
 
 
-class ProgressiveStudent(nn.Module):
+class ProgressiveStudent(StudentNetwork):
     """Submodules with growing resolution, one head each.
 
     Args:
@@ -110,7 +110,7 @@ class ProgressiveStudent(nn.Module):
         return image
 
     def heads(self, noise: Tensor) -> list[Tensor]:
-        """One prediction per recorded state after x_T. All but the last are stale once later stages trained on."""
+        """One prediction per recorded state after x_T; only the last head matches the final trunk's weights."""
         features, predictions = reduce_noise(noise), []
         for submodule, head in zip(self.submodules, self.output_heads, strict=True):
             features = submodule(features)
@@ -118,15 +118,15 @@ class ProgressiveStudent(nn.Module):
         return predictions
 
     def deployed_parameters(self) -> int:
-        """Parameters that a sample needs: the trunk and the last head."""
+        """Parameters that a sample needs: those of the trunk and the last head."""
         return sum(p.numel() for part in (self.submodules, self.output_heads[-1]) for p in part.parameters())
 
 
 class ConditionalDiscriminator(nn.Module):
-    """The reference's discriminator of one stage: an image of size h × h, and x_T at 4×4.
+    """The published discriminator of one stage, of an image of size h × h and x_T at 4×4.
 
-    Stride-2 4×4 convolutions, width 32 → 128, BatchNorm but for the first, down to 4×4; two 3×3 convolutions read
-    the noise; both joined go through Linear 128 → BatchNorm → LeakyReLU → Linear 1.
+    4×4 convolutions of stride 2, width 32 → 128, with BatchNorm except in the first, down to 4×4; two 3×3 convolutions
+    for the noise; both concatenated go through Linear 128 → BatchNorm → LeakyReLU → Linear 1.
     """
 
     def __init__(self, channels: int, size: int) -> None:

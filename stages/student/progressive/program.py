@@ -1,20 +1,21 @@
-"""Training the progressive student stage by stage, as the reference does (Adv-KD, arXiv 2405.20675).
+"""Training the progressive student stage by stage, as the published code does (Adv-KD, arXiv 2405.20675).
 
-Stage k trains submodules 0…k, none frozen, with a fresh discriminator and fresh optimisers: D = softplus(−real) +
+Stage k trains submodules 0…k, none frozen, with a new discriminator and new optimizers: D = softplus(−real) +
 softplus(fake) + 10 · (‖∇D‖ − 1)², then weights clamped; G = softplus(−D(fake, noise)). No regression term.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.progressive.config import ProgressiveTraining
 from advkd.stages.student.progressive.network import ConditionalDiscriminator, ProgressiveStudent, resize
+from advkd.stages.student.training.data import Batch
 from advkd.stages.student.training.descent import Descent
 from advkd.stages.student.training.losses import (
     non_saturating_discriminator,
@@ -31,16 +32,16 @@ def value_of(values: Sequence[int], stage: int) -> int:
 
 
 def as_eight_bit(states: Tensor) -> Tensor:
-    """What is left of states in 8-bit image files: 256 values in [−1, 1]."""
+    """States as 8-bit image files keep them: 256 values in [−1, 1]."""
     return ((states.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
 
 
 class ProgressiveProgram:
-    """One phase a submodule."""
+    """One phase per submodule."""
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: ProgressiveTraining,
         student: ProgressiveStudent,
         geometry: Geometry,
         accelerator: Accelerator,
@@ -59,10 +60,10 @@ class ProgressiveProgram:
             self.phases.append(Phase(num_steps=num_steps, batch_size=batch_size, states=states))
 
     def begin(self, phase: int) -> None:
-        """Make the stage's discriminator and both optimisers afresh."""
+        """Create the stage's discriminator and both optimizers."""
         config = self.config.stages
         channels = self.geometry.item_shape[0]
-        # Each stage's weights depend on the seed and the stage alone, so that resuming can make them again.
+        # The discriminator's initial weights depend on (seed, stage) alone, so that a resumed run has the same.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed * 1_000_003 + phase + 1)
             discriminator = ConditionalDiscriminator(channels, self._progressive.sizes[phase])
@@ -79,14 +80,14 @@ class ProgressiveProgram:
             self.accelerator, self.discriminator.parameters(), [self.discriminator_optimizer]
         )
 
-    def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> Metrics:
+    def step(self, batch: Batch, phase: int, step: int) -> Metrics:
         """Train the discriminator, then the student."""
         config = self.config.stages
         noise_step, target_step = self.phases[phase].states
+        noise, target = batch.states[noise_step], batch.states[target_step]
         if config.eight_bit:
-            batch = {at: as_eight_bit(states) for at, states in batch.items()}
-        noise = batch[noise_step]
-        real = resize(batch[target_step], self._progressive.sizes[phase])
+            noise, target = as_eight_bit(noise), as_eight_bit(target)
+        real = resize(target, self._progressive.sizes[phase])
         fake = self.student(noise, phase)
         real_logits, fake_logits = self.discriminator(real, noise), self.discriminator(fake.detach(), noise)
         critic_loss = non_saturating_discriminator(real_logits, fake_logits)
@@ -118,13 +119,13 @@ class ProgressiveProgram:
         }
 
     def _mixing(self, batch_size: int, phase: int, step: int) -> Tensor:
-        """Uniform weights between real and fake, a function of (seed, phase, step) alone."""
+        """Uniform weights that interpolate real and fake images, a function of (seed, phase, step) alone."""
         return torch.rand(batch_size, 1, 1, 1, generator=generator_of(self.config.seed, phase, step))
 
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint must hold."""
+        """The modules that a checkpoint holds."""
         return {"student": self.student, "critic": self.discriminator}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The same for optimisers."""
+        """The optimizers that a checkpoint holds."""
         return {"student-optimizer": self.optimizer, "critic-optimizer": self.discriminator_optimizer}

@@ -20,7 +20,7 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def save_checkpoint(path: Path, modules: Modules, optimizers: Optimizers, scalars: Mapping[str, Any]) -> None:
-    """Write the whole state of a training run; the earlier checkpoint stays until this one is durable."""
+    """Write the whole state of a training run; the previous checkpoint stays until this one is durable."""
     tensors: dict[str, Tensor] = {}
     groups: dict[str, Any] = {}
     for name, module in modules.items():
@@ -45,7 +45,7 @@ def read_scalars(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, modules: Modules, optimizers: Optimizers) -> None:
-    """Put a checkpoint's state into modules and optimisers of the same structure.
+    """Load a checkpoint's state into modules and optimizers of the same structure.
 
     Raises:
         TrainingError: it can't be read, or belongs to another structure.

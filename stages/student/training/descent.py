@@ -1,7 +1,8 @@
-"""Optimiser steps, over passes and over processes that train together.
+"""Optimizer steps with gradient accumulation, over all processes.
 
-Processes hold the same weights and average their gradients, one message a step. Not through DistributedDataParallel:
-its hooks know nothing of gradients of gradients, which the critics' penalties need, nor of losses of several passes.
+Processes hold the same weights and average their gradients, with one all-reduce per step. DistributedDataParallel isn't
+used: its hooks don't support gradients of gradients, which the critics' penalties need, nor losses of several forward
+passes.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from advkd.stages.student.training.optimizers import KernelMuon
+from advkd.stages.student.training.muon import KernelMuon
 
 
 class Descent:
-    """Some parameters and the optimisers that move them.
+    """Some parameters and the optimizers that update them.
 
     Args:
         accelerator: device, precision and the other processes.
-        parameters: what is moved.
-        optimizers: each of a part of them.
+        parameters: to update.
+        optimizers: each of a part of the parameters.
         clip: largest norm of the whole gradient; 0 doesn't clip.
     """
 
@@ -43,31 +44,31 @@ class Descent:
                 group.setdefault("initial_lr", group["lr"])
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients to what was gathered since the last step."""
+        """Accumulate a loss's gradients."""
         self._accelerator.backward(loss)
 
     def step(self, factor: float = 1.0) -> None:
-        """Move the parameters along what was gathered, and forget it.
+        """Update the parameters by the accumulated gradients, and clear them.
 
         Args:
             factor: of the learning rates.
         """
         average_gradients(self._accelerator, self._parameters)
-        scaler = self._accelerator.scaler  # of float16 alone
+        scaler = self._accelerator.scaler  # None unless in float16
         for optimizer in self._optimizers:
             if isinstance(optimizer, KernelMuon):
                 optimizer.take_gradients()
             if scaler is not None:
                 scaler.unscale_(optimizer)
-        moves = True
+        updates = True
         if self._clip or scaler is not None:
             norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or math.inf)
-            # An overflow anywhere spoils the norm that everything is clipped by: all optimisers skip the step, or none.
-            moves = scaler is None or bool(torch.isfinite(norm))
+            # An overflow anywhere makes the common norm infinite: either all optimizers skip the step, or none does.
+            updates = scaler is None or bool(torch.isfinite(norm))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            if moves:
+            if updates:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if scaler is not None:
@@ -75,7 +76,7 @@ class Descent:
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Let the gradients be the mean of all processes'."""
+    """Replace gradients by their mean over all processes."""
     if accelerator.num_processes == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""A run's readings in DVCLive's tables, which going on from a checkpoint continues as if nothing had happened."""
+"""A run's metrics in DVCLive's tables, which a resumed run continues without gaps or repeated rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Self
 
 
 class MetricsLog:
-    """DVCLive's folder, open for writing; a process that doesn't write has one that does nothing.
+    """DVCLive's folder, open for writing.
 
     Args:
-        folder: `log` of the run; None writes nothing.
+        folder: `log` of the run; None (all ranks but 0) writes nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -32,7 +32,7 @@ class MetricsLog:
             self._live.__exit__(*error)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add readings of a step."""
+        """Append one step's metrics."""
         if self._live is not None:
             self._live.step = step
             for name, value in values.items():
@@ -41,7 +41,7 @@ class MetricsLog:
 
 
 def forget_metrics_after(log: Path, step: int) -> None:
-    """Drop the rows of DVCLive's tables past a step, which a resumed run will log again, and whatever was torn."""
+    """Drop the rows of DVCLive's tables past a step, which a resumed run logs again, and incomplete rows."""
     for path in sorted((log / "plots" / "metrics").rglob("*.tsv")):
         with path.open(newline="") as file:
             header, *rows = [*csv.reader(file, delimiter="\t")] or [[]]

@@ -1,12 +1,16 @@
-"""Losses, one small function each. Images are (N, C, H, W); every loss is a mean over the batch."""
+"""Losses, one small function each, and their registries: a new loss is a function and a line in a registry.
+
+Images are (N, C, H, W); every loss is a mean over the batch. Importing this module doesn't import torch, so that a
+configuration can be checked against the names alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, width: float) -> Tensor:
@@ -17,32 +21,32 @@ def pseudo_huber(prediction: Tensor, target: Tensor, width: float) -> Tensor:
         target: the same shape.
         width: c, in units of the values.
     """
-    return (torch.sqrt((prediction - target).square() + width**2) - width).mean()
+    return (((prediction - target).square() + width**2).sqrt() - width).mean()
 
 
-def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
-    """(p − t)² averaged over values."""
+def mean_square(prediction: Tensor, target: Tensor, width: float = 0.0) -> Tensor:
+    """(p − t)² averaged over values; `width` has no effect."""
     return (prediction - target).square().mean()
 
 
 def relativistic_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(D(real) − D(fake)): a fake should look more real than its pair (R3GAN, Huang et al. 2024, eq. 2)."""
-    return F.softplus(real_logits - fake_logits).mean()
+    return _softplus(real_logits - fake_logits).mean()
 
 
 def relativistic_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(D(fake) − D(real)), the discriminator's side of `relativistic_generator`."""
-    return F.softplus(fake_logits - real_logits).mean()
+    return _softplus(fake_logits - real_logits).mean()
 
 
 def non_saturating_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(−D(fake)) (Goodfellow et al. 2014, §3); the real logits play no part."""
-    return F.softplus(-fake_logits).mean()
+    return _softplus(-fake_logits).mean()
 
 
 def non_saturating_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(−D(real)) + softplus(D(fake))."""
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    return _softplus(-real_logits).mean() + _softplus(fake_logits).mean()
 
 
 def hinge_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ def hinge_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """max(0, 1 − D(real)) + max(0, 1 + D(fake)) (Lim and Ye 2017, eq. 11)."""
-    return F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean()
+    return (1.0 - real_logits).relu().mean() + (1.0 + fake_logits).relu().mean()
 
 
 def squared_gradient(logits: Tensor, images: Tensor) -> Tensor:
@@ -62,22 +66,35 @@ def squared_gradient(logits: Tensor, images: Tensor) -> Tensor:
         logits: shape (N,), computed from `images`.
         images: shape (N, …), requiring grad.
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    squared: Tensor = gradient.flatten(1).square().sum(1)
-    return squared.mean()
+    return _gradient(logits, images).square().sum(1).mean()
 
 
 def unit_gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """(‖∇D‖ − 1)² averaged over the batch (Gulrajani et al. 2017, eq. 3), as the reference uses it."""
+    norm: Tensor = _gradient(logits, images).norm(dim=1)
+    return (norm - 1.0).square().mean()
+
+
+def _gradient(logits: Tensor, images: Tensor) -> Tensor:
+    """∇D, shape (N, values), differentiable."""
+    import torch
+
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    squared: Tensor = (gradient.flatten(1).norm(dim=1) - 1.0).square()
-    return squared.mean()
+    flat: Tensor = gradient.flatten(1)
+    return flat
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-ADVERSARIAL: dict[str, tuple[Loss, Loss]] = {
+def _softplus(values: Tensor) -> Tensor:
+    from torch.nn import functional
+
+    return functional.softplus(values)
+
+
+REGRESSIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"huber": pseudo_huber, "mse": mean_square}
+"""By the name in `objective.regression`: a loss of (prediction, target, `objective.huber_width`)."""
+ADVERSARIAL: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "relativistic": (relativistic_generator, relativistic_discriminator),
     "hinge": (hinge_generator, hinge_discriminator),
     "non-saturating": (non_saturating_generator, non_saturating_discriminator),
 }
-"""By name: the generator's and the discriminator's loss, of real and fake logits."""
+"""By the name in `objective.adversarial.loss`: the generator's and the discriminator's loss of (real, fake) logits."""

@@ -1,15 +1,30 @@
-"""What a training step is. A program is a list of phases, each with its own discriminator and optimisers."""
+"""What the training loop asks of a network and of the program that trains it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from advkd.stages.student.training.data import Batch
+
 Metrics = dict[str, Tensor]
+
+
+class StudentNetwork(nn.Module):
+    """A student's network: x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]."""
+
+    def heads(self, noise: Tensor) -> list[Tensor]:
+        """One prediction per recorded state after x_T."""
+        raise NotImplementedError
+
+    def deployed_parameters(self) -> int:
+        """Parameters that a sample needs; all of them, unless a kind has some for training only."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,31 +33,32 @@ class Phase:
 
     num_steps: int
     batch_size: int
+    """Per process."""
     states: tuple[int, ...]
-    """Which states it reads, by solver steps done."""
+    """The states that it reads, as numbers of solver steps."""
 
 
 class Program(Protocol):
-    """One way to train one kind of student."""
+    """How one kind of student is trained: in phases, each with its own critics and optimizers."""
 
     student: nn.Module
     phases: list[Phase]
 
     def begin(self, phase: int) -> None:
-        """Make the discriminator and optimisers of a phase afresh."""
+        """Create a phase's critics and optimizers."""
 
-    def step(self, batch: Mapping[int, Tensor], phase: int, step: int) -> Metrics:
-        """Train on one batch of states (float32, stored units, on the device); readings as 0-d tensors."""
+    def step(self, batch: Batch, phase: int, step: int) -> Metrics:
+        """Train on one batch, on the device; returns scalar tensors."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint must hold besides the average."""
+        """The modules that a checkpoint holds besides the average."""
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The same for optimisers."""
+        """The optimizers that a checkpoint holds."""
 
 
 def mean_metrics(readings: Sequence[Metrics]) -> Metrics:
-    """By name, the mean of several readings."""
+    """The mean of several readings, by name."""
     names = sorted({name for reading in readings for name in reading})
     return {
         name: torch.stack([reading[name].float() for reading in readings if name in reading]).mean() for name in names

@@ -1,4 +1,4 @@
-"""Random draws of a training step: functions of whole numbers alone, so that going on needs no random state."""
+"""Random draws of a training step: pure functions of integers, so that resuming needs no saved generator state."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from advkd.cache.format.hashing import mixed
 
 
 def generator_of(*parts: int) -> torch.Generator:
-    """A generator on the CPU for some whole numbers, such as (seed, phase, step)."""
+    """A generator on the CPU, seeded by integers such as (seed, phase, step)."""
     return torch.Generator().manual_seed(mixed(*parts) >> 1)

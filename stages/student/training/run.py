@@ -1,12 +1,12 @@
-"""A run's folder: what it was asked to do, on which seeds of which cache, and how far it is.
+"""A run's folder: its configuration, the seeds and the cache that it trains on, and its progress.
 
 runs/NAME/
-  run.json        identity: configuration, cache, seeds, versions; status
-  student/        config.json and model.safetensors: the average of the weights, what is used afterwards
-  best/           the same, of the step with the smallest error on held-out seeds
-  checkpoint/     last.safetensors, to go on from
+  run.json        identity (configuration, cache, seeds), status, versions
+  student/        config.json and model.safetensors: the averaged weights at the last step
+  best/           the same at the step with the smallest error on held-out seeds
+  checkpoint/     last.safetensors, from which training resumes
   log/            DVCLive's metrics.json and plots
-  preview/        the same held-out seeds every time, teacher beside student
+  preview/        teacher beside student, on the same held-out seeds every time
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Status = Literal["new", "resume", "complete"]
 
 @dataclass(frozen=True, kw_only=True)
 class SeedSplit:
-    """The seeds of a run."""
+    """The seeds of a run, int64, and the blocks that hold them."""
 
     blocks: tuple[int, ...]
     training: Seeds
@@ -48,7 +48,7 @@ class SeedSplit:
 
 
 def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
-    """The seeds to train on and those held out, from whole committed blocks.
+    """Split seeds into those to train on and those held out; all of them are in committed blocks.
 
     Raises:
         NotCachedError: the cache is empty, or blocks of the range are missing.
@@ -58,8 +58,8 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
     asked = parse_seed_range(wanted) if wanted else range(cache.num_seeds)
     if asked.stop > cache.num_seeds:
         raise NotCachedError(
-            f"{cache.address} declares seeds 0:{cache.num_seeds}, train.seeds asks for {asked.start}:{asked.stop}: "
-            f"the `advkd-cache build` command that made it extends it, with `--seeds {asked.start}:{asked.stop}`"
+            f"{cache.address} declares seeds 0:{cache.num_seeds}, train.seeds asks for {asked.start}:{asked.stop}; "
+            f"extend it with the `advkd-cache build` command that made it and `--seeds {asked.start}:{asked.stop}`"
         )
     blocks = blocks_of(asked, size)
     missing = sorted(set(blocks) - set(cache.blocks))
@@ -68,7 +68,7 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
             f"{cache.address} is partial: {len(blocks) - len(missing)} of the {len(blocks)} blocks of seeds "
             f"{asked.start}:{asked.stop} are there, block {missing[0]} (seeds {missing[0] * size}:"
             f"{(missing[0] + 1) * size}) is not; finish it with the `advkd-cache build` command that "
-            "began it, or choose train.seeds"
+            "started it, or choose train.seeds"
         )
     seeds = np.arange(asked.start, asked.stop, dtype=np.int64)
     held_out = is_held_out(seeds)
@@ -78,7 +78,7 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
 
 
 def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_processes: int = 1) -> dict[str, Any]:
-    """What makes a run this run and no other."""
+    """What identifies a run: its configuration, number of processes and the content of its blocks."""
     return {
         "config": asdict(config),
         "processes": num_processes,
@@ -92,10 +92,10 @@ def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_
 
 
 def seeds_of_run(identity: dict[str, Any], block_size: int) -> range:
-    """The seeds that a run began with, held out or not.
+    """The seeds that a run started with, including those held out.
 
     Raises:
-        UsageError: the record of them is not what advkd writes.
+        UsageError: the record of them is malformed.
     """
     first, last = identity["cache"]["blocks"]
     asked = identity["config"].get("seeds")
@@ -103,7 +103,11 @@ def seeds_of_run(identity: dict[str, Any], block_size: int) -> range:
 
 
 class Run:
-    """The folder of one run."""
+    """The folder of one run.
+
+    Args:
+        path: of the folder; it may not exist yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -115,14 +119,14 @@ class Run:
         self._file = path / "run.json"
 
     def exists(self) -> bool:
-        """Whether something is in the folder; folders without files, as a failed `dvc pull` leaves them, are not."""
+        """Whether the folder holds any file; a failed `dvc pull` leaves folders without files."""
         return self.path.is_file() or any(path.is_file() and path.name != LOCK_FILE for path in self.path.rglob("*"))
 
     def read(self) -> dict[str, Any]:
-        """What run.json says.
+        """The content of run.json.
 
         Raises:
-            TrainingError: there is none, or it is no run's.
+            TrainingError: it is missing or malformed.
         """
         try:
             value: dict[str, Any] = json.loads(self._file.read_bytes())
@@ -130,24 +134,24 @@ class Run:
             fitting = value["format"] == FORMAT and isinstance(value["identity"]["config"], dict)
             fitting = fitting and value["status"] in ("training", "complete") and isinstance(cache["fingerprint"], str)
             if not fitting or [type(block) for block in first_last] != [int, int]:
-                raise ValueError("not what advkd writes")
+                raise ValueError("not written by advkd")
         except (FileNotFoundError, NotADirectoryError):
             raise TrainingError(
-                f"{self.path} is no run (no run.json): `advkd-train --cache STORE --run {self.path}` makes one, "
-                "`dvc pull train` brings one that is shared"
+                f"{self.path} is no run (no run.json): start one with `advkd-train --cache STORE --run {self.path}`, "
+                "or fetch a shared one with `dvc pull train`"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise TrainingError(f"{self.path} is no run (run.json: {error})") from None
         return value
 
     def write(self, wanted: dict[str, Any], status: Literal["training", "complete"]) -> None:
-        """Record what this run is and how far."""
+        """Write run.json."""
         write_json(
             self._file, {"format": FORMAT, "identity": wanted, "status": status, "versions": versions("accelerate")}
         )
 
     def seeds_in_progress(self, cache: TrajectoryCache, on_mismatch: str) -> str | None:
-        """The seeds that an unfinished run began with, so that it ends on them even if the cache has grown since."""
+        """The seeds that an unfinished run started with: it finishes on them even if the cache has grown since."""
         if on_mismatch != "stop" or not self._file.is_file():
             return None
         value = self.read()
@@ -158,15 +162,15 @@ class Run:
 
     @contextmanager
     def claimed(self, wanted: dict[str, Any], *, resume: bool, on_mismatch: OnMismatch) -> Iterator[Status]:
-        """Hold the folder as this run's, under a lock that dies with its owner: "new", "resume" or "complete".
+        """Lock the folder for this run; the lock ends with the process. Yields "new", "resume" or "complete".
 
         Raises:
-            UsageError: another run is there, or there is nothing to resume.
-            TrainingError: something else is there, or another process trains this run.
+            UsageError: the folder holds another run, or there is nothing to resume.
+            TrainingError: the folder holds something else, or another process trains this run.
         """
         if not self.exists():
             if resume:
-                raise UsageError(f"--resume: there is no run in {self.path}; without it, a new one begins")
+                raise UsageError(f"--resume: there is no run in {self.path}; leave out --resume to start one")
         else:
             self._make_room(wanted, on_mismatch)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -199,7 +203,7 @@ class Run:
         try:
             lock.acquire()
         except Timeout:
-            raise TrainingError(f"another process is training {self.path}: wait for it, or stop it") from None
+            raise TrainingError(f"another process is training {self.path}: wait until it ends, or stop it") from None
         try:
             yield
         finally:

@@ -21,30 +21,30 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.sharing.origin import describe, write_provenance
 from advkd.stages.student.student import generate, save_student
 from advkd.stages.student.training.checkpoint import load_checkpoint, read_scalars, save_checkpoint
-from advkd.stages.student.training.data import TrajectoryBatches, make_loader, read_float
-from advkd.stages.student.training.distributed import Team
+from advkd.stages.student.training.data import prefetch_batches, read_float, seed_batches
+from advkd.stages.student.training.distributed import ProcessGroup
 from advkd.stages.student.training.log import MetricsLog, forget_metrics_after
 from advkd.stages.student.training.protocol import Program, mean_metrics
 from advkd.stages.student.training.run import Run, SeedSplit
 
 PREVIEW_SEEDS = 8
 VALIDATION_SEEDS = 256
-EXPLODED = 100.0
-"""A mean squared error that images within [−1, 1] can't have."""
+MAX_MSE = 100.0
+"""Images in [−1, 1] differ by at most 4 in mean square; beyond this, training has diverged."""
 
 
 class Trainer:
-    """One run, in the hands of one process of a team.
+    """One run, in one process of a group.
 
     Args:
         cache: to learn from.
         config: of the run.
-        run: its folder, claimed.
+        run: its folder, claimed by the main process.
         split: its seeds.
         geometry: of the cache's chosen states.
-        program: what a step is.
-        team: the processes.
-        reporter: hears of progress.
+        program: how the student is trained.
+        processes: the process group.
+        reporter: shows progress.
         identity: of the run, as `run.json` has it.
         identity_digest: its hash, which checkpoints carry.
     """
@@ -58,7 +58,7 @@ class Trainer:
         split: SeedSplit,
         geometry: Geometry,
         program: Program,
-        team: Team,
+        processes: ProcessGroup,
         reporter: Reporter,
         identity: dict[str, Any],
         identity_digest: str,
@@ -69,7 +69,7 @@ class Trainer:
         self.split = split
         self.geometry = geometry
         self.program = program
-        self.team = team
+        self.processes = processes
         self.reporter = reporter
         self.identity = identity
         self.identity_digest = identity_digest
@@ -84,24 +84,24 @@ class Trainer:
         self.program.begin(0)
 
     def resume(self) -> None:
-        """Go on from the last checkpoint; metrics logged after it are forgotten."""
+        """Load the last checkpoint, and drop the metrics that were logged after it."""
         scalars = read_scalars(self.run.checkpoint)
         if scalars.get("identity") != self.identity_digest or not 0 <= scalars["step"] <= self.num_steps:
-            raise TrainingError(f"{self.run.checkpoint} is the checkpoint of another run: remove it to begin anew")
+            raise TrainingError(f"{self.run.checkpoint} is the checkpoint of another run: remove it to start over")
         self.step = int(scalars["step"])
         self.best = math.inf if scalars.get("best") is None else float(scalars["best"])
         self.phase = self._phase_of(self.step)
-        # A checkpoint at a phase's very end holds that phase's discriminator; the next phase makes its own.
+        # A checkpoint at the end of a phase holds that phase's discriminator; the next phase creates its own.
         self.program.begin(self._phase_of(max(0, self.step - 1)))
         load_checkpoint(self.run.checkpoint, self._modules(), self.program.optimizers())
-        scaler = self.team.accelerator.scaler  # of float16 alone
+        scaler = self.processes.accelerator.scaler  # None unless in float16
         if scaler is not None and scalars.get("scaler"):
             scaler.load_state_dict(scalars["scaler"])
         if self._phase_of(max(0, self.step - 1)) != self.phase:
             self.program.begin(self.phase)
-        if self.team.is_first:
+        if self.processes.is_main:
             forget_metrics_after(self.run.log, self.step)
-            self.reporter.say(f"going on from step {self.step} of {self.run.path}")
+            self.reporter.say(f"resuming {self.run.path} from step {self.step}")
 
     def _phase_of(self, step: int) -> int:
         return min(int(np.searchsorted(self.starts, step, side="right")) - 1, len(self.program.phases) - 1)
@@ -110,10 +110,10 @@ class Trainer:
         return {**self.program.modules(), "average": self.average.model}
 
     def run_to(self, last_step: int, should_stop: Callable[[], bool]) -> None:
-        """Train up to a step, or until asked to stop."""
+        """Train up to a step, or until `should_stop()` is True in any process."""
         self.reporter.start("train", last_step, "steps", done=self.step)
         stopped = False
-        with MetricsLog(self.run.log if self.team.is_first else None) as log:
+        with MetricsLog(self.run.log if self.processes.is_main else None) as log:
             while self.step < last_step and not stopped:
                 phase = self._phase_of(self.step)
                 if phase != self.phase:
@@ -123,30 +123,30 @@ class Trainer:
         self.reporter.finish()
         if not stopped:
             self._save()
-        if self.step == self.num_steps and self.team.is_first:
+        if self.step == self.num_steps and self.processes.is_main:
             self.run.write(self.identity, "complete")
 
     def _run_phase(self, phase: int, last_step: int, log: MetricsLog, should_stop: Callable[[], bool]) -> bool:
-        start, plan, device = self.starts[phase], self.program.phases[phase], self.team.accelerator.device
-        batches = TrajectoryBatches(
+        start, plan, device = self.starts[phase], self.program.phases[phase], self.processes.accelerator.device
+        seeds = seed_batches(
             self.split.training,
             batch_size=plan.batch_size,
             root_seed=self.config.seed,
             phase=phase,
             steps=range(self.step - start, last_step - start),
-            share=(self.team.rank, self.team.size),
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
         )
         readings: list[dict[str, Tensor]] = []
         self.program.student.train()
-        for batch in make_loader(self.cache, plan.states, batches):
-            on_device = {at: states.to(device, non_blocking=True) for at, states in batch.items()}
-            readings.append(self.program.step(on_device, phase, self.step - start))
+        for batch in prefetch_batches(self.cache, plan.states, seeds):
+            readings.append(self.program.step(batch.to(device), phase, self.step - start))
             self.average.update(self.program.student, self.step)
             self.step += 1
-            stop = self.team.any(should_stop())
+            stop = self.processes.any(should_stop())
             saved = stop or (self.step % self.config.checkpoint_every == 0 and self.step < self.num_steps)
             if self.step % self.config.log_every == 0 or self.step == last_step or saved:
-                self._log(log, readings)  # before saving too: what exploded is not saved, and no reading is lost
+                self._log(log, readings)  # before saving, so that diverged weights aren't saved and no metric is lost
                 readings = []
             if self.step % self.config.preview_every == 0 or self.step == self.num_steps:
                 self._validate(log)
@@ -158,9 +158,9 @@ class Trainer:
         return False
 
     def _log(self, log: MetricsLog, readings: list[dict[str, Tensor]]) -> None:
-        values = self.team.mean({name: float(value) for name, value in mean_metrics(readings).items()})
+        values = self.processes.mean({name: float(value) for name, value in mean_metrics(readings).items()})
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if not bad and values.get("mse", 0.0) > EXPLODED:
+        if not bad and values.get("mse", 0.0) > MAX_MSE:
             bad = [f"the mean squared error is {values['mse']:.3g}"]
         if bad:
             self._diverged(", ".join(bad))
@@ -172,8 +172,8 @@ class Trainer:
             self._note = f"stage {self.phase + 1}/{len(self.program.phases)} {self._note}"
 
     def _validate(self, log: MetricsLog) -> None:
-        """Score the average on held-out seeds; the best so far is kept, of the last phase only."""
-        if not self.team.is_first:
+        """Score the average on held-out seeds; in the last phase, save it if it is the best so far."""
+        if not self.processes.is_main:
             return
         mse = self.held_out_mse(self.average.model)
         if math.isfinite(mse):
@@ -193,7 +193,7 @@ class Trainer:
         return float((made - real).square().mean())
 
     def _preview(self) -> Path:
-        """The same seeds every time, held out where there are any: the teacher's x_0 beside the student's."""
+        """The teacher's x_0 beside the student's, on the same seeds every time, held-out ones where there are any."""
         seeds = self.split.held_out[:PREVIEW_SEEDS] if len(self.split.held_out) else self.split.training[:PREVIEW_SEEDS]
         noise = read_float(self.cache, self.geometry.steps[0], seeds)
         real = read_float(self.cache, self.geometry.steps[-1], seeds)
@@ -202,14 +202,14 @@ class Trainer:
         return save_rows(path, {"x_T": noise.numpy(), "teacher": real.numpy(), "student": made.numpy()})
 
     def _save(self) -> None:
-        """Keep this step; what is not finite never replaces a good checkpoint."""
+        """Save a checkpoint and the student; weights that are not finite never replace good ones."""
         for name, module in self._modules().items():
             if not all(bool(torch.isfinite(tensor).all()) for tensor in module.state_dict().values()):
                 self._diverged(f"weights of the {name} are not finite")
-        if not self.team.is_first:
+        if not self.processes.is_main:
             return
         best = self.best if math.isfinite(self.best) else None
-        scaler = self.team.accelerator.scaler
+        scaler = self.processes.accelerator.scaler
         scalars = {
             "step": self.step,
             "identity": self.identity_digest,
@@ -224,8 +224,8 @@ class Trainer:
         write_provenance(folder, {**self.provenance, "step": self.step})
 
     def _diverged(self, what: str) -> NoReturn:
-        good = self.run.checkpoint if self.run.checkpoint.is_file() else "none yet"
+        checkpoint = self.run.checkpoint if self.run.checkpoint.is_file() else "none yet"
         raise TrainingError(
-            f"training diverged: {what} by step {self.step}; the last good checkpoint is {good}: lower the learning "
-            "rates"
+            f"training diverged: {what} by step {self.step}; the last good checkpoint is {checkpoint}: lower the "
+            "learning rates"
         )

@@ -1,8 +1,7 @@
-"""Differentiable augmentation: what critics see, real or not, is changed at random (Zhao et al. 2020).
+"""Differentiable augmentation: random changes of the images that critics see, real or not (Zhao et al. 2020).
 
-A cache is a small data set for a critic. Changing both sides alike keeps it from learning the real images by heart, and
-the student isn't taught to make changed images, since they are the same for both. A noise that comes with an image
-moves with it.
+A cache is a small data set for a critic. Augmentation keeps the critic from memorising the real images; since real and
+fake images are changed alike, the student doesn't learn to make changed images. x_T moves with its image.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ import torch
 from torch import Tensor
 
 SHIFT = 8
-"""Images move by up to their size divided by this."""
+"""Translations reach up to the image size divided by this, as in the paper."""
 CUT = 2
-"""Squares of the size divided by this are cut out."""
+"""Cutout squares have the image size divided by this as their side, as in the paper."""
 Draw = Callable[..., Tensor]
 
 
 def augment(kinds: Sequence[str], images: Tensor, noise: Tensor, uniform: Draw) -> tuple[Tensor, Tensor]:
-    """Change every image by itself.
+    """Change every image independently.
 
     Args:
-        kinds: in this order; see `AdversarialConfig.augment`.
-        images: (N, C, H, W), about [−1, 1].
-        noise: that they came from, the same shape.
-        uniform: draws numbers in [0, 1) of a shape, (N, …), on the CPU.
+        kinds: the changes, in order; see `AdversarialConfig.augment`.
+        images: shape (N, C, H, W), about [−1, 1].
+        noise: x_T of each image, the same shape.
+        uniform: draws numbers in [0, 1) of a given shape (N, …), on the CPU.
     """
 
     def draw(*shape: int) -> Tensor:
@@ -46,7 +45,7 @@ def _flip(pairs: Tensor, draw: Draw) -> Tensor:
 
 
 def _translate(pairs: Tensor, draw: Draw) -> Tensor:
-    """Shift by whole pixels; edges are repeated."""
+    """Shift by whole pixels; edge pixels are repeated."""
     height, width = pairs.shape[-2:]
     reach_y, reach_x = max(1, height // SHIFT), max(1, width // SHIFT)
     shift_y = (draw(1) * (2 * reach_y + 1)).long() - reach_y
@@ -58,7 +57,7 @@ def _translate(pairs: Tensor, draw: Draw) -> Tensor:
 
 
 def _cutout(pairs: Tensor, draw: Draw) -> Tensor:
-    """A square becomes zero, wherever its centre is."""
+    """Set a square to zero; its centre is uniform over the image."""
     height, width = pairs.shape[-2:]
     centre_y, centre_x = draw(1) * height, draw(1) * width
     near_y = (torch.arange(height, device=pairs.device) + 0.5 - centre_y).abs() < height / CUT / 2

@@ -1,64 +1,90 @@
-"""What the unrolled student is taught by: a regression on the cached states, and critics on top."""
+"""Configuration of the unrolled student: its network, and the losses that train it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from advkd.cache.errors import ConfigError
+from advkd.stages.student.training.config import TrainingConfig, one_of
+from advkd.stages.student.training.losses import ADVERSARIAL, REGRESSIONS
 
-REGRESSIONS = ("huber", "mse")
 HEAD_TARGETS = ("jump", "x0")
 HEAD_WEIGHTINGS = ("uniform", "snr")
 PERCEPTUAL = ("critic", "lpips")
-ADVERSARIAL_LOSSES = ("relativistic", "hinge", "non-saturating")
 JUDGED = ("last", "each", "shared")
 AUGMENTATIONS = ("flip", "translate", "cutout", "brightness", "contrast")
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnrolledOptions:
+    """Size of the unrolled network; its number of submodules follows from the cache."""
+
+    width: int = 128
+    """unrolled: channels of the trunk."""
+    depth: int = 3
+    """unrolled: residual blocks per submodule."""
+    coarse: int = 0
+    """unrolled: further residual blocks per submodule, at half the trunk's resolution with twice the channels."""
+    patch: int = 2
+    """unrolled: side in pixels of the square patches that are one position of the trunk."""
+    attention: bool = True
+    """unrolled: whether each submodule has self-attention over the trunk's positions."""
+    shared: bool = False
+    """unrolled: whether all submodules share their weights, except for a scale and a shift in every block."""
+
+    def __post_init__(self) -> None:
+        if self.depth + self.coarse < 1 or min(self.depth, self.coarse) < 0:
+            raise ConfigError(f"student.depth and coarse: {self.depth} and {self.coarse} leave no blocks")
+        for key in ("width", "patch"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"student.{key}: {getattr(self, key)} is not positive")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdversarialConfig:
-    """The critics, and how much the student hears of them."""
+    """The critics, and their weight in the student's loss."""
 
     weight: float = 0.1
-    """Of the student's adversarial loss; 0 trains by regression alone."""
+    """Weight of the student's adversarial loss; 0 trains by regression alone."""
     loss: str = "relativistic"
-    """`relativistic` (pairs), `hinge` or `non-saturating`."""
+    """`relativistic` (real and fake in pairs), `hinge` or `non-saturating`."""
     judged: str = "last"
-    """`last`: one critic of x_0; `each`: a critic of its own for every submodule, as in Adv-KD; `shared`: one critic of
-    all of them that is told which it sees."""
+    """`last`: one critic of x_0; `each`: a critic per submodule, as in Adv-KD; `shared`: one critic of all submodules'
+    x̂_0, conditioned on the submodule's number."""
     conditional: bool = False
     """Whether critics see x_T too."""
     start: float = 0.4
-    """Fraction of the steps after which the student hears the critics."""
+    """Fraction of the steps after which the adversarial loss begins."""
     ramp: float = 0.05
-    """Fraction of the steps over which their weight rises to the full."""
+    """Fraction of the steps over which its weight rises linearly to the full."""
     lead: float = 0.0
-    """Fraction of the steps for which the critics learn before that."""
+    """Fraction of the steps for which the critics are trained before that."""
     every: int = 1
-    """Steps between those with critics, whom the student hears the more then."""
+    """Steps per critic step. The adversarial loss is applied in those steps only, with `every` times the weight."""
     fresh: int = 32
-    """Images a step, in each process, from noise that is in no cache, that the critics judge; 0 takes the batch's
+    """Images per step and process that the critics judge, made from noise that is in no cache; 0 judges the batch's
     own."""
     r1: float = 0.05
     """γ of the zero-centred gradient penalty on real images."""
     r2: float = 0.05
-    """The same on the student's."""
+    """γ of the zero-centred gradient penalty on the student's images."""
     penalty_every: int = 4
-    """Steps of the critics between penalties, which are weighted up accordingly (Karras et al. 2020, §3.1)."""
+    """Critic steps per gradient penalty, which is weighted up accordingly (Karras et al. 2020, §3.1)."""
     augment: list[str] = field(default_factory=list)
-    """What is done to images before critics see them, real or not (Zhao et al. 2020): flip (where the data allows),
-    translate, cutout, brightness, contrast."""
+    """Random changes of images, real or not, before critics see them (Zhao et al. 2020): `flip` (where the data allows
+    it), `translate`, `cutout`, `brightness`, `contrast`."""
     width: int = 48
     """Channels of a critic's first layer."""
     scales: int = 1
-    """At how many resolutions it judges."""
+    """Number of resolutions at which a critic judges."""
     learning_rate: float = 1e-3
+    """Learning rate of the critics' AdamW."""
 
     def __post_init__(self) -> None:
-        _one_of("adversarial.loss", self.loss, ADVERSARIAL_LOSSES)
-        _one_of("adversarial.judged", self.judged, JUDGED)
+        one_of("adversarial.loss", self.loss, ADVERSARIAL)
+        one_of("adversarial.judged", self.judged, JUDGED)
         for name in self.augment:
-            _one_of("adversarial.augment", name, AUGMENTATIONS)
+            one_of("adversarial.augment", name, AUGMENTATIONS)
         for key in ("start", "ramp", "lead"):
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ConfigError(f"adversarial.{key}: {getattr(self, key)} is no fraction of the steps")
@@ -72,36 +98,39 @@ class AdversarialConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Weights of the unrolled student's losses."""
+    """Losses of the unrolled student and their weights."""
 
     regression: str = "huber"
-    """`huber` (pseudo-Huber) or `mse`, of every x̂_0."""
+    """Loss of every x̂_0: `huber` (pseudo-Huber) or `mse`."""
     huber_width: float = 0.03
+    """Error below which pseudo-Huber is quadratic, in units of images in [−1, 1]."""
     x0: float = 1.0
-    """Weight of the final x̂_0's regression on the teacher's x_0."""
+    """Weight of the last x̂_0's regression on the teacher's x_0."""
     heads: float = 0.5
-    """Weight of every earlier submodule's x̂_0's, on its `head_target`."""
+    """Weight of every earlier submodule's regression on its `head_target`."""
     head_target: str = "jump"
-    """`jump`: the x̂_0 that leads from one cached state to the next (x_0 where they are too close); `x0`: x_0."""
+    """`jump`: the x̂_0 whose DDIM step leads from one cached state to the next (x_0 where the two are too close); `x0`:
+    the teacher's x_0."""
     head_weighting: str = "uniform"
-    """`snr` weights each of them by √SNR of the state that it makes, the mean weight staying 1."""
+    """`uniform`, or `snr`: earlier submodules are weighted by √SNR of the state that they make, with mean weight 1."""
     state: float = 0.3
-    """Mean square of every submodule's state against the cached one."""
+    """Weight of the mean square error of every submodule's state against the cached one."""
     perceptual: float = 0.0
-    """Weight of the distance of final x̂_0 and x_0 in the layers of a network, `perceptual_features`."""
+    """Weight of the distance between the last x̂_0 and x_0 in the layers of a network, `perceptual_features`."""
     perceptual_features: str = "critic"
     """`critic`: the critic's own layers; `lpips`: the lpips package's AlexNet, for colour images."""
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    """The critics."""
 
     def __post_init__(self) -> None:
-        _one_of("objective.regression", self.regression, REGRESSIONS)
-        _one_of("objective.head_target", self.head_target, HEAD_TARGETS)
-        _one_of("objective.head_weighting", self.head_weighting, HEAD_WEIGHTINGS)
-        _one_of("objective.perceptual_features", self.perceptual_features, PERCEPTUAL)
+        one_of("objective.regression", self.regression, REGRESSIONS)
+        one_of("objective.head_target", self.head_target, HEAD_TARGETS)
+        one_of("objective.head_weighting", self.head_weighting, HEAD_WEIGHTINGS)
+        one_of("objective.perceptual_features", self.perceptual_features, PERCEPTUAL)
         if min(self.x0, self.heads, self.state, self.perceptual) < 0.0 or self.huber_width <= 0.0:
-            raise ConfigError("objective: weights must not be negative, huber_width be positive")
+            raise ConfigError("objective: weights must not be negative, huber_width must be positive")
         if self.perceptual and self.perceptual_features == "critic" and not self.adversarial.weight:
-            raise ConfigError("objective.perceptual_features: critic needs one: adversarial.weight is 0")
+            raise ConfigError("objective.perceptual_features: critic needs a critic, but adversarial.weight is 0")
 
     @property
     def paired(self) -> bool:
@@ -109,6 +138,9 @@ class ObjectiveConfig:
         return max(self.x0, self.heads, self.state, self.perceptual) > 0.0
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}: {value!r} is none of {', '.join(known)}")
+@dataclass(frozen=True, kw_only=True)
+class UnrolledTraining(TrainingConfig):
+    """Training of the unrolled student."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """unrolled: the losses."""

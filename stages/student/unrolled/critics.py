@@ -1,4 +1,4 @@
-"""Discriminators of what the unrolled student makes, without normalisation (Huang et al. 2024, §3.2)."""
+"""Critics of the unrolled student, without normalisation layers (Huang et al. 2024, §3.2)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _LAST_SIDE = 4
 
 
 class Critic(nn.Module):
-    """A small convolutional critic that judges images at one or more resolutions.
+    """A small convolutional critic with one logit per resolution.
 
     Args:
         channels: of an image.
-        width: of the first layer, which sees patches of 2×2 pixels; each further scale has twice as many.
-        scales: how many resolutions it judges at.
-        conditional: whether it sees the noise too.
-        num_times: how many points of the denoising it tells apart.
+        width: channels of the first layer, which works on patches of 2×2 pixels; they double with each scale.
+        scales: number of resolutions.
+        conditional: whether it sees x_T too.
+        num_times: submodules whose images it judges; if more than one, it is conditioned on the submodule's number.
     """
 
     def __init__(self, channels: int, width: int, scales: int = 1, *, conditional: bool, num_times: int = 1) -> None:
@@ -44,12 +44,12 @@ class Critic(nn.Module):
         self.judges = nn.ModuleList(nn.Linear((width << (scale + 1)) * _LAST_SIDE**2, 1) for scale in range(scales))
 
     def features(self, images: Tensor, noise: Tensor, time: Tensor | None = None) -> list[Tensor]:
-        """The activations of every layer, (N, …) each.
+        """The activations of every layer, shape (N, …).
 
         Args:
-            images: (N, C, H, W).
-            noise: what they came from, the same shape; looked at only by a conditional critic.
-            time: which point of the denoising each is of, int64, (N,).
+            images: shape (N, C, H, W), about [−1, 1].
+            noise: x_T of each image, the same shape; ignored unless the critic is conditional.
+            time: submodule of each image, int64, shape (N,).
         """
         hidden = self.enter(self.unshuffle(torch.cat([images, noise], dim=1) if self.conditional else images))
         if self.time is not None and time is not None:
@@ -61,20 +61,20 @@ class Critic(nn.Module):
         return activations
 
     def forward(self, images: Tensor, noise: Tensor, time: Tensor | None = None) -> Tensor:
-        """Logits, (N, scales)."""
+        """Logits, shape (N, scales)."""
         ends = self.features(images, noise, time)[3::3]
         pooled = (F.adaptive_avg_pool2d(end, _LAST_SIDE).flatten(1) for end in ends)
         return torch.cat([judge(end) for judge, end in zip(self.judges, pooled, strict=True)], dim=1)
 
 
-class CriticOfEach(nn.Module):
-    """A critic of its own for every point of the denoising, as in Adv-KD, called as one that is told the time."""
+class CriticPerSubmodule(nn.Module):
+    """One critic per submodule, as in Adv-KD, called like a single one."""
 
     def __init__(self, critics: list[Critic]) -> None:
         super().__init__()
         self.critics = nn.ModuleList(critics)
 
     def forward(self, images: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Logits, (N, scales); images of one time lie together, in the order of times, equally many of each."""
+        """Logits, shape (N, scales); images are grouped by submodule, in order, equally many of each."""
         parts = zip(self.critics, images.chunk(len(self.critics)), noise.chunk(len(self.critics)), strict=True)
         return torch.cat([critic(image, origin) for critic, image, origin in parts])

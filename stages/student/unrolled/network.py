@@ -1,7 +1,7 @@
-"""Our student: the sampler, unrolled into one network, features carried through.
+"""The unrolled student: one network of submodules, each a step of the sampler, with features passed along.
 
-Submodule k sees the features so far and the current state x_{k−1}, predicts x̂_0, and computes its state by the DDIM
-jump between recorded noise levels (Song et al. 2021, eq. 12 with η = 0), whichever solver made the cache:
+Submodule k gets the features so far and the state x_{k−1}, predicts x̂_0, and computes its state by the DDIM step
+between recorded noise levels (Song et al. 2021, eq. 12 with η = 0), whichever solver made the cache:
 
     ε = (x_{k−1} − α_{k−1} x̂_0) / σ_{k−1},    x_k = α_k x̂_0 + σ_k ε.
 
@@ -19,19 +19,20 @@ from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import TrainingError
 from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.training.protocol import StudentNetwork
 
 Level = tuple[float, float]
 """(alpha, sigma) of a state, in stored units."""
 
 
 def jump(state: Tensor, x0: Tensor, before: Level, after: Level) -> Tensor:
-    """The DDIM step from a state at one level to another, given x̂_0."""
+    """The DDIM step from a state at one level to another level, given x̂_0."""
     ratio = after[1] / before[1]
     return after[0] * x0 + ratio * (state - before[0] * x0)
 
 
 MIN_REACH = 0.02
-"""Weight of x̂_0 in a jump below which `jump_target` would mostly show the rounding of stored states."""
+"""Below this weight of x̂_0 in a jump, the rounding of stored states dominates `jump_target`."""
 
 
 def reach(before: Level, after: Level) -> float:
@@ -40,7 +41,7 @@ def reach(before: Level, after: Level) -> float:
 
 
 def jump_target(state: Tensor, reached: Tensor, before: Level, after: Level) -> Tensor:
-    """The x̂_0 whose `jump` leads from one state to another: what a submodule must predict to land on the cache's."""
+    """The x̂_0 whose `jump` leads from one state to another: the prediction that reproduces the cached state."""
     return (reached - after[1] / before[1] * state) / reach(before, after)
 
 
@@ -49,7 +50,7 @@ class ResidualBlock(nn.Module):
 
     Args:
         width: channels.
-        num_times: points of the denoising that share the convolutions; each has a scale and a shift of its own then.
+        num_times: submodules that share the convolutions; if more than one, each has its own scale and shift.
     """
 
     def __init__(self, width: int, num_times: int = 1) -> None:
@@ -73,7 +74,8 @@ class ResidualBlock(nn.Module):
 class CoarsePath(nn.Module):
     """Residual blocks at half the resolution with twice the channels, around a skip; starts as the identity.
 
-    Four positions become one, so that a block costs what it does at the full resolution and sees twice as far.
+    A quarter of the positions with twice the channels costs as much as a block at full resolution, and its receptive
+    field is twice as wide.
     """
 
     def __init__(self, width: int, depth: int, num_times: int = 1) -> None:
@@ -106,13 +108,13 @@ class SelfAttention(nn.Module):
         """Shape (N, width, h, w) in and out."""
         batch, width, height, breadth = x.shape
         query, key, value = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        # With an axis of one head: ONNX's exporter refuses to go without.
+        # The ONNX exporter requires an axis of heads.
         mixed = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
         return x + self.out(mixed.transpose(1, 2).reshape(batch, width, height, breadth))  # type: ignore[no-any-return]
 
 
 class Submodule(nn.Module):
-    """One small denoiser: (features, state) → (features, x̂_0)."""
+    """A small denoiser: (features, state) → (features, x̂_0)."""
 
     def __init__(
         self,
@@ -146,17 +148,17 @@ class Submodule(nn.Module):
         return features, x0
 
 
-class UnrolledStudent(nn.Module):
-    """A submodule for each recorded state after x_T.
+class UnrolledStudent(StudentNetwork):
+    """One submodule per recorded state after x_T.
 
     Args:
         geometry: item shape and noise levels of the cache.
         width: channels of the trunk.
         depth: residual blocks of a submodule.
-        patch: side of the pixel patches that the trunk sees as one position.
-        attention: whether each submodule attends over positions.
-        coarse: residual blocks at half the trunk's resolution, after those at the full one.
-        shared: whether all submodules have the same weights, but for a scale and a shift in every block.
+        patch: side in pixels of the patches that are one position of the trunk.
+        attention: whether each submodule has self-attention over positions.
+        coarse: residual blocks at half the trunk's resolution, after those at full resolution.
+        shared: whether submodules share their weights, except for a scale and a shift in every block.
     """
 
     def __init__(
@@ -172,16 +174,16 @@ class UnrolledStudent(nn.Module):
         super().__init__()
         channels, size, _ = geometry.item_shape
         if size % patch:
-            raise TrainingError(f"items of {size} pixels can't be cut into patches of {patch}: choose student.patch")
+            raise TrainingError(f"items of {size} pixels don't divide into patches of {patch}: choose student.patch")
         if coarse and size // patch % 2:
             raise TrainingError(
-                f"a trunk of {size // patch} positions a side can't be halved: choose student.coarse: 0"
+                f"{size // patch} positions per side can't be halved: choose student.coarse 0 or student.patch"
             )
         self.levels = geometry.levels
-        points = len(geometry.levels) - 1
+        num_submodules = len(geometry.levels) - 1
         self.submodules = nn.ModuleList(
-            Submodule(channels, width, depth, coarse, patch, attention, num_times=points if shared else 1)
-            for _ in range(1 if shared else points)
+            Submodule(channels, width, depth, coarse, patch, attention, num_times=num_submodules if shared else 1)
+            for _ in range(1 if shared else num_submodules)
         )
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ class UnrolledStudent(nn.Module):
         return self.unroll(noise)[0][-1]
 
     def unroll(self, noise: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Every submodule's x̂_0, and every state after x_T; stored units."""
+        """Every submodule's x̂_0, and every state after x_T, in stored units; the last state is the last x̂_0."""
         features, state = None, noise
         predictions, states = [], []
         for k, (before, after) in enumerate(itertools.pairwise(self.levels)):
@@ -203,7 +205,3 @@ class UnrolledStudent(nn.Module):
     def heads(self, noise: Tensor) -> list[Tensor]:
         """One prediction per recorded state after x_T."""
         return self.unroll(noise)[1]
-
-    def deployed_parameters(self) -> int:
-        """Parameters that a sample needs: all."""
-        return sum(parameter.numel() for parameter in self.parameters())

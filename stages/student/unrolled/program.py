@@ -1,8 +1,7 @@
-"""Training the unrolled student: all submodules together, by regression first and critics later."""
+"""Training of the unrolled student: all submodules together, by regression first and critics later."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,37 +9,36 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from advkd.stages.metrics.lpips import Lpips
 from advkd.stages.schedules import one_cycle
-from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.training.data import Batch
 from advkd.stages.student.training.descent import Descent
-from advkd.stages.student.training.optimizers import make_optimizers
+from advkd.stages.student.training.optimizers import OPTIMIZERS
 from advkd.stages.student.training.protocol import Metrics, Phase, mean_metrics
-from advkd.stages.student.unrolled.adversary import Adversary, Judged
+from advkd.stages.student.unrolled.adversary import Adversary, CriticInput
+from advkd.stages.student.unrolled.config import UnrolledTraining
 from advkd.stages.student.unrolled.network import UnrolledStudent
-from advkd.stages.student.unrolled.perceptual import PerceptualDistance
 from advkd.stages.student.unrolled.regression import Regression, head_targets
-
-States = Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """What one pass of the student made of a part of the batch, and of fresh noise."""
+class Outputs:
+    """What one forward pass of the student gives for a micro-batch and for fresh noise."""
 
     predictions: list[Tensor]
-    """x̂_0 of every submodule, of the part."""
+    """x̂_0 of every submodule for the micro-batch."""
     states: list[Tensor]
-    """The state that every submodule reached, of the part."""
-    real: Judged
-    fake: Judged
+    """State of every submodule for the micro-batch."""
+    real: CriticInput
+    fake: CriticInput
 
 
 class UnrolledProgram:
-    """One phase."""
+    """One phase, with all submodules."""
 
     def __init__(
-        self, config: TrainConfig, student: UnrolledStudent, geometry: Geometry, accelerator: Accelerator
+        self, config: UnrolledTraining, student: UnrolledStudent, geometry: Geometry, accelerator: Accelerator
     ) -> None:
         objective = config.objective
         self.config = config
@@ -52,102 +50,109 @@ class UnrolledProgram:
         self.adversary = Adversary(
             objective.adversarial, geometry, config.steps, config.seed, accelerator, compiled=config.compile
         )
-        wants_all = objective.adversarial.weight and objective.adversarial.judged != "last"
-        states = geometry.steps if wants_all else self.regression.states
+        needs_all = objective.adversarial.weight and objective.adversarial.judged != "last"
+        states = geometry.steps if needs_all else self.regression.states
         self.phases = [Phase(num_steps=config.steps, batch_size=config.batch_size, states=tuple(states))]
-        self.perceptual = None
+        self._lpips: Lpips | None = None
         if objective.perceptual and objective.perceptual_features == "lpips":
-            self.perceptual = PerceptualDistance(geometry.item_shape, accelerator.device)
+            lpips = Lpips(geometry.item_shape, setting="objective.perceptual_features", otherwise="critic")
+            self._lpips = lpips.to(accelerator.device)
 
     def begin(self, phase: int) -> None:
-        """Make the optimisers."""
+        """Create the optimizers."""
+        config = self.config
         self.adversary.begin()
-        self._optimizers = make_optimizers(self.student, self.config)
+        self._optimizers = OPTIMIZERS[config.optimizer](
+            self.student, config.learning_rate, config.kernel_learning_rate, config.weight_decay
+        )
         self.descent = Descent(
-            self.accelerator, self.student.parameters(), list(self._optimizers.values()), self.config.gradient_clip
+            self.accelerator, self.student.parameters(), list(self._optimizers.values()), config.gradient_clip
         )
 
-    def step(self, batch: States, phase: int, step: int) -> Metrics:
-        """Train the critics on what the student makes of a batch, then the student against them.
+    def step(self, batch: Batch, phase: int, step: int) -> Metrics:
+        """Train the critics on the student's images, then the student against the updated critics.
 
-        In turns, not both from where they stood: such steps circle each other (Gidel et al. 2019), and here they did.
+        The updates alternate: simultaneous ones cycle (Gidel et al. 2019), as they did here.
         """
-        passes, metrics = self.config.accumulate, []
-        # Every so-manieth row, as processes take theirs: what a pass sees first is what the whole batch has first.
-        parts = [{at: states[index::passes] for at, states in batch.items()} for index in range(passes)]
-        fresh = self._fresh_noise(parts[0][self.geometry.steps[0]], step)
-        made: Made | None = None
-        if self.adversary.learns(step):
-            for index, part in enumerate(parts):
-                with torch.set_grad_enabled(passes == 1):  # one pass serves both; several graphs would fill the memory
-                    made = self._make(part, fresh[index::passes])
-                metrics.append(self.adversary.learn(made.real, made.fake.detached(), step, index, passes))
+        count, metrics = self.config.accumulate, []
+        micro_batches = batch.micro_batches(count)
+        fresh = self._fresh_noise(micro_batches[0].states[self.geometry.steps[0]], step)
+        outputs: Outputs | None = None
+        if self.adversary.trains_at(step):
+            for index, part in enumerate(micro_batches):
+                # A single forward pass serves critics and student; the graphs of several would fill the memory.
+                with torch.set_grad_enabled(count == 1):
+                    outputs = self._forward(part, fresh[index::count])
+                metrics.append(self.adversary.accumulate(outputs.real, outputs.fake.detached(), step, index, count))
             self.adversary.descent.step()
-        for index, part in enumerate(parts):
-            if made is None or passes > 1:
-                made = self._make(part, fresh[index::passes])
-            loss, readings = self._loss(part, made, step, index)
-            self.descent.backward(loss / passes)
+        for index, part in enumerate(micro_batches):
+            if outputs is None or count > 1:
+                outputs = self._forward(part, fresh[index::count])
+            loss, readings = self._loss(part, outputs, step, index)
+            self.descent.backward(loss / count)
             metrics.append(readings)
         self.descent.step(one_cycle(step, self.config.steps, self.config.warmup))
         return mean_metrics(metrics)
 
     def _fresh_noise(self, like: Tensor, step: int) -> Tensor:
-        passes, wanted = self.config.accumulate, self.config.objective.adversarial.fresh
-        if not wanted or not self.adversary.learns(step):
+        """Fresh x_T for all micro-batches of a step, equally many for each and no more than each has seeds."""
+        count, wanted = self.config.accumulate, self.config.objective.adversarial.fresh
+        if not wanted or not self.adversary.trains_at(step):
             return like[:0]
-        return self.adversary.fresh_noise(step, passes * min(-(-wanted // passes), len(like)), like)
+        return self.adversary.fresh_noise(step, count * min(-(-wanted // count), len(like)), like)
 
-    def _make(self, batch: States, fresh: Tensor) -> Made:
-        noise = batch[self.geometry.steps[0]]
+    def _forward(self, batch: Batch, fresh: Tensor) -> Outputs:
+        noise = batch.states[self.geometry.steps[0]]
         with self.accelerator.autocast():
             predictions, states = self._unroll(torch.cat([noise, fresh]))
         predictions, count = [x0.float() for x0 in predictions], len(noise)
-        real, fake = self._judged(predictions, noise, fresh, batch)
-        return Made(
+        real, fake = self._critic_inputs(predictions, noise, fresh, batch)
+        return Outputs(
             predictions=[x0[:count] for x0 in predictions],
             states=[state[:count].float() for state in states],
             real=real,
             fake=fake,
         )
 
-    def _loss(self, batch: States, made: Made, step: int, index: int) -> tuple[Tensor, Metrics]:
+    def _loss(self, batch: Batch, outputs: Outputs, step: int, micro_batch: int) -> tuple[Tensor, Metrics]:
         objective, adversary = self.config.objective, self.adversary
-        loss, metrics = self.regression(made.predictions, made.states, batch)
+        loss, metrics = self.regression(outputs.predictions, outputs.states, batch.states)
         weight = adversary.weight(step)
         if weight:
-            gain = adversary.student_loss(made.real, made.fake, step, index)
-            metrics["generator"] = gain.detach()
-            loss = loss + weight * gain
+            adversarial = adversary.student_loss(outputs.real, outputs.fake, step, micro_batch)
+            metrics["generator"] = adversarial.detach()
+            loss = loss + weight * adversarial
         if objective.perceptual:
-            distance = self._perceptual(made.predictions, batch, batch[self.geometry.steps[0]], step)
+            distance = self._perceptual(outputs.predictions[-1], batch, step)
             if distance is not None:
                 metrics["perceptual"] = distance.detach()
                 loss = loss + objective.perceptual * distance
         return loss, {**metrics, "loss": loss.detach()}
 
-    def _judged(self, predictions: list[Tensor], noise: Tensor, fresh: Tensor, batch: States) -> tuple[Judged, Judged]:
-        """What the critics see: images from fresh noise where there are any, so that knowing the cache is no help."""
+    def _critic_inputs(
+        self, predictions: list[Tensor], noise: Tensor, fresh: Tensor, batch: Batch
+    ) -> tuple[CriticInput, CriticInput]:
+        """Real images, and the student's: those from fresh noise where there are any, which it can't have memorised."""
         last = self.adversary.num_judged == 1
         made = predictions[-1:] if last else predictions
-        truth = [batch[self.geometry.steps[-1]]]
+        real = [batch.states[self.geometry.steps[-1]]]
         if not last:
-            truth = [*head_targets(batch, self.geometry.steps, self.geometry.levels, "jump"), *truth]
-        origin, shown = (fresh, [x0[len(noise) :] for x0 in made]) if len(fresh) else (noise, made)
-        return Judged.of(truth, noise, len(origin)), Judged.of(shown, origin, len(origin))
+            real = [*head_targets(batch.states, self.geometry.steps, self.geometry.levels, "jump"), *real]
+        origin, fake = (fresh, [x0[len(noise) :] for x0 in made]) if len(fresh) else (noise, made)
+        return CriticInput.of(real, noise, len(origin)), CriticInput.of(fake, origin, len(origin))
 
-    def _perceptual(self, predictions: list[Tensor], batch: States, noise: Tensor, step: int) -> Tensor | None:
-        made, truth = predictions[-1], batch[self.geometry.steps[-1]]
-        if self.perceptual is not None:
-            return self.perceptual(made, truth)
-        if not self.adversary.is_heard(step):  # a critic that has learnt nothing yet has no features
-            return None
-        return self.adversary.feature_distance(made, truth, noise)
+    def _perceptual(self, made: Tensor, batch: Batch, step: int) -> Tensor | None:
+        noise, real = (batch.states[at] for at in (self.geometry.steps[0], self.geometry.steps[-1]))
+        if self._lpips is not None:
+            distance: Tensor = self._lpips(made, real).mean()
+            return distance
+        # An untrained critic has no useful features.
+        return self.adversary.feature_distance(made, real, noise) if self.adversary.has_begun(step) else None
 
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint must hold."""
+        """The modules that a checkpoint holds."""
         return {"student": self.student, "critic": self.adversary.critic}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The same for optimisers."""
+        """The optimizers that a checkpoint holds."""
         return {**self._optimizers, "critic-optimizer": self.adversary.optimizer}

@@ -1,23 +1,22 @@
-"""The unrolled student's paired losses: every submodule towards what the cache says of its point."""
+"""The unrolled student's paired losses: every submodule against the cached states."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.training.losses import mean_square, pseudo_huber
+from advkd.stages.student.training.losses import REGRESSIONS, mean_square
 from advkd.stages.student.unrolled.config import ObjectiveConfig
 from advkd.stages.student.unrolled.network import MIN_REACH, Level, jump_target, reach
 
 Metrics = dict[str, Tensor]
 Tensors = Sequence[Tensor]
 States = Mapping[int, Tensor]
-"""By solver steps done: (N, C, H, W), stored units."""
+"""By number of solver steps: shape (N, C, H, W), stored units."""
 
 
 class Regression:
@@ -26,14 +25,14 @@ class Regression:
     def __init__(self, objective: ObjectiveConfig, geometry: Geometry) -> None:
         self._objective = objective
         self._steps, self._levels = geometry.steps, geometry.levels
-        self._loss = partial(pseudo_huber, width=objective.huber_width)
-        if objective.regression == "mse":
-            self._loss = mean_square  # type: ignore[assignment]
         self._weights = head_weights(objective.head_weighting, geometry.levels)
+
+    def _loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return REGRESSIONS[self._objective.regression](prediction, target, self._objective.huber_width)
 
     @property
     def states(self) -> tuple[int, ...]:
-        """The states that the losses read, by solver steps done."""
+        """The states that the losses read, as numbers of solver steps."""
         objective = self._objective
         ends_suffice = not objective.state and (not objective.heads or objective.head_target == "x0")
         return (self._steps[0], self._steps[-1]) if ends_suffice else self._steps
@@ -66,7 +65,7 @@ class Regression:
 
 
 def head_targets(batch: States, steps: Sequence[int], levels: Sequence[Level], kind: str) -> list[Tensor]:
-    """What the submodules before the last should predict: see `ObjectiveConfig.head_target`."""
+    """Targets of the submodules before the last; see `ObjectiveConfig.head_target`."""
     x0 = batch[steps[-1]]
     if kind == "x0":
         return [x0] * (len(steps) - 2)
@@ -78,7 +77,7 @@ def head_targets(batch: States, steps: Sequence[int], levels: Sequence[Level], k
 
 
 def head_weights(kind: str, levels: Sequence[Level]) -> list[float]:
-    """Weights of the submodules before the last: 1, or √SNR = alpha / sigma of the state made, of mean 1."""
+    """Weights of the submodules before the last: 1, or √SNR = alpha / sigma of their state, scaled to mean 1."""
     inner = levels[1:-1]
     if kind == "uniform" or not inner:
         return [1.0] * len(inner)

@@ -1,0 +1,44 @@
+"""The progressive student, as the registry of kinds has it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from advkd.stages.student.progressive.config import ProgressiveOptions, ProgressiveTraining
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from advkd.stages.student.geometry import Geometry
+    from advkd.stages.student.training.protocol import Program, StudentNetwork
+
+
+class Progressive:
+    """The paper's student: resolution and network grow along the trajectory, adversarial losses alone."""
+
+    normalises_over_batch = True
+
+    def is_paired(self, config: ProgressiveTraining) -> bool:
+        """No loss assumes that x_T determines x_0."""
+        return False
+
+    def build(self, options: ProgressiveOptions, geometry: Geometry) -> StudentNetwork:
+        """A network with fresh weights."""
+        from advkd.stages.student.progressive.network import ProgressiveStudent
+
+        return ProgressiveStudent(geometry, options.base_channels, options.max_channels)
+
+    def program(
+        self,
+        config: ProgressiveTraining,
+        student: StudentNetwork,
+        geometry: Geometry,
+        accelerator: Accelerator,
+        num_seeds: int,
+    ) -> Program:
+        """How to train it."""
+        from advkd.stages.student.progressive.network import ProgressiveStudent
+        from advkd.stages.student.progressive.program import ProgressiveProgram
+
+        assert isinstance(student, ProgressiveStudent)
+        return ProgressiveProgram(config, student, geometry, accelerator, num_seeds)
