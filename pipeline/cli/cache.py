@@ -12,6 +12,7 @@ from advkd.pipeline.cli.cache_verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="advkd", message="%(prog)s %(version)s")
 def main() -> None:
     """Trajectory caches: build them, look at them, check, merge and cut them."""
 

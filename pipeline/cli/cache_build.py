@@ -50,6 +50,7 @@ def build(
     on_mismatch: Any,
     dry_run: bool,
     config: str | None,
+    overrides: tuple[str, ...],
     workers: int | None,
     scheduler: str | None,
     **flags: Any,
@@ -67,7 +68,7 @@ def build(
 
     if workers is not None and scheduler is not None:
         raise UsageError("--workers starts processes here, --scheduler uses a cluster's: give one of them")
-    experiment = load_experiment(config)
+    experiment = load_experiment(config, overrides)
     changed, suffix = with_flags(experiment, flags)
     store = out or changed.store.with_name(f"{changed.name}{suffix}.zarr")
     from advkd.stages.teacher.build.plan import check_request

@@ -64,7 +64,7 @@ def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P,
             click.echo(f"\nstopped{again}: {command_line()}", err=True)
             sys.exit(INTERRUPTED)
 
-    return wrapper
+    return click.version_option(package_name="advkd", message="%(prog)s %(version)s")(wrapper)
 
 
 all_or_nothing = functools.partial(guarded, resumes=False)
@@ -103,11 +103,22 @@ def example(text: str) -> str:
     return f"\b\nExample:\n  {text}"
 
 
-def config_option(otherwise: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`--config`, and what holds without it."""
-    return click.option(
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+set_option: Decorator = click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change a key of the configuration, such as train.steps=500; may be given several times.",
+)
+
+
+def config_option(otherwise: str) -> Decorator:
+    """`--config`, whose help says what holds without it, and `--set`; passed as `config` and `overrides`."""
+    config: Decorator = click.option(
         "--config",
         metavar="FILE",
-        help="Experiment: a YAML file, or the name of one that ships, such as digits or cifar10; "
-        f"{otherwise} if not given.",
+        help=f"Experiment: a YAML or JSON file, or a shipped name such as digits or cifar10 (default: {otherwise}).",
     )
+    return lambda function: config(set_option(function))

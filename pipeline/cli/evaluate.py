@@ -44,6 +44,7 @@ def main(
     run: Path,
     store: str,
     config: str | None,
+    overrides: tuple[str, ...],
     teacher: str | None,
     no_teacher: bool,
     features: str | None,
@@ -59,16 +60,15 @@ def main(
     from advkd.cache.errors import UsageError
     from advkd.cache.read.reader import TrajectoryCache
     from advkd.pipeline.cli.evaluate_tables import print_evaluation
-    from advkd.pipeline.config import load_experiment
+    from advkd.pipeline.config import default_settings, load_experiment
     from advkd.pipeline.progress import TerminalReporter
-    from advkd.stages.evaluate.config import EvaluateConfig
     from advkd.stages.evaluate.report import write_report
 
     if teacher and no_teacher:
         raise UsageError("--teacher and --no-teacher contradict each other: give one of them")
     cache = TrajectoryCache.open(store)
-    experiment = load_experiment(config) if config else None
-    settings = experiment.evaluate if experiment else EvaluateConfig()
+    experiment = load_experiment(config, overrides) if config else None
+    settings = (experiment or default_settings(overrides)).evaluate
     given: dict[str, Any] = {
         "features": features, "inception_weights": inception_weights, "real": real, "num_sets": sets,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from advkd.pipeline.cli.common import config_option, example, guarded
 @config_option("digits")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="teachers/NAME if not given.")
 @guarded
-def main(config: str | None, out: Path | None) -> None:
+def main(config: str | None, overrides: tuple[str, ...], out: Path | None) -> None:
     """Train the small teacher that an experiment describes, and the classifier that scores samples.
 
     Where the teacher comes from elsewhere there is nothing to train; its address, not its weights, is written down,
@@ -29,7 +29,7 @@ def main(config: str | None, out: Path | None) -> None:
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.pretrain.config import SOURCE_NOTE
 
-    experiment = load_experiment(config)
+    experiment = load_experiment(config, overrides)
     folder = out or experiment.teacher_folder
     if runs_under_dvc():
         check_teacher_not_again(folder, experiment)

@@ -41,6 +41,7 @@ from advkd.pipeline.cli.common import (
 def main(
     store: str,
     config: str | None,
+    overrides: tuple[str, ...],
     run: Path | None,
     states: str | None,
     max_steps: int | None,
@@ -56,13 +57,12 @@ def main(
     from advkd.cache.format.source import open_source
 
     read_metadata(open_source(store))  # a wrong path is said at once, before anything heavy is imported
-    from advkd.pipeline.config import load_experiment
+    from advkd.pipeline.config import default_settings, load_experiment
     from advkd.pipeline.interrupts import StopRequest
     from advkd.pipeline.progress import TerminalReporter
-    from advkd.stages.student.config import TrainConfig
     from advkd.stages.student.train import train
 
-    settings = load_experiment(config).train if config else TrainConfig()
+    settings = (load_experiment(config, overrides) if config else default_settings(overrides)).train
     if states is not None:
         settings = dataclasses.replace(settings, states=parse_steps("--states", states))
     folder = run or Path("runs") / store_name(store)

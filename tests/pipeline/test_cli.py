@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -15,12 +17,13 @@ from PIL import Image
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
 from advkd.pipeline.cli.compare import main as compare_command
+from advkd.pipeline.cli.config import main as config_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.export import main as export_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.teacher import main as teacher_command
 from advkd.pipeline.cli.train import main as train_command
-from tests.conftest import Invoke
+from tests.conftest import ROOT, Invoke
 from tests.stores import write_store
 
 COMMANDS = {
@@ -39,10 +42,11 @@ COMMANDS = {
     "advkd-evaluate": evaluate_command,
     "advkd-compare": compare_command,
     "advkd-export": export_command,
+    "advkd-config": config_command,
 }
 FLAGS = {
     "advkd-cache build": {
-        "--config", "--teacher", "--steps", "--sampler", "--record", "--seeds", "--block-size", "--batch-size",
+        "--config", "--set", "--teacher", "--steps", "--sampler", "--record", "--seeds", "--block-size", "--batch-size",
         "--dtype", "--precision", "--device", "--workers", "--scheduler", "--out", "--on-mismatch", "--dry-run",
     },
     "advkd-cache info": {"--json"},
@@ -53,14 +57,15 @@ FLAGS = {
     "advkd-cache unpack": {"--out", "--workers"},
     "advkd-cache preview": {"--seeds", "--out"},
     "advkd-cache diff": set(),
-    "advkd-teacher": {"--config", "--out"},
-    "advkd-train": {"--cache", "--config", "--run", "--states", "--max-steps", "--resume", "--on-mismatch"},
+    "advkd-teacher": {"--config", "--set", "--out"},
+    "advkd-train": {"--cache", "--config", "--set", "--run", "--states", "--max-steps", "--resume", "--on-mismatch"},
     "advkd-sample": {"--run", "--num", "--first-seed", "--out", "--batch-size"},
     "advkd-evaluate": {
-        "--run", "--cache", "--config", "--teacher", "--features", "--inception-weights", "--real", "--full",
+        "--run", "--cache", "--config", "--set", "--teacher", "--features", "--inception-weights", "--real", "--full",
         "--sets", "--no-teacher",
     },
     "advkd-compare": {"--out"},
+    "advkd-config": {"--name", "--small", "--set"},
     "advkd-export": {
         "--onnx", "--int8", "--max-error", "--cache", "--features", "--time", "--folder", "--push",
     },
@@ -79,7 +84,43 @@ def test_every_command_has_help_with_an_example(invoke: Invoke, name: str) -> No
     assert result.exit_code == 0
     assert f"{name} " in result.output.partition("Example:")[2]
     options = {option for p in command.params if isinstance(p, click.Option) for option in p.opts}
-    assert options - {"--help", "-h"} == FLAGS[name]
+    assert options - {"--version"} == FLAGS[name] and "--version" in options
+
+
+def test_every_command_is_tested_and_documented() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {name.partition(" ")[0] for name in COMMANDS} == set(scripts)
+    assert {name.partition(" ")[2] for name in COMMANDS} - {""} == set(cache_command.commands)
+    pages = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    assert [name for name in COMMANDS if not any(re.search(rf"{name}\b", page) for page in pages)] == []
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "advkd-cache"])
+def test_every_command_says_its_version(invoke: Invoke, name: str) -> None:
+    result = invoke({**COMMANDS, "advkd-cache": cache_command}[name], "--version")
+    assert result.exit_code == 0 and result.output.split()[-1] == metadata.version("advkd")
+
+
+def test_overrides_reach_every_command_that_takes_a_configuration(invoke: Invoke) -> None:
+    for name, command in COMMANDS.items():
+        if "--config" in FLAGS[name]:
+            given = ["--cache", "none.zarr"] if "--cache" in FLAGS[name] else []
+            given += ["--run", "none"] if "evaluate" in name else []
+            write_store(Path("none.zarr"), "0:256") if given and not Path("none.zarr").exists() else None
+            result = invoke(command, *given, "--config", "smoke", "--set", "trian.steps=5")
+            assert result.exit_code == 2, result.output
+            assert "smoke with --set trian.steps=5: unknown key 'trian'; did you mean 'train'?" in result.stderr
+
+
+def test_an_overridden_run_is_the_run_of_the_edited_file(invoke: Invoke, toy_yaml: Path) -> None:
+    invoke(cache_command, "build", "--config", toy_yaml)
+    edited = toy_yaml.with_name("edited.yaml")
+    edited.write_text(re.sub(r"batch_size: 16", "batch_size: 8", toy_yaml.read_text()))
+    train = ("--cache", "cache/toy.zarr", "--max-steps", "2")
+    assert invoke(train_command, *train, "--config", toy_yaml, "--set", "train.batch_size=8").exit_code == 0
+    assert invoke(train_command, *train, "--config", edited).exit_code == 0
+    result = invoke(train_command, *train, "--config", toy_yaml)
+    assert result.exit_code == 2 and "batch_size" in result.stderr
 
 
 def test_build_train_sample_evaluate(
