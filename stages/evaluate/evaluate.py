@@ -36,7 +36,7 @@ from advkd.stages.evaluate.measure import ImageDistance, Sets, make_reference, m
 from advkd.stages.evaluate.networks import load_features
 from advkd.stages.evaluate.samplers import all_samplers, find_teacher, student_sampler
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
-from advkd.stages.images.real import real_batches
+from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.features import FeatureNetwork, clipped, observe, to_numpy
 from advkd.stages.metrics.intervals import mean_interval
 from advkd.stages.metrics.lpips import Lpips
@@ -98,7 +98,7 @@ def evaluate(
     distance = None
     if config.perceptual == LPIPS:
         distance = Lpips(cache.item_shape, setting="evaluate.perceptual", otherwise=FEATURES).to(device)
-    real = real_batches(config.real, cache.item_shape, config.batch_size) if config.real else None
+    real = RealImages(config.real, cache.item_shape) if config.real else None
     teacher, why_not = find_teacher(teachers, cache.recipe, device)
     if why_not:
         reporter.say(f"rows of the teacher are not measured: {why_not}")
@@ -107,7 +107,14 @@ def evaluate(
     samplers = all_samplers(
         student_sampler(student, geometry), teacher, cache.recipe, cache.layout.dtype, config.solver_steps
     )
-    reference = make_reference(network, cached_batches(cache, last, seeds, config.batch_size), real, config.num_sets)
+    reference = make_reference(
+        network,
+        cached_batches(cache, last, seeds, config.batch_size),
+        real.batches(config.batch_size) if real else None,
+        config.num_sets,
+    )
+    if real and real.note():
+        reporter.say(real.note())
     costs = compare_costs(student, teacher, cache.item_shape, min(LARGE_BATCH, config.batch_size))
     measured = measure(
         samplers,
@@ -134,7 +141,7 @@ def evaluate(
         teacher=costs[1],
         deployed_parameters=student.deployed_parameters(),
         without_teacher=why_not,
-        real_source=config.real,
+        real=real,
         reference_shares=reference.class_shares,
         pictures=measured.pictures,
         weights_sha256=weights,

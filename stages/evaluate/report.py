@@ -70,7 +70,7 @@ def metrics(evaluation: Evaluation) -> dict[str, Any]:
 
 def details(evaluation: Evaluation) -> dict[str, Any]:
     """Everything that was measured, and how; what was not measured is null."""
-    held_out, shares = evaluation.held_out, evaluation.reference_shares
+    held_out, shares, real = evaluation.held_out, evaluation.reference_shares, evaluation.real
     return {
         "student": evaluation.identity,
         "weights_sha256": evaluation.weights_sha256,
@@ -87,7 +87,11 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
             "num_precision_recall": min(evaluation.set_size, evaluation.num_reference),
             "num_training": evaluation.num_training,
             "num_held_out": held_out.num_seeds if held_out else 0,
-            "real": evaluation.real_source,
+            "real": real.source if real else None,
+            "num_real": real.num_images if real else 0,
+            "real_resizing": real.resizing if real and real.num_resized else None,
+            "num_real_resized": real.num_resized if real else 0,
+            "num_real_transparent": real.num_transparent if real else 0,
             "measures": {name: measure.label for name, measure in MEASURES.items()},
         },
         "held_out_mse": held_out.mse.mean if held_out else None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_REFERENCE, FULL_SET_SIZE
 from advkd.stages.evaluate.cost import Cost
+from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.base import Floats
 from advkd.stages.metrics.intervals import Interval
 from advkd.stages.metrics.table import ScoreTable
@@ -44,7 +45,7 @@ class Evaluation:
     deployed_parameters: int
     without_teacher: str
     """Why the teacher's rows were not measured; empty if they were."""
-    real_source: str | None
+    real: RealImages | None
     reference_shares: Floats | None
     """Of the classes in the reference, shape (K,), where there is a classifier."""
     pictures: dict[str, Tensor]

@@ -1,4 +1,8 @@
-"""Real images to compare with, in the teacher's range and size."""
+"""Real images to compare with, in the teacher's range and size.
+
+Image files of another size are cropped to the teacher's aspect ratio around their centre, then resized with Pillow's
+Lanczos filter, which antialiases. Transparent images are composited on white.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +11,100 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from advkd.cache.errors import UsageError
-from advkd.stages.images.datasets import load_dataset
-from advkd.stages.images.known import DATASETS
+from advkd.stages.images.datasets import DATASETS, load_dataset
 
+RESIZING = "centre crop, antialiased Lanczos"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+"""Pillow's modes of at most 8 bits per channel; conversion from others clips or rescales values, by its version."""
 
 
-def real_batches(source: str, item_shape: tuple[int, ...], batch_size: int = 256) -> Iterator[Tensor]:
-    """Real images by a data set's name or from a folder, in batches; float32 in [−1, 1], shape (N, *item_shape).
+class RealImages:
+    """A data set by name, or the image files of a folder and its sub-folders.
+
+    Args:
+        source: `digits`, `mnist`, or a folder.
+        item_shape: of the teacher's images, (C, H, W).
 
     Raises:
-        UsageError: nothing usable is there; an image that can't be read is found when its turn comes.
+        UsageError: there are no usable images.
     """
-    channels, height, _ = item_shape
-    if source in DATASETS:
-        if channels != 1:
-            raise UsageError(f"real images {source}: they are grey, the cache's have {channels} channels")
-        return iter(torch.split(load_dataset(source, height)[0], batch_size))
-    folder = Path(source)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
-    if len(paths) < 2:
-        raise UsageError(
-            f"real images {source}: expected {' or '.join(f'`{name}`' for name in DATASETS)}, or a folder "
-            "with image files"
-        )
-    parts = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
-    return (torch.stack([_read(path, item_shape) for path in part]) for part in parts)
+
+    def __init__(self, source: str, item_shape: tuple[int, ...]) -> None:
+        self.source = source
+        self.num_resized = 0
+        """Images of another size, of those read so far."""
+        self.num_transparent = 0
+        """Images with transparent pixels, of those read so far."""
+        self._item_shape = item_shape
+        self._paths: list[Path] = []
+        if source in DATASETS:
+            if item_shape[0] != 1:
+                raise UsageError(f"real images {source}: they are grey, the cache's have {item_shape[0]} channels")
+            self._images = load_dataset(source, item_shape[1])[0]
+            self.resizing, self.num_images = DATASETS[source].resizing, len(self._images)
+            return
+        folder = Path(source)
+        if folder.is_dir():
+            self._paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        if len(self._paths) < 2:
+            raise UsageError(
+                f"real images {source}: found {len(self._paths)} image files; expected "
+                f"{' or '.join(f'`{name}`' for name in DATASETS)}, or a folder with at least two image files"
+            )
+        self.resizing, self.num_images = RESIZING, len(self._paths)
+
+    def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
+        """All images once; float32 in [−1, 1], shape (n, C, H, W).
+
+        Raises:
+            UsageError: an image can't be read.
+        """
+        if not self._paths:
+            yield from torch.split(self._images, batch_size)
+        for start in range(0, len(self._paths), batch_size):
+            yield torch.stack([self._read(path) for path in self._paths[start : start + batch_size]])
+
+    def _read(self, path: Path) -> Tensor:
+        channels, height, width = self._item_shape
+        try:
+            with Image.open(path) as file:
+                if file.mode not in _EIGHT_BITS:
+                    raise ValueError(f"Pillow's mode {file.mode}: convert it to 8 bits per channel")
+                image = self._opaque(file)
+            self.num_resized += image.size != (width, height)
+            image = _centre(image.convert("L" if channels == 1 else "RGB"), width / height)
+            fitted = image.resize((width, height), Image.Resampling.LANCZOS)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UsageError(f"real images: {path} can't be read ({error})") from None
+        pixels = np.asarray(fitted, dtype=np.float32) / 127.5 - 1.0
+        return torch.from_numpy(pixels.reshape(height, width, channels).transpose(2, 0, 1).copy())
+
+    def _opaque(self, image: Image.Image) -> Image.Image:
+        """The image without transparency, on white."""
+        if not image.has_transparency_data:
+            return image.copy()
+        layers = image.convert("RGBA")
+        self.num_transparent += layers.getchannel("A").getextrema()[0] != 255
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+
+    def note(self) -> str:
+        """What was done to the images that were read; empty if nothing."""
+        parts = []
+        if self.num_resized:
+            parts.append(f"{self.num_resized} were resized ({self.resizing})")
+        if self.num_transparent:
+            parts.append(f"{self.num_transparent} were transparent and composited on white")
+        size = "×".join(map(str, self._item_shape[1:]))
+        return f"real images {self.source}: of {self.num_images} for {size}, {', '.join(parts)}" if parts else ""
 
 
-def _read(path: Path, item_shape: tuple[int, ...]) -> Tensor:
-    channels, height, width = item_shape
-    try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UsageError(f"real images: {path} can't be read ({error})") from None
-    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
-    return torch.from_numpy(pixels.reshape(height, width, channels).transpose(2, 0, 1).copy())
+def _centre(image: Image.Image, aspect: float) -> Image.Image:
+    """The largest central part with an aspect ratio, width / height."""
+    width, height = min(image.width, round(image.height * aspect)), min(image.height, round(image.width / aspect))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

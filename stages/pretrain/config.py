@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from advkd.cache.errors import ConfigError
-from advkd.stages.images.known import check_dataset
+from advkd.stages.images.datasets import check_dataset
 
 SOURCE_NOTE = "teacher.json"
 """Where a teacher that comes from elsewhere is written down, in the same folder."""

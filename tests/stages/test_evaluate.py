@@ -16,7 +16,7 @@ from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
 from advkd.stages.evaluate.networks import load_features
 from advkd.stages.evaluate.report import write_report
-from advkd.stages.images.real import real_batches
+from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.metrics.features import see
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
@@ -72,8 +72,8 @@ def test_costs_are_counted() -> None:
     assert set(student.latency) == {1, 2} and student.macs == 3 * 5 * 9 * 64
 
 
-def read_real(folder: Path) -> torch.Tensor:
-    return torch.cat(list(real_batches(str(folder), (3, 8, 8), batch_size=2)))
+def read_real(folder: Path, shape: tuple[int, ...] = (3, 8, 8)) -> torch.Tensor:
+    return torch.cat(list(RealImages(str(folder), shape).batches(2)))
 
 
 def test_real_images_from_a_folder(tmp_path: Path) -> None:
@@ -83,12 +83,60 @@ def test_real_images_from_a_folder(tmp_path: Path) -> None:
     assert images.shape == (3, 3, 8, 8)
     assert float(images[0, 0].min()) == 1.0 and float(images[0, 1].max()) == -1.0
     (tmp_path / "3.png").write_bytes(b"no image")
-    with pytest.raises(UsageError, match="can't be read"):
+    with pytest.raises(UsageError, match=r"3\.png can't be read"):
+        read_real(tmp_path)
+    Image.new("I;16", (8, 8)).save(tmp_path / "3.png")
+    with pytest.raises(UsageError, match=r"3\.png .*I;16.* 8 bits"):
         read_real(tmp_path)
     with pytest.raises(UsageError, match="they are grey, the cache's have 3 channels"):
-        real_batches("digits", (3, 8, 8))  # at once, not when the first image is wanted
-    with pytest.raises(UsageError, match="expected `digits` or `mnist`, or a folder"):
-        read_real(tmp_path / "none")
+        RealImages("digits", (3, 8, 8))
+    with pytest.raises(UsageError, match="found 0 image files; expected `digits` or `mnist`, or a folder"):
+        RealImages(str(tmp_path / "none"), (3, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8)])
+def test_transparency_changes_no_pixel_and_no_score(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Images with an opaque alpha channel, or cut out of a white ground are the images on white."""
+    generator = np.random.default_rng(0)
+    for index in range(20):
+        pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        alpha = np.where(generator.random((8, 8)) < 0.3, 0, 255).astype(np.uint8)
+        on_white = Image.fromarray(np.where(alpha[..., None] == 0, 255, pixels).astype(np.uint8))
+        cut_out = Image.fromarray(np.dstack([pixels, alpha]))
+        opaque = on_white.convert("RGBA")
+        for name, image in (("white", on_white), ("cut", cut_out), ("alpha", opaque)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            image.save(tmp_path / name / f"{index:02d}.png")
+    images = {name: read_real(tmp_path / name, shape) for name in ("white", "cut", "alpha")}
+    assert torch.equal(images["cut"], images["white"]) and torch.equal(images["alpha"], images["white"])
+    reference = Gaussian.fit(torch.randn(50, int(np.prod(shape))).numpy())
+    scores = {
+        name: frechet_distance(Gaussian.fit(found.flatten(1).numpy()), reference) for name, found in images.items()
+    }
+    assert scores["white"] == scores["cut"] == scores["alpha"]
+    real = RealImages(str(tmp_path / "cut"), shape)
+    list(real.batches())
+    assert (real.num_images, real.num_resized, real.num_transparent) == (
+        20,
+        0,
+        20,
+    ) and "20 were transparent" in real.note()
+    opaque_ones = RealImages(str(tmp_path / "alpha"), shape)
+    list(opaque_ones.batches())
+    assert opaque_ones.num_transparent == 0 and not opaque_ones.note()
+
+
+def test_other_sizes_are_cropped_around_the_centre_and_antialiased(tmp_path: Path) -> None:
+    wide = np.zeros((32, 96, 3), dtype=np.uint8)
+    wide[:, 32:64] = 255  # what lies in the central square
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(checks).save(tmp_path / "b.png")
+    real = RealImages(str(tmp_path), (1, 8, 8))
+    (images,) = real.batches()
+    assert bool((images[0] == 1.0).all())
+    assert float(images[1].abs().max()) < 0.02  # the mean of black and white, no moiré
+    assert real.num_resized == 2 and real.resizing in real.note() and "2 were resized" in real.note()
 
 
 def test_a_classifier_comes_back_from_its_folder(tmp_path: Path) -> None:
