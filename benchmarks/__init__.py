@@ -1,1 +1,1 @@
-"""Small programs, one a question: how fast advkd is beside what a user would do instead. `make bench` runs them all."""
+"""Small programs, one question each: how fast is advkd compared with the alternatives? `make bench` runs them all."""

@@ -1,4 +1,4 @@
-"""`make bench`: every program in a process of its own, then the table."""
+"""`python -m benchmarks [PROGRAM…]`: each program in a process of its own, then the tables."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
-from benchmarks.table import read_results, summary, table
+from benchmarks.harness import RESULTS, ROOT
+from benchmarks.table import PROGRAMS, read_results, summary, table
 
-PROGRAMS = ("sampling", "recording", "reading", "cold", "training", "student", "startup", "growth", "workers")
-ROOT = Path(__file__).resolve().parents[1]
 MARKS = ("<!-- performance: written by `make bench` -->\n", "<!-- end of performance -->\n")
 
 
 def write_table(folder: Path) -> None:
-    """Write `table.md` beside the results."""
+    """Write `table.md` next to the results."""
     (folder / "table.md").write_text(table(read_results(folder)), encoding="utf-8")
 
 
 def readme_part(text: str) -> str:
-    """What stands between the README's marks."""
+    """The part of the README between the marks."""
     return text.split(MARKS[0])[1].split(MARKS[1])[0]
 
 
 def write_readme(readme: Path, folder: Path) -> None:
-    """Let the README quote the results."""
+    """Replace that part by a summary of the results."""
     text = readme.read_text(encoding="utf-8")
     old = MARKS[0] + readme_part(text) + MARKS[1]
     readme.write_text(text.replace(old, MARKS[0] + summary(read_results(folder)) + MARKS[1]), encoding="utf-8")
@@ -36,15 +34,15 @@ def write_readme(readme: Path, folder: Path) -> None:
 def main() -> None:
     """Run programs, then write the table and the README's part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"of {', '.join(PROGRAMS)}; all if none")
+    parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"{', '.join(PROGRAMS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--table-only", action="store_true", help="write the table of the results that are there")
+    parser.add_argument("--table-only", action="store_true", help="run nothing; write the tables from existing results")
     options = parser.parse_args()
     unknown = [name for name in options.programs if name not in PROGRAMS]
     if unknown:
-        parser.error(f"no such program: {', '.join(unknown)}; there are {', '.join(PROGRAMS)}")
+        parser.error(f"unknown program: {', '.join(unknown)}; expected {', '.join(PROGRAMS)}")
     failed = []
     for name in () if options.table_only else options.programs or PROGRAMS:
         command = [sys.executable, "-m", f"benchmarks.{name}", "--device", options.device, "--out", str(options.out)]

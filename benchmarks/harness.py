@@ -1,7 +1,7 @@
-"""What all benchmarks share: ways taken in turns, medians and ratios, agreement, results as JSON.
+"""What all programs share: methods timed in turns, child processes, the machine, results as JSON.
 
-Each round takes every way once, in an order that turns, and a ratio is taken within its round: what else the machine
-does meanwhile then hits all ways alike. A figure is a median; its spread is the quartiles.
+Each round runs every method once, in a rotating order, and ratios are taken within a round, so that other load on the
+machine affects all methods alike. A figure is a median; its spread is the quartiles.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,88 +23,40 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from advkd.pipeline.memory import keep_freed_memory
+from benchmarks.comparison import Comparison
+from benchmarks.table import comparison_lines
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-Way = Callable[[], object]
+Method = Callable[[], object]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One way of doing it."""
-
-    name: str
-    median: float
-    low: float
-    high: float
-    """Quartiles."""
-    ratio: float | None = None
-    """Median over rounds of this way's figure by the baseline's of the same round."""
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """What a figure should be."""
-
-    what: str
-    found: float
-    limit: float
-    at_most: bool = True
-
-    @property
-    def met(self) -> bool:
-        """Whether it is."""
-        return self.found <= self.limit if self.at_most else self.found >= self.limit
-
-
-@dataclass(kw_only=True, slots=True)
-class Comparison:
-    """Some ways of doing one thing."""
-
-    title: str
-    unit: str
-    baseline: str | None
-    rows: list[Row] = field(default_factory=list)
-    targets: list[Target] = field(default_factory=list)
-    agreement: str = ""
-    """How it was seen that all ways give the same."""
-    note: str = ""
-    """How far the physical limit is, or where the time goes."""
-
-    def row(self, name: str) -> Row:
-        """A way by name."""
-        return next(row for row in self.rows if row.name == name)
-
-
-def seconds_of(way: Way) -> float:
-    """How long one call takes."""
+def seconds_of(method: Method) -> float:
+    """Duration of one call."""
     begin = time.perf_counter()
-    way()
+    method()
     return time.perf_counter() - begin
 
 
 def interleaved(
-    ways: Mapping[str, Way],
+    methods: Mapping[str, Method],
     rounds: int,
     before: Callable[[], None] = lambda: None,
     calls: Mapping[str, int] | None = None,
     settle: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Seconds of each way, taken in turns.
+    """Seconds per call of each method, measured in turns.
 
     Args:
-        ways: by name.
-        rounds: how often each.
-        before: called before each way, outside the time that is taken.
-        calls: how often to call a way in its turn, where it is too quick for one; the time is that of one call.
-        settle: seconds to wait before each way, which is then called once more outside the time that is taken. Threads
-            of another library go on looking for work for a while, and would take the cores from this one's.
+        methods: by name.
+        rounds: number of rounds.
+        before: called before each method's turn, untimed.
+        calls: calls per turn for methods that are too quick for one.
+        settle: seconds to sleep before each turn, followed by one untimed call: another library's threads spin for a
+            while after their work and would take the cores from this one's.
     """
-    names = list(ways)
+    names = list(methods)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         turn = number % len(names)
@@ -112,41 +64,17 @@ def interleaved(
             before()
             if settle:
                 time.sleep(settle)
-                ways[name]()
+                methods[name]()
             count = (calls or {}).get(name, 1)
             begin = time.perf_counter()
             for _ in range(count):
-                ways[name]()
+                methods[name]()
             times[name].append((time.perf_counter() - begin) / count)
     return times
 
 
-def rows_of(figures: Mapping[str, list[float]], baseline: str | None) -> list[Row]:
-    """Medians, quartiles and ratios of what was taken in rounds."""
-    rows = []
-    for name, values in figures.items():
-        low, middle, high = _quartiles(values)
-        ratio: tuple[float | None, ...] = (None, None, None)
-        if baseline is not None:
-            ratio = _quartiles([value / base for value, base in zip(values, figures[baseline], strict=True)])
-        rows.append(
-            Row(name=name, median=middle, low=low, high=high, ratio=ratio[1], ratio_low=ratio[0], ratio_high=ratio[2])
-        )
-    return rows
-
-
-def ratio_between(figures: Mapping[str, list[float]], name: str, other: str) -> float:
-    """Median over rounds of one way's figure by another's."""
-    return statistics.median(a / b for a, b in zip(figures[name], figures[other], strict=True))
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
-    return low, middle, high
-
-
 def missing(*modules: str) -> str:
-    """Optional packages that are not here, in words; empty if all are."""
+    """A sentence that names the optional packages that are not installed; empty if all are."""
     absent = []
     for name in modules:
         try:
@@ -158,31 +86,28 @@ def missing(*modules: str) -> str:
 
 @dataclass(kw_only=True, slots=True)
 class Benchmark:
-    """One program: its question, and what it found."""
+    """One program: its question and its findings."""
 
     name: str
     question: str
     quick: bool
     device: str
     out: Path
-    most: int | None = None
-    """Rounds at most."""
+    max_rounds: int | None = None
     comparisons: list[Comparison] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
     def add(self, comparison: Comparison) -> None:
-        """Keep a comparison, and print it."""
+        """Keep a comparison and print it."""
         self.comparisons.append(comparison)
-        from benchmarks.table import comparison_lines
-
         print("\n".join(["", *comparison_lines(comparison)]), flush=True)
 
     def rounds(self, number: int) -> int:
-        """So many rounds, one in a quick run, and no more than were allowed."""
-        return min(1 if self.quick else number, self.most or number)
+        """The number of rounds to run: one in a quick run, at most `max_rounds`."""
+        return min(1 if self.quick else number, self.max_rounds or number)
 
     def write(self) -> Path:
-        """Write what was found as JSON."""
+        """Write the findings as JSON."""
         value = {
             "name": self.name,
             "question": self.question,
@@ -204,23 +129,19 @@ class Benchmark:
 
 
 def run(name: str, question: str, measure: Callable[[Benchmark, Path], None]) -> None:
-    """A program's main: read the options, measure in a folder that goes afterwards, write the JSON."""
+    """A program's main: read the options, measure in a temporary folder, write the JSON."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, and do the ways agree?")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, where a network is evaluated")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
-    parser.add_argument("--rounds", type=int, metavar="N", help="so many rounds at most, on a machine that is busy")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that it runs and that methods agree")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for networks")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the JSON")
+    parser.add_argument("--rounds", type=int, metavar="N", help="at most N rounds, for a busy machine")
     options = parser.parse_args()
     bench = Benchmark(
-        name=name,
-        question=question,
-        quick=options.quick,
-        device=options.device,
-        out=options.out,
-        most=options.rounds,
-    )
+        name=name, question=question, quick=options.quick, device=options.device, out=options.out,
+        max_rounds=options.rounds,
+    )  # fmt: skip
     print(question)
-    keep_freed_memory()  # as all of advkd's commands do; the alternatives in this process gain by it too
+    keep_freed_memory()  # as all of advkd's commands do; the alternatives in this process gain from it too
     with scratch() as folder:
         measure(bench, folder)
     print(f"\n{bench.write()}")
@@ -228,7 +149,7 @@ def run(name: str, question: str, measure: Callable[[Benchmark, Path], None]) ->
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder on a real disk, where there is one: what lies in memory can't be cold."""
+    """A temporary folder, in $ADVKD_BENCH_FOLDER if set: it must be on a real disk, as tmpfs is never cold."""
     folder = Path(tempfile.mkdtemp(prefix="advkd-bench-", dir=os.environ.get("ADVKD_BENCH_FOLDER")))
     try:
         yield folder
@@ -236,8 +157,18 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def in_child(module: str, *arguments: object) -> dict[str, Any]:
+    """Run `python -m MODULE ARGUMENTS…` and return the JSON object on the last line of its output."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def machine(device: str) -> dict[str, Any]:
-    """What kind of machine this is; nothing that names it."""
+    """The kind of machine, without its name."""
     import torch
 
     found = {
@@ -260,15 +191,22 @@ def _processor() -> str:
 
 
 def wait_for(device: str) -> None:
-    """Let a GPU finish what it was told."""
+    """Wait until a GPU has finished its queue."""
     if device.startswith("cuda"):
         import torch
 
         torch.cuda.synchronize(device)
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether the device has bfloat16 instructions."""
+    import torch
+
+    return device != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def peak_megabytes() -> float:
-    """The most memory that this process ever had, in 10⁶ bytes."""
+    """Peak resident memory of this process in 10⁶ bytes."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
     import resource

@@ -1,4 +1,4 @@
-"""Networks and stores to measure with, made here: nothing is downloaded, weights are random."""
+"""Networks with random weights and synthetic stores; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from advkd.cache.format.layout import Layout, State
+from advkd.cache import CacheWriter, Layout, Recipe, State, TrajectoryCache
 from advkd.cache.format.noise import NOISE_RULE
-from advkd.cache.format.recipe import Recipe
-from advkd.cache.write.writer import CacheWriter
 from advkd.stages.teacher.diffusers_api import diffusers
 
-CIFAR: dict[str, Any] = {
+DIGITS_SHAPE = (1, 16, 16)
+CIFAR_SHAPE = (3, 32, 32)
+CIFAR_UNET: dict[str, Any] = {
     "act_fn": "silu",
     "attention_head_dim": None,
     "block_out_channels": [128, 256, 256, 256],
@@ -37,7 +37,7 @@ CIFAR: dict[str, Any] = {
 
 
 def tiny(size: int = 32, channels: int = 3, width: int = 8) -> dict[str, Any]:
-    """A network that costs next to nothing."""
+    """Options of a UNet that costs next to nothing."""
     return {
         "sample_size": size,
         "in_channels": channels,
@@ -51,7 +51,7 @@ def tiny(size: int = 32, channels: int = 3, width: int = 8) -> dict[str, Any]:
 
 
 def save_random(folder: Path, options: dict[str, Any]) -> Path:
-    """A pipeline folder with random weights, always the same."""
+    """A pipeline folder with random weights from a fixed seed."""
     torch.manual_seed(0)
     unet, scheduler = diffusers().UNet2DModel(**options), diffusers().DDPMScheduler(clip_sample=True)
     diffusers().DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
@@ -59,7 +59,7 @@ def save_random(folder: Path, options: dict[str, Any]) -> Path:
 
 
 def recipe_of(item_shape: tuple[int, ...]) -> Recipe:
-    """A recipe of made-up contents."""
+    """A recipe with invented contents."""
     sampler = {"name": "ddim", "steps": 50, "eta": 0.0, "deterministic": True, "config": {}, "timesteps": [3.0]}
     return Recipe(
         teacher={"tensors_sha256": "0" * 64, "unet": {}, "scheduler": {}},
@@ -88,7 +88,7 @@ def layout_of(num_states: int, block_size: int) -> Layout:
 
 
 def write_states(store: Path, states: dict[int, np.ndarray[Any, Any]], block_size: int) -> None:
-    """A store of given states, shape (N, C, H, W) each, N a multiple of the block size."""
+    """Write a store of the given states, shape (N, C, H, W) each; the block size divides N."""
     num_seeds, *item_shape = next(iter(states.values())).shape
     layout = layout_of(len(states), block_size)
     writer = CacheWriter.open(store, recipe_of(tuple(item_shape)), layout)
@@ -97,3 +97,15 @@ def write_states(store: Path, states: dict[int, np.ndarray[Any, Any]], block_siz
         for block in range(num_seeds // block_size):
             part = slice(block * block_size, (block + 1) * block_size)
             writer.commit(block, {step: values[part] for step, values in states.items()})
+
+
+def smooth_store(store: Path, item_shape: tuple[int, ...], num_states: int, num_seeds: int) -> TrajectoryCache:
+    """A store whose noise determines its images, so that there is something to learn."""
+    noise = np.random.default_rng(0).standard_normal((num_seeds, *item_shape), dtype=np.float32)
+    coarse = noise.reshape(num_seeds, item_shape[0], item_shape[1] // 4, 4, item_shape[2] // 4, 4).mean((3, 5))
+    image = np.tanh(4.0 * coarse).repeat(4, axis=2).repeat(4, axis=3)
+    angles = np.linspace(0.0, np.pi / 2, num_states)
+    steps = np.linspace(0, 50, num_states).round().astype(int)
+    states = {int(s): np.sin(a) * image + np.cos(a) * noise for s, a in zip(steps, angles, strict=True)}
+    write_states(store, {s: values.astype(np.float16) for s, values in states.items()}, num_seeds // 4)
+    return TrajectoryCache.open(store)

@@ -1,13 +1,13 @@
-"""Rate, error and speed of every codec of `advkd-cache pack`, on the default cache and on photographs' crops.
+"""Rate, error and speed of every codec of `advkd-cache pack`, on the default cache and on crops of photographs.
 
-    python benchmarks/pack.py --cache cache/digits.zarr --plot pack.png
+    python -m benchmarks.pack --cache cache/digits.zarr --plot pack.png
 
-Prints a table and draws rate against error. Bytes a value count all recorded states, x_T among them; errors are over
-the states that are coded (x_T has none). Speeds are megabytes of raw values a second of one core's time, in memory:
-coding with drawing x_T, without files, hashes and the packer's decoding; the best of some rounds.
+Prints a table and plots rate against error. Bytes per value cover all recorded states including x_T; errors cover the
+coded states (x_T is exact). Speeds are megabytes of raw values per second of one core, in memory: coding and drawing
+x_T, without files, hashes and the packer's verification; the best of several rounds.
 
-The photographs are scikit-learn's two, cut into 32×32 colour crops. Their trajectories are exact: DDIM through the
-posterior mean of the mixture of all crops as points, E[x_0 | x_t] = Σ softmax(−‖x_t − α x_i‖² / 2σ²) x_i.
+The photographs are scikit-learn's two, cut into 32×32 colour crops. Their trajectories are exact DDIM ones: the
+posterior mean of a mixture of all crops as points is E[x_0 | x_t] = Σ softmax(−‖x_t − α x_i‖² / 2σ²) x_i.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache import CacheWriter, Layout, Recipe, State, TrajectoryCache, standard_normal
-from advkd.cache.codec import standard as plain
+from advkd.cache import CacheWriter, Layout, State, TrajectoryCache, standard_normal
+from advkd.cache.codec import standard
 from advkd.cache.codec.state_codec import StateCodec
 from advkd.cache.format.encoding import STANDARD, Packing
-from advkd.cache.format.noise import NOISE_RULE
+from benchmarks.networks import recipe_of
 
 Values = npt.NDArray[Any]
 SIDE, FACTOR, NUM_CROPS, NUM_PHOTO_SEEDS, STEPS, RECORDED = 32, 4, 4096, 512, 50, 5
@@ -41,7 +41,7 @@ class Result:
     """One codec on one store."""
 
     name: str
-    bytes_a_value: float
+    bytes_per_value: float
     rms: float
     largest: float
     encode: float
@@ -49,7 +49,11 @@ class Result:
 
 
 def crops(rng: np.random.Generator) -> Values:
-    """Random crops of two photographs, four times smaller, half of them mirrored: float32, (n, 3, 32, 32), [−1, 1]."""
+    """Random crops of two photographs at a quarter of their size, half of them mirrored.
+
+    Returns:
+        float32, shape (n, 3, 32, 32), values in [−1, 1].
+    """
     from sklearn.datasets import load_sample_images
 
     photographs = [image.astype(np.float32) / 127.5 - 1 for image in load_sample_images().images]
@@ -80,20 +84,14 @@ def write_photographs(path: Path) -> None:
         x = (alphas[step + 1] * mean + sigmas[step + 1] / sigma * (x - alpha * mean)).astype(np.float32)
         if (step + 1) % (STEPS // RECORDED) == 0:
             kept[step + 1] = x
-    sampler = {"name": "ddim", "steps": STEPS, "eta": 0.0, "deterministic": True, "config": {}}
-    recipe = Recipe(
-        teacher={"tensors_sha256": "0" * 64, "unet": {}, "scheduler": {}},
-        sampler={**sampler, "timesteps": [float(t) for t in timesteps]},
-        precision={"compute": "float32", "tf32": False},
-        noise={"rule": NOISE_RULE, "root_seed": 0},
-        item_shape=shape,
-    )
     states = tuple(
         State(step=step, timestep=float([*timesteps, -1][step]), alpha=float(alphas[step] if step else 0.0),
               sigma=float(sigmas[step] if step else 1.0), scale=1.0)
         for step in kept
     )  # fmt: skip
-    writer = CacheWriter.open(path, recipe, Layout(states=states, dtype="float16", block_size=NUM_PHOTO_SEEDS))
+    writer = CacheWriter.open(
+        path, recipe_of(shape), Layout(states=states, dtype="float16", block_size=NUM_PHOTO_SEEDS)
+    )
     with writer.writing():
         writer.grow(range(NUM_PHOTO_SEEDS))
         writer.commit(0, {step: values.reshape(-1, *shape) for step, values in kept.items()})
@@ -104,8 +102,8 @@ def coders(cache: TrajectoryCache, packing: Packing) -> tuple[Callable[[Values],
     if not packing.is_predictive:
         shape = (cache.layout.block_size, *cache.item_shape)
         return (
-            lambda values: plain.encode(plain.round_mantissas(values, packing), packing),
-            lambda data: plain.decode(data, packing, cache.dtype, shape),
+            lambda values: standard.encode(standard.round_mantissas(values, packing), packing),
+            lambda data: standard.decode(data, packing, cache.dtype, shape),
         )
     encoder, decoder = (StateCodec(cache.recipe, cache.layout, packing, 0) for _ in range(2))
     begun = False
@@ -127,7 +125,7 @@ def measure(cache: TrajectoryCache, packing: Packing, name: str, rounds: int) ->
     exact = Packing.of(packing.codec, cache.layout.dtype, level=packing.parameters.get("level")) if (
         packing.codec in STANDARD) else packing  # fmt: skip
     for _ in range(rounds):
-        first_encode, first_decode = coders(cache, exact)  # plain codecs leave x_T as it is
+        first_encode, first_decode = coders(cache, exact)  # standard codecs keep x_T exactly
         encode, decode = coders(cache, packing) if packing is not exact else (first_encode, first_decode)
         began = time.process_time()
         coded = [first_encode(states[0]), *(encode(values) for values in states[1:])]
@@ -136,15 +134,13 @@ def measure(cache: TrajectoryCache, packing: Packing, name: str, rounds: int) ->
         decoded = [first_decode(coded[0]), *(decode(data) for data in coded[1:])]
         decoding = min(decoding, time.process_time() - began)
     assert decoded[0].tobytes() == states[0].tobytes()
-    apart = [
-        (one.astype(np.float64) - two.astype(np.float64)) for one, two in zip(decoded[1:], states[1:], strict=True)
-    ]
+    errors = [one.astype(np.float64) - two for one, two in zip(decoded[1:], states[1:], strict=True)]
     megabytes = sum(values.nbytes for values in states) / 1e6
     return Result(
         name=name,
-        bytes_a_value=sum(map(len, coded)) / sum(values.size for values in states),
-        rms=math.sqrt(float(np.mean([np.mean(one**2) for one in apart]))),
-        largest=max(float(np.abs(one).max()) for one in apart),
+        bytes_per_value=sum(map(len, coded)) / sum(values.size for values in states),
+        rms=math.sqrt(float(np.mean([np.mean(one**2) for one in errors]))),
+        largest=max(float(np.abs(one).max()) for one in errors),
         encode=megabytes / encoding,
         decode=megabytes / decoding,
     )
@@ -171,8 +167,8 @@ def curves(cache: TrajectoryCache) -> dict[str, list[Result]]:
 
 
 def main() -> None:
-    """Print the tables, draw the plot."""
-    parser = argparse.ArgumentParser(description="Rate, error and speed of every codec of `advkd-cache pack`.")
+    """Print the tables and save the plot."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pack", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cache", type=Path, default=Path("cache/digits.zarr"), help="the default experiment's cache")
     parser.add_argument("--plot", type=Path, default=Path("pack.png"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -192,20 +188,18 @@ def main() -> None:
         for panel, (title, path) in zip(panels, stores.items(), strict=True):
             cache = TrajectoryCache.open(path)
             print(f"\n{title}: {'×'.join(map(str, cache.item_shape))}, {len(cache.states)} states\n")
-            print(
-                "| codec | bytes a value | rms error | largest | encode MB/s | decode MB/s |\n|---|---|---|---|---|---|"
-            )
+            print("| codec | bytes per value | rms error | largest | encode MB/s | decode MB/s |\n" + "|---" * 6 + "|")
             for row in results(cache, arguments.rounds):
                 errors = f"{row.rms:.1e} | {row.largest:.1e}" if row.largest else "0 | 0"
-                print(f"| {row.name} | {row.bytes_a_value:.3f} | {errors} | {row.encode:.0f} | {row.decode:.0f} |")
+                print(f"| {row.name} | {row.bytes_per_value:.3f} | {errors} | {row.encode:.0f} | {row.decode:.0f} |")
             for codec, points in curves(cache).items():
-                panel.plot([p.rms for p in points], [p.bytes_a_value for p in points], "o-", label=codec)
+                panel.plot([p.rms for p in points], [p.bytes_per_value for p in points], "o-", label=codec)
             panel.set(xscale="log", title=title, xlabel="rms error of the coded states", ylim=(0, None))
             panel.grid(alpha=0.3)
-        panels[0].set_ylabel("bytes a value, all recorded states")
+        panels[0].set_ylabel("bytes per value, all recorded states")
         panels[0].legend()
         figure.savefig(arguments.plot, dpi=110)
-    print(f"\nlook: {arguments.plot}")
+    print(f"\nplot: {arguments.plot}")
 
 
 if __name__ == "__main__":

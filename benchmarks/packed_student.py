@@ -1,10 +1,10 @@
-"""Does a student that learns from an archive reach the score of one that learns from the raw cache?
+"""Does a student trained on an archive score as well as one trained on the raw cache?
 
-    python benchmarks/packed_student.py --config digits --cache cache/digits.zarr --max-error 0.00392
+    python -m benchmarks.packed_student --config digits --cache cache/digits.zarr --max-error 0.00392
 
-Packs the cache, trains the configuration's student on both, scores both by the evaluation's protocol (the same fresh
-sets of seeds, the raw cache's x_0 as reference), and prints the paired difference with its 95 % interval. `--steps`
-shortens the training; the whole takes a little more than twice the experiment's training and evaluation.
+Packs the cache, trains the configuration's student on both, scores both as the evaluation does (the same fresh sets of
+seeds, the raw cache's x_0 as reference) and prints the paired difference with its 95 % interval. `--steps` shortens the
+training. It takes a little more than twice the experiment's training and evaluation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from advkd.pipeline.config import load_experiment
 
 
 def run(name: str, *arguments: object) -> None:
-    """A command of this environment."""
+    """Run a command of this environment."""
     print(f"$ {name} {' '.join(map(str, arguments))}", flush=True)
     subprocess.run([Path(sys.executable).with_name(name), *map(str, arguments)], check=True)
 
@@ -33,12 +33,12 @@ def run(name: str, *arguments: object) -> None:
 def main() -> None:
     """Pack, train twice, score twice, compare."""
     parser = argparse.ArgumentParser(
-        description="The score of a student from an archive beside one from the raw cache."
+        prog="python -m benchmarks.packed_student", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--config", default="digits")
     parser.add_argument("--cache", type=Path, default=Path("cache/digits.zarr"))
     parser.add_argument("--max-error", type=float, default=1 / 255)
-    parser.add_argument("--steps", type=int, help="of training; the configuration's if not given")
+    parser.add_argument("--steps", type=int, help="training steps; default: the configuration's")
     parser.add_argument("--out", type=Path, default=Path("runs/packed-student"))
     arguments = parser.parse_args()
     config: dict[str, Any] = dataclasses.asdict(load_experiment(arguments.config))

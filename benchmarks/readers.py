@@ -1,11 +1,10 @@
-"""Ways to keep the noise and one state of many seeds, and to read random batches of them."""
+"""Ways to store the noise and one state per seed, and to read random batches of them."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,43 +16,44 @@ import torch
 import zarr
 from PIL import Image
 
-from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache import TrajectoryCache
 from benchmarks.networks import write_states
 
 Values = npt.NDArray[Any]
 Pair = tuple[Values, Values]
 STATES = (0, 50)
 CEILING, OURS = "two .npy files, np.memmap (the ceiling)", "advkd"
-FRESH = "advkd, first touch: every byte checked"
+FRESH = "advkd, first read: every byte checked"
+LMDB, ZARR = "LMDB, one value per seed", "Zarr's API on the same store"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """One way."""
+    """One way to store and read."""
 
     read: Callable[[Values], Pair]
     """Seeds → noise and state, float16, shape (n, C, H, W)."""
     files: list[Path]
     forget: Callable[[], None] = lambda: None
-    """Let go of pages that are mapped, so that they can be evicted."""
+    """Release mapped pages so that they can be evicted."""
     exact: bool = True
-    """Whether it gives the very values; PNG clips and rounds them."""
+    """Whether the values come back exactly; PNG clips and rounds them."""
 
 
 def make_readers(folder: Path, size: int, num_seeds: int, block_size: int) -> dict[str, Reader]:
-    """The same values in every way; those whose package is not here are left out."""
+    """The same values stored in every way whose package is installed."""
     generator = np.random.default_rng(0)
     shape = (num_seeds, 3, size, size)
     noise = generator.standard_normal(shape, dtype=np.float32).astype(np.float16)
     smooth = generator.uniform(-1.0, 1.0, (num_seeds, 3, size // 8, size // 8)).astype(np.float32)
     state = (smooth.repeat(8, axis=2).repeat(8, axis=3) + 0.05 * noise).clip(-1, 1).astype(np.float16)
     readers = {CEILING: _memmap(folder / "npy", noise, state), OURS: _ours(folder / "a.zarr", noise, state, block_size)}
-    readers["Zarr's API on the same store"] = _zarr_on_ours(folder / "a.zarr")
+    readers[ZARR] = _zarr_on_ours(folder / "a.zarr")
     readers["Zarr, blosc chunks of 64"] = _zarr_blosc(folder / "blosc.zarr", noise, state)
     with contextlib.suppress(ImportError):
-        readers["LMDB, a value a seed"] = _lmdb(folder / "lmdb", noise, state)
-    readers["a PNG per state"] = _png(folder / "png", noise, state)
-    readers["a .pt per seed"] = _torch(folder / "pt", noise, state)
+        readers[LMDB] = _lmdb(folder / "lmdb", noise, state)
+    readers["one PNG per state"] = _png(folder / "png", noise, state)
+    readers["one .pt per seed"] = _torch(folder / "pt", noise, state)
     return readers
 
 
@@ -80,7 +80,7 @@ def _ours(store: Path, noise: Values, state: Values, block_size: int) -> Reader:
 
     def forget() -> None:
         for step in STATES:
-            window = cache._rows_of(step)._window  # there is no public way: nobody else wants this
+            window = cache._rows_of(step)._window  # private: only a benchmark needs it
             if window is not None:
                 window._reserved.madvise(4)
 
@@ -88,7 +88,7 @@ def _ours(store: Path, noise: Values, state: Values, block_size: int) -> Reader:
 
 
 def first_touch(store: Path) -> Reader:
-    """Ours, with a store that was just opened, so that nothing of it was checked."""
+    """Ours on a freshly opened store, of which nothing has been checked."""
     opened: list[TrajectoryCache] = []
 
     def read(seeds: Values) -> Pair:
@@ -177,20 +177,31 @@ def _torch(folder: Path, noise: Values, state: Values) -> Reader:
     return Reader(read=read, files=_files(folder))
 
 
+def random_batches(reader: Reader, num_seeds: int, batch: int) -> Callable[[], None]:
+    """A method that reads another random batch on each call."""
+    generator = np.random.default_rng(2)
+
+    def read_batch() -> None:
+        noise, state = reader.read(generator.integers(0, num_seeds, batch))
+        assert len(noise) == len(state) == batch
+
+    return read_batch
+
+
 def check_agreement(readers: dict[str, Reader], num_seeds: int) -> str:
-    """Compare one batch of every reader with the ceiling's; what was seen, in words."""
+    """Compare one batch of every reader with the ceiling's; returns the finding as a sentence."""
     seeds = np.random.default_rng(1).integers(0, num_seeds, 32)
     expected = readers[CEILING].read(seeds)
     for name, reader in readers.items():
         for found, wanted in zip(reader.read(seeds), expected, strict=True):
             apart = np.abs(found.astype(np.float32) - wanted.astype(np.float32).clip(-1, 1) if not reader.exact else 0)
             if (reader.exact and found.tobytes() != wanted.tobytes()) or apart.max() > 1 / 120:
-                raise SystemExit(f"{name} reads other values")
-    return "All ways give the same bytes; PNG's are within its eighth bit after clipping."
+                raise SystemExit(f"{name} reads different values")
+    return "All methods give the same bytes; PNG's agree to 8 bits after clipping."
 
 
 def evict(readers: dict[str, Reader]) -> None:
-    """Put everything out of memory that was read or written: what a data set larger than memory does by itself."""
+    """Drop every file from the page cache, as a data set larger than memory does by itself."""
     os.sync()
     for reader in readers.values():
         reader.forget()
@@ -200,8 +211,3 @@ def evict(readers: dict[str, Reader]) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
-
-
-def clear(folder: Path) -> None:
-    """Remove what was made, before the next size."""
-    shutil.rmtree(folder, ignore_errors=True)

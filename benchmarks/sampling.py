@@ -1,4 +1,4 @@
-"""Stage one beside the bare loop that a user would write."""
+"""Stage one compared with the bare loop that a user would write."""
 
 from __future__ import annotations
 
@@ -18,25 +18,16 @@ from advkd.stages.teacher.build.build import begin_store
 from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.sample.sampling import initial_noise
-from benchmarks.harness import (
-    Benchmark,
-    Comparison,
-    Target,
-    interleaved,
-    ratio_between,
-    rows_of,
-    run,
-    seconds_of,
-    wait_for,
-)
-from benchmarks.networks import CIFAR, layout_of, save_random, tiny, write_states
+from benchmarks.comparison import Comparison, Target, ratio_between, rows_of
+from benchmarks.harness import Benchmark, has_bfloat16, interleaved, run, seconds_of, wait_for
+from benchmarks.networks import CIFAR_SHAPE, CIFAR_UNET, layout_of, save_random, tiny, write_states
 
 STEPS = 10
 OURS, BARE = "advkd, recording 11 states", "bare loop, recording nothing"
 
 
 class Bare:
-    """diffusers' own loop, as its documentation has it."""
+    """diffusers' own loop, as in its documentation."""
 
     def __init__(self, folder: Path, noise: np.ndarray[Any, Any], device: str, dtype: torch.dtype) -> None:
         from diffusers import DDIMScheduler, UNet2DModel
@@ -59,7 +50,7 @@ class Bare:
         return kept
 
     def pictures(self, folder: Path) -> None:
-        """One PNG a state, as the method's published code keeps them."""
+        """One PNG per state, as in the method's published code."""
         for step, x in enumerate(self.states()):
             values = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             for number, image in enumerate(values):
@@ -67,14 +58,14 @@ class Bare:
                 Image.fromarray(image).save(folder / f"{number}/{step}.png")
 
     def files(self, folder: Path) -> None:
-        """One `.pt` a trajectory."""
+        """One `.pt` per trajectory."""
         folder.mkdir(exist_ok=True)
         for number, trajectory in enumerate(torch.stack(self.states(), dim=1).half().cpu()):
             torch.save(trajectory.clone(), folder / f"{number}.pt")
 
 
 class Ours:
-    """Stage one's own functions: sample a block, commit it."""
+    """Stage one's own functions: sample a block and commit it."""
 
     def __init__(self, folder: Path, store: Path, batch: int, device: str, precision: str) -> None:
         config = CacheConfig(
@@ -85,7 +76,7 @@ class Ours:
         begin_store(self.plan)
         self.states: dict[int, Any] = {}
         self.seconds: list[tuple[float, float]] = []
-        """Of sampling, and of writing, which a build does beside the next block's sampling; here it doesn't."""
+        """Sampling, then writing; a build writes while it samples the next block, this class does not."""
 
     def __call__(self) -> None:
         """Sample and commit."""
@@ -98,19 +89,14 @@ class Ours:
 
 
 def seconds_to_commit(store: Path, block_size: int) -> float:
-    """Of one block of 11 states: rounding, hashing, writing, reading back, waiting for the disk."""
+    """Round, hash, write, read back and sync one block of 11 states."""
     states = layout_of(STEPS + 1, block_size).states
-    values = np.random.default_rng(0).standard_normal((block_size, 3, 32, 32), dtype=np.float32)
+    values = np.random.default_rng(0).standard_normal((block_size, *CIFAR_SHAPE), dtype=np.float32)
     return seconds_of(lambda: write_states(store, {state.step: values for state in states}, block_size))
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether the device has instructions for it."""
-    return device != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def peak_flops(device: str) -> float:
-    """Floating-point operations a second of the commonest convolution alone, 256 channels at 16×16."""
+    """FLOP/s of the most frequent convolution alone, 256 channels at 16×16."""
     x = torch.randn(8, 256, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(256, 256, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
     times = []
@@ -124,13 +110,13 @@ def peak_flops(device: str) -> float:
 
 
 def measure(bench: Benchmark, folder: Path) -> None:
-    """Both precisions, one after the other in each round."""
+    """Both precisions, in turns."""
     batch = 2 if bench.quick else 32 if bench.device == "cpu" else 256
-    teacher = save_random(folder / "teacher", tiny() if bench.quick else CIFAR)
-    noise = initial_noise(0, range(batch), (3, 32, 32), "float16")
+    teacher = save_random(folder / "teacher", tiny() if bench.quick else CIFAR_UNET)
+    noise = initial_noise(0, range(batch), CIFAR_SHAPE, "float16")
     bare = Bare(teacher, noise, bench.device, torch.float32)
     ours = {"float32": Ours(teacher, folder / "a.zarr", batch, bench.device, "float32")}
-    ways: dict[str, Any] = {
+    methods: dict[str, Any] = {
         BARE: bare.states,
         OURS: ours["float32"],
         "bare loop, a PNG per state": lambda: bare.pictures(folder / "png"),
@@ -139,16 +125,16 @@ def measure(bench: Benchmark, folder: Path) -> None:
     half = "bfloat16" if bench.device == "cpu" else "float16"
     if bench.device != "cpu" or has_bfloat16(bench.device):
         ours[half] = Ours(teacher, folder / "b.zarr", batch, bench.device, half)
-        ways[f"{OURS}, {half}"] = ours[half]
+        methods[f"{OURS}, {half}"] = ours[half]
     if bench.device != "cpu":
-        ways[f"{BARE}, {half}"] = Bare(teacher, noise, bench.device, torch.float16).states
-    for way in ways.values():
-        way()
+        methods[f"{BARE}, {half}"] = Bare(teacher, noise, bench.device, torch.float16).states
+    for method in methods.values():
+        method()
     reference = torch.stack(bare.states()).float().cpu().numpy()
-    times = interleaved(ways, bench.rounds(3))
+    times = interleaved(methods, bench.rounds(3))
     own = np.stack([ours["float32"].states[step] for step in range(STEPS + 1)])
     apart = float(np.abs(own - reference).max())
-    if apart > 5e-3:  # sums are taken in another order, by the memory's and the threads'; ten steps amplify it
+    if apart > 5e-3:  # memory layout and threads change the order of sums; ten steps amplify that
         raise SystemExit(f"the states differ from the bare loop's by {apart:.1e}")
     sampling, writing = (statistics.median(values) for values in zip(*ours["float32"].seconds, strict=True))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -163,18 +149,23 @@ def measure(bench: Benchmark, folder: Path) -> None:
         unit="s",
         baseline=BARE,
         rows=rows_of({name: values for name, values in times.items() if half not in name}, BARE),
-        agreement=f"All {STEPS + 1} states are the bare loop's to {apart:.1e}.",
-        note=f"Of its time here {writing:.3f} s go into writing {batch} seeds as a block of their own, after they were "
-        f"sampled. A build has blocks of {block} seeds, for which writing is {share:.2%} of sampling, and does it "
-        f"beside the next block's sampling. The limit is arithmetic: {flops / 1e9:,.0f} GFLOP/s of the "
-        f"{limit / 1e9:,.0f} that the commonest convolution reaches alone; convolutions are three quarters of the "
-        "time, attention's products and normalisation the rest. The gain over the bare loop is channels-last memory, "
-        "in which oneDNN needs no copies.",
+        agreement=f"All {STEPS + 1} states agree with the bare loop's to {apart:.1e}.",
+        note=f"Writing a block of {batch} seeds after sampling it takes {writing:.3f} s of this. A build's blocks have "
+        f"{block} seeds; there writing takes {share:.2%} of the time of sampling, and overlaps with the next block's. "
+        f"The limit is arithmetic: {flops / 1e9:,.0f} GFLOP/s of the {limit / 1e9:,.0f} that the most frequent "
+        "convolution reaches alone; convolutions take three quarters of the time, attention's products and "
+        "normalisation the rest. The gain over the bare loop comes from channels-last memory, in which oneDNN needs "
+        "no copies.",
     )
     target = 0.95 if bench.device == "cpu" else 0.6
     comparison.targets = [
-        Target(what="stage one by the bare loop, float32", found=ratio_between(times, OURS, BARE), limit=target),
-        Target(what="recording's share of stage one", found=share, limit=0.01),
+        Target(
+            what="stage one / bare loop, seconds, float32",
+            found=ratio_between(times, OURS, BARE),
+            limit=target,
+            headline="Building a cache: time relative to a bare diffusers loop that keeps nothing",
+        ),
+        Target(what="writing / sampling, seconds", found=share, limit=0.01),
     ]
     bench.add(comparison)
     if half in ours:
@@ -184,7 +175,7 @@ def measure(bench: Benchmark, folder: Path) -> None:
 
 
 def add_half(bench: Benchmark, times: dict[str, list[float]], ours: dict[str, Ours], half: str) -> None:
-    """The same in half precision, and how far its states are."""
+    """The same in half precision, and the distance of its states."""
     name = f"{OURS}, {half}"
     apart = {
         step: float(np.sqrt(np.mean((ours[half].states[step] - ours["float32"].states[step]) ** 2)))
@@ -200,20 +191,20 @@ def add_half(bench: Benchmark, times: dict[str, list[float]], ours: dict[str, Ou
             rows=rows_of(chosen, base),
             targets=[
                 Target(
-                    what=f"stage one in {half} by the bare loop" + (" in float32" if bench.device == "cpu" else ""),
+                    what=f"stage one in {half} / bare loop{' in float32' if bench.device == 'cpu' else ''}, seconds",
                     found=ratio_between(times, name, base),
                     limit=0.55 if bench.device == "cpu" else 0.6,
                 )
             ],
-            agreement=f"Root mean square by which its states differ from float32's, after 0 to {STEPS} steps: "
+            agreement=f"RMS difference of its states from float32's after 0 to {STEPS} steps: "
             + " ".join(f"{value:.1e}" for value in apart.values()) + ".",
-            note="Twice the arithmetic an instruction; normalisation, attention's softmax and memory don't double: on "
-            "the CPU of 2026-11-23 convolutions are 65 % of it, attention 17 %, normalisation 9 %. In batches of 8 it "
-            "was 0.53 to 0.56: weights are laid out anew for every call, whatever the batch. Laying them out once gave "
-            "0.50 to 0.52 there, nothing in batches of a build's size, and was left.",
+            note="Each instruction does twice the arithmetic, but normalisation, softmax and memory do not double: on "
+            "the CPU of 2026-11-23 convolutions take 65 %, attention 17 %, normalisation 9 %. Batches of 8 gave 0.53 "
+            "to 0.56, because every call reorders the weights; reordering them once gave 0.50 to 0.52 there and "
+            "nothing at a build's batch size, so it was left out.",
         )
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    run("sampling", "Stage one: how fast is recording beside a bare diffusers loop?", measure)
+    run("sampling", "Stage one: how fast is recording compared with a bare diffusers loop?", measure)

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Benchmark, Comparison, Target, interleaved, rows_of, run, seconds_of
+from benchmarks.comparison import Comparison, Target, rows_of
+from benchmarks.harness import ROOT, Benchmark, interleaved, run, seconds_of
 from benchmarks.networks import write_states
 
-ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
 BARE, TORCH, HELP, INFO = "python -c pass", "python -c 'import torch'", "advkd-cache --help", "advkd-cache info"
-NOTHING, CHANGED = "dvc repro, nothing to do", "the same after every file's time changed"
+NOTHING, CHANGED = "dvc repro, nothing to do", "the same after every file's mtime changed"
 HASHES = """
 import sys
 import dvc_data.hashfile.hash as hashing
 found, original = [], hashing.file_md5
 def counted(path, fs, *arguments, **keywords):
-    if "local" in fs.protocol:  # lists of folders are hashed in memory
+    if "local" in fs.protocol:  # listings of folders are hashed in memory
         found.append(path)
     return original(path, fs, *arguments, **keywords)
 hashing.file_md5 = counted
@@ -33,22 +33,22 @@ code = main(["repro", "--quiet"])
 print(len(found))
 sys.exit(code)
 """
-"""A `dvc repro` that says how many files it hashed."""
+"""A `dvc repro` that prints how many files it hashed."""
 
 
 def command(*parts: object, folder: Path = ROOT) -> Callable[[], None]:
-    """A process, its output thrown away."""
+    """A method that runs a process and discards its output."""
 
-    def way() -> None:
+    def call() -> None:
         subprocess.run(
             [str(part) for part in parts], cwd=folder, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL
         )
 
-    return way
+    return call
 
 
 def pipeline(folder: Path, num_bytes: int) -> Path:
-    """A finished DVC pipeline of three stages whose store has as many bytes, in files of 15 MB."""
+    """A finished DVC pipeline of three stages whose store has `num_bytes` bytes in files of 15 MB."""
     folder.mkdir()
     command("git", "init", "--quiet", folder=folder)()
     command("dvc", "init", "--quiet", folder=folder)()
@@ -85,15 +85,15 @@ def measure(bench: Benchmark, folder: Path) -> None:
     """The command line, then DVC."""
     store = folder / "a.zarr"
     write_states(store, {step: np.zeros((256, 3, 32, 32), np.float16) for step in (0, 50)}, 64)
-    ways = {
+    methods = {
         BARE: command(sys.executable, "-c", "pass"),
         HELP: command(BIN / "advkd-cache", "--help"),
         INFO: command(BIN / "advkd-cache", "info", store),
         TORCH: command(sys.executable, "-c", "import torch"),
     }
-    for way in ways.values():
-        way()
-    times = interleaved(ways, bench.rounds(9))
+    for method in methods.values():
+        method()
+    times = interleaved(methods, bench.rounds(9))
     more = {
         name: float(np.median([a - b for a, b in zip(times[name], times[BARE], strict=True)])) for name in (HELP, INFO)
     }
@@ -104,19 +104,19 @@ def measure(bench: Benchmark, folder: Path) -> None:
             baseline=BARE,
             rows=rows_of(times, BARE),
             targets=[
-                Target(what=f"{name}: seconds more than the bare interpreter", found=value, limit=0.3)
+                Target(what=f"{name}: seconds beyond the bare interpreter", found=value, limit=0.3)
                 for name, value in more.items()
             ],
-            note="Neither imports torch, zarr or diffusers. What is left is NumPy (half of it) and click; the limit is "
-            "the bare interpreter.",
+            note="Neither imports torch, zarr or diffusers. NumPy takes half of the rest, click most of the other "
+            "half; the limit is the bare interpreter.",
         )
     )
     here = pipeline(folder / "pipeline", 1_000_000 if bench.quick else 600_000_000)
     nothing = command("dvc", "repro", "--quiet", folder=here)
-    ways = {BARE: command(sys.executable, "-c", "pass"), "import dvc": command(sys.executable, "-c", "import dvc.repo"),
-            NOTHING: nothing}  # fmt: skip
+    importing = command(sys.executable, "-c", "import dvc.repo")
+    methods = {BARE: methods[BARE], "import dvc": importing, NOTHING: nothing}
     nothing()
-    times = interleaved(ways, bench.rounds(5))
+    times = interleaved(methods, bench.rounds(5))
     hashed = subprocess.run(
         [sys.executable, "-c", HASHES], cwd=here, env=ENVIRONMENT, check=True, capture_output=True, text=True
     )
@@ -132,10 +132,10 @@ def measure(bench: Benchmark, folder: Path) -> None:
             rows=rows_of(times, BARE),
             targets=[
                 Target(what="dvc repro with nothing to do, seconds", found=float(np.median(times[NOTHING])), limit=3.0),
-                Target(what="data files that it hashes again", found=number, limit=0),
+                Target(what="data files that dvc repro hashes again", found=number, limit=0),
             ],
-            note=f"It hashed {number} files. Nearly all of it is DVC's own imports; what it does then is a look at "
-            "each file's time and size. The last row shows what hashing everything takes.",
+            note=f"It hashed {number} files. Nearly all of the time goes into DVC's own imports; then it compares each "
+            "file's mtime and size. The last row shows the cost of hashing everything.",
         )
     )
 

@@ -1,4 +1,4 @@
-"""Results as Markdown: `table.md` for people, and the README's part of it."""
+"""Results as Markdown: the whole table, and the rows that the README quotes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Comparison, Row, Target
+from benchmarks.comparison import Comparison, Row, Target
+
+PROGRAMS = ("sampling", "recording", "reading", "cold", "training", "student", "startup", "growth", "workers")
+"""In the order in which `make bench` runs them and the table lists them."""
 
 _SCALES = {"s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")), "MB": ((1.0, "MB"),), "%": ((0.01, "%"),)}
 
 
 def figure(value: float, unit: str) -> str:
-    """A number with its unit, three digits."""
+    """A number with its unit, to three digits."""
     for scale, name in _SCALES.get(unit, ((1.0, unit),)):
         if abs(value) >= scale or name == _SCALES.get(unit, ((1.0, unit),))[-1][1]:
             return f"{_digits(value / scale)} {name}".rstrip()
@@ -43,11 +46,11 @@ def _target(target: Target) -> str:
 
 def comparison_lines(comparison: Comparison) -> list[str]:
     """A comparison as Markdown."""
-    beside = f"by {comparison.baseline}" if comparison.baseline else ""
+    relative = f"÷ {comparison.baseline}" if comparison.baseline else ""
     lines = [
         f"### {comparison.title}",
         "",
-        f"| way | median | quartiles | {beside} |",
+        f"| method | median | quartiles | {relative} |",
         "|---|---|---|---|",
         *(_row(row, comparison.unit) for row in comparison.rows),
         "",
@@ -62,16 +65,14 @@ def comparison_lines(comparison: Comparison) -> list[str]:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results in a folder, in the programs' order."""
-    from benchmarks.__main__ import PROGRAMS
-
+    """All results in a folder, in the order of `PROGRAMS`."""
     order = {name: place for place, name in enumerate(PROGRAMS)}
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     return sorted(found, key=lambda result: (order.get(result["name"], len(order)), result["device"]))
 
 
 def comparisons_of(result: dict[str, Any]) -> list[Comparison]:
-    """What a program found, from its JSON."""
+    """A program's comparisons from its JSON."""
     return [
         Comparison(
             title=item["title"],
@@ -96,8 +97,8 @@ def machine_words(result: dict[str, Any]) -> str:
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
-    """All that was found, as Markdown."""
-    lines = ["# What was measured", "", "Made by `make bench`; the programs are in `benchmarks/`.", ""]
+    """All results as Markdown."""
+    lines = ["# Benchmark results", "", "Written by `make bench`; the programs are in `benchmarks/`.", ""]
     for result in results:
         quick = " (a quick run: its figures mean nothing)" if result["quick"] else ""
         lines += [f"## {result['question']}", ""]
@@ -108,15 +109,16 @@ def table(results: Iterable[dict[str, Any]]) -> str:
 
 
 def summary(results: Iterable[dict[str, Any]]) -> str:
-    """The targets alone, as the README quotes them."""
+    """What the README quotes: the targets with a headline, and all that were missed."""
     results = list(results)
     lines = ["| measured | found | target |", "|---|---|---|"]
     for result in results:
         where = "" if result["device"] == "cpu" else f" ({result['device']})"
         for comparison in comparisons_of(result):
             for target in comparison.targets:
-                sign = "≤" if target.at_most else "≥"
-                found = _digits(target.found) if target.met else f"{_digits(target.found)} (missed)"
-                lines.append(f"| {target.what}{where} | {found} | {sign} {target.limit:g} |")
+                if target.headline or not target.met:
+                    found = _digits(target.found) if target.met else f"{_digits(target.found)} (missed)"
+                    limit = f"{'≤' if target.at_most else '≥'} {target.limit:g}"
+                    lines.append(f"| {target.headline or target.what}{where} | {found} | {limit} |")
     words = sorted({machine_words(result) for result in results})
     return "\n".join([*lines, "", f"({'; '.join(words)}.)"]) + "\n"

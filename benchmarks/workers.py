@@ -1,4 +1,4 @@
-"""Building with one and two processes, and what a block costs dask's scheduler."""
+"""Building with one and two processes, and the cost of a block in dask's scheduler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from typing import Any
 from advkd.stages.teacher.build import workers
 from advkd.stages.teacher.build.tasks import Request
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from benchmarks.harness import Benchmark, Comparison, Row, Target, ratio_between, rows_of, run
+from benchmarks.comparison import Comparison, Target, ratio_between, row_of, rows_of
+from benchmarks.harness import ROOT, Benchmark, run
 from benchmarks.networks import save_random, tiny
 
 BIN = Path(sys.executable).parent
@@ -28,7 +29,7 @@ TWO, BUILDERS = "--workers 2, one thread each", "two builders, one thread each"
 def rate(
     teacher: Path, store: Path, work: dict[str, Any], builders: int, threads: int, flags: tuple[str, ...]
 ) -> float:
-    """Blocks a second of a build, by the moments at which blocks were committed."""
+    """Blocks per second of a build, from the times at which blocks were committed."""
     settings = [f"--{name}={value}" for name, value in work.items()]
     command = [str(BIN / "advkd-cache"), "build", "--teacher", str(teacher), "--out", str(store), *settings, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
@@ -40,11 +41,11 @@ def rate(
         _, error = process.communicate()
         if process.returncode:
             raise SystemExit(error)
-    return blocks_a_second(store)
+    return blocks_per_second(store)
 
 
-def blocks_a_second(store: Path) -> float:
-    """The rate while everybody was at work: after each process' first block, and until one has no more."""
+def blocks_per_second(store: Path) -> float:
+    """The rate while all processes worked: from the last process's first commit to the first process's last."""
     commits: dict[int, list[float]] = {}
     for path in (store / "blocks").glob("*.json"):
         maker = json.loads((store / f"provenance/block-{path.stem}.json").read_bytes())["pid"]
@@ -53,7 +54,7 @@ def blocks_a_second(store: Path) -> float:
     between = sum(begin < moment <= end for moments in commits.values() for moment in moments)
     if between:
         return between / (end - begin)
-    everything = sorted(moment for moments in commits.values() for moment in moments)  # somebody came too late
+    everything = sorted(moment for moments in commits.values() for moment in moments)  # a process started too late
     return (len(everything) - 1) / (everything[-1] - everything[0])
 
 
@@ -62,20 +63,18 @@ def nothing(request: Request, block: int) -> str:
     return "made"
 
 
-def scheduler_costs(num_tasks: int) -> dict[str, float]:
-    """Seconds of processor time that a block's task costs: the scheduler's and the client's."""
+def scheduler_costs(address_file: Path, num_tasks: int) -> dict[str, float]:
+    """Processor seconds per block's task of scheduler and client, and wall seconds from one to the next."""
     from distributed import Client
 
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
-    address_file = Path(os.environ["ADVKD_BENCH_SCHEDULER"])
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    scheduler = subprocess.Popen([*command, "--scheduler-file", str(address_file)], cwd=root, env=environment, **quiet)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    scheduler = subprocess.Popen([*command, "--scheduler-file", str(address_file)], cwd=ROOT, env=environment, **quiet)
     worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(address_file)]
     others = [
         subprocess.Popen(
-            [*worker, "--nthreads", "1", "--no-nanny", "--no-dashboard"], cwd=root, env=environment, **quiet
+            [*worker, "--nthreads", "1", "--no-nanny", "--no-dashboard"], cwd=ROOT, env=environment, **quiet
         )
         for _ in range(2)
     ]
@@ -100,9 +99,9 @@ def scheduler_costs(num_tasks: int) -> dict[str, float]:
                 assert made == number
                 own = after.ru_utime + after.ru_stime - before[1].ru_utime - before[1].ru_stime
                 costs = {
-                    "the scheduler's processor": (processor_seconds(scheduler.pid) - before[0]) / number,
-                    "the command's processor": own / number,
-                    "from one to the next": wall / number,
+                    "scheduler, processor time": (processor_seconds(scheduler.pid) - before[0]) / number,
+                    "command, processor time": own / number,
+                    "wall time from one block to the next": wall / number,
                 }
             return costs
     finally:
@@ -113,7 +112,7 @@ def scheduler_costs(num_tasks: int) -> dict[str, float]:
 
 
 def processor_seconds(process: int) -> float:
-    """User and system time that a process has taken."""
+    """User and system time of a process."""
     times = importlib.import_module("psutil").Process(process).cpu_times()
     return float(times.user + times.system)
 
@@ -125,15 +124,15 @@ def measure(bench: Benchmark, folder: Path) -> None:
     steps = 2 if bench.quick else 10
     work: dict[str, Any] = {"seeds": f"0:{blocks * size}", "steps": steps, "record": steps}
     work |= {"block-size": size, "batch-size": size}
-    ways: dict[str, dict[str, Any]] = {
+    methods: dict[str, dict[str, Any]] = {
         ALONE: {"builders": 1, "threads": 1, "flags": ()},
         THREADS: {"builders": 1, "threads": 2, "flags": ()},
         TWO: {"builders": 1, "threads": 2, "flags": ("--workers=2",)},
         BUILDERS: {"builders": 2, "threads": 1, "flags": ()},
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in methods}
     for number in range(bench.rounds(3)):
-        for place, (name, options) in enumerate(ways.items()):
+        for place, (name, options) in enumerate(methods.items()):
             store = folder / f"{number}-{place}.zarr"
             rates[name].append(size * rate(teacher, store, work, **options))
             shutil.rmtree(store)
@@ -148,27 +147,26 @@ def measure(bench: Benchmark, folder: Path) -> None:
                 Target(what=f"efficiency of {name}", found=efficiency[name], limit=0.9, at_most=False)
                 for name in (TWO, BUILDERS)
             ],
-            agreement=f"Every way commits the same {blocks} blocks; that their bytes are the same is tested.",
-            note=f"Two threads in one process: {efficiency[THREADS]:.2f}. The limit is 1 where each process has a core "
-            "to itself; both share memory bandwidth and the last cache. Rates are taken while all processes are at "
-            "work, so that starting and loading the teacher don't count.",
+            agreement=f"Every method commits the same {blocks} blocks; a test compares their bytes.",
+            note=f"Two threads in one process: {efficiency[THREADS]:.2f}. The limit is 1 if each process has a core to "
+            "itself; both share memory bandwidth and the last-level cache. Rates cover the time in which all processes "
+            "work, without starting and loading the teacher.",
         )
     )
-    os.environ["ADVKD_BENCH_SCHEDULER"] = str(folder / "scheduler.json")
-    costs = scheduler_costs(200 if bench.quick else 5000)
-    cost = costs["the scheduler's processor"]
+    costs = scheduler_costs(folder / "scheduler.json", 200 if bench.quick else 5000)
+    cost = costs["scheduler, processor time"]
     bench.add(
         Comparison(
-            title="a block that takes no time, on a dask cluster of two workers here",
+            title="a block that takes no time, on a local dask cluster of two workers",
             unit="s",
             baseline=None,
-            rows=[Row(name=name, median=value, low=value, high=value) for name, value in costs.items()],
-            targets=[Target(what="scheduler's time a block, ms", found=cost * 1e3, limit=5.0)],
-            note=f"One scheduler passes {1 / cost:,.0f} blocks a second on a core: a thousand workers are kept busy by "
-            f"blocks that take {1000 * cost:.1f} s or more.",
+            rows=[row_of(name, [value]) for name, value in costs.items()],
+            targets=[Target(what="scheduler time per block, ms", found=cost * 1e3, limit=5.0)],
+            note=f"One scheduler handles {1 / cost:,.0f} blocks per second on a core: it keeps a thousand workers busy "
+            f"if a block takes {1000 * cost:.1f} s or more.",
         )
     )
 
 
 if __name__ == "__main__":
-    run("workers", "Many workers: what do processes give, and what does a block cost the scheduler?", measure)
+    run("workers", "Workers: how much faster are two processes, and what does a block cost the scheduler?", measure)

@@ -21,10 +21,12 @@ from advkd.stages.student.training.data import Batch
 from advkd.stages.student.unrolled.config import AdversarialConfig
 from advkd.stages.student.unrolled.network import UnrolledStudent
 from advkd.stages.student.unrolled.program import UnrolledProgram
-from benchmarks.__main__ import PROGRAMS, readme_part
-from benchmarks.harness import RESULTS, Comparison, Target, interleaved, ratio_between, rows_of
-from benchmarks.table import comparison_lines, comparisons_of, read_results, summary, table
-from benchmarks.training import DIGITS, NaiveProgram, smooth_store
+from benchmarks.__main__ import readme_part
+from benchmarks.comparison import Comparison, Target, ratio_between, rows_of
+from benchmarks.harness import RESULTS, interleaved
+from benchmarks.networks import DIGITS_SHAPE, smooth_store
+from benchmarks.table import PROGRAMS, comparison_lines, comparisons_of, read_results, summary, table
+from benchmarks.training import NaiveProgram
 from tests.conftest import ROOT
 
 SLOW = ("workers",)
@@ -56,7 +58,7 @@ def test_a_program_runs_its_ways_agree_and_it_says_what_it_found(name: str, tmp_
 
 def test_our_training_step_teaches_what_the_naive_loop_does(tmp_path: Path) -> None:
     """The critic first, then the student against it: of one pass as of two."""
-    cache = smooth_store(tmp_path / "s.zarr", DIGITS, 6, 64)
+    cache = smooth_store(tmp_path / "s.zarr", DIGITS_SHAPE, 6, 64)
     config = load_experiment("smoke").train
     adversarial = AdversarialConfig(weight=0.5, start=0.0, fresh=4, penalty_every=1)
     config = replace(config, steps=4, objective=replace(config.objective, adversarial=adversarial))
