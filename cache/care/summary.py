@@ -129,6 +129,10 @@ def origin_of(cache: TrajectoryCache) -> dict[str, Any]:
     """Where the teacher came from, as the store's first builder recorded it."""
     try:
         value = unseal(cache.source.read("provenance/store.json"))["teacher"]
-        return {key: str(value[key])[:200] for key in ("source", "commit", "license") if value.get(key)}
+        return {
+            key: str(value[key])[:200]
+            for key in ("source", "commit", "license", "unet", "variant", "scheduler")
+            if value.get(key)
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -97,5 +97,5 @@ def _candidates(named: str | None, experiment: Experiment | None, cache: Traject
     if named:
         return [TeacherConfig(source=named)]
     known = origin_of(cache)
-    recorded = [TeacherConfig(source=known["source"], revision=known.get("commit"))] if "source" in known else []
+    recorded = [TeacherConfig.recorded(known)] if "source" in known else []
     return [*([experiment.teacher] if experiment else []), *recorded]

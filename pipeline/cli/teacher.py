@@ -28,13 +28,16 @@ def main(config: str | None, overrides: tuple[str, ...], out: Path | None) -> No
     from advkd.pipeline.dvc import check_teacher_not_again, runs_under_dvc
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.pretrain.config import SOURCE_NOTE
+    from advkd.stages.teacher.config import PARTS
 
     experiment = load_experiment(config, overrides)
     folder = out or experiment.teacher_folder
     if runs_under_dvc():
         check_teacher_not_again(folder, experiment)
     if experiment.pretrain is None:
-        write_json(folder / SOURCE_NOTE, dataclasses.asdict(experiment.teacher))
+        known = dataclasses.asdict(experiment.teacher)
+        # Parts that are not configured stay out, so that notes written before there were any keep their bytes.
+        write_json(folder / SOURCE_NOTE, {key: known[key] for key in known if key not in PARTS or known[key]})
         click.echo(f"{experiment.name}: nothing to train, the teacher is {experiment.teacher.source}")
         return
     from advkd.stages.pretrain.run import pretrain

@@ -15,7 +15,6 @@ from advkd.stages.teacher.load.network import Teacher
 
 LARGE_BATCH = 64
 """Images that are timed together, beside one alone."""
-TIMESTEP = 500
 MIN_REPEATS, MAX_REPEATS = 3, 15
 SECONDS_OF_TIMING = 2.0
 SETTLE_SECONDS = 0.05
@@ -83,7 +82,7 @@ def compare_costs(
     evaluations: dict[str, Callable[[int], Tensor]] = {"student": lambda batch: student(images_of(batch))}
     if teacher is not None:
         modules["teacher"] = teacher.unet
-        timestep = torch.tensor(TIMESTEP, device=device)
+        timestep = torch.tensor(teacher.num_timesteps // 2, device=device)
         evaluations["teacher"] = lambda batch: teacher.predict(images_of(batch), timestep)
     latency = {batch: interleaved_latency(evaluations, batch) for batch in sorted({1, large_batch})}
     costs = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from advkd.cache.errors import ConfigError
 from advkd.cache.format.layout import DTYPES
 
+PARTS = ("unet", "variant", "scheduler")
+"""Keys of `TeacherConfig` that say which files of a pipeline to load."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 SPACINGS = ("trailing", "leading", "linspace")
 
@@ -19,6 +22,18 @@ class TeacherConfig:
     """A folder saved by diffusers, or a Hub id such as `google/ddpm-cifar10-32`."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    unet: str | None = None
+    """The UNet's sub-folder if it is not `unet`, such as `unet_ema`."""
+    variant: str | None = None
+    """Which of the saved weights to load, such as `fp16`."""
+    scheduler: str | None = None
+    """A scheduler_config.json, or a folder that holds it, for a folder with a UNet only."""
+
+    @classmethod
+    def recorded(cls, origin: Mapping[str, str]) -> TeacherConfig:
+        """What loads the teacher of a store again, from what its provenance says about it."""
+        parts = {key: origin[key] for key in PARTS if key in origin}
+        return cls(source=origin["source"], revision=origin.get("commit"), **parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

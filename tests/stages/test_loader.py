@@ -1,31 +1,40 @@
 """Teachers: every usual layout is loaded, and what can't be sampled from is refused by name."""
 
+import fnmatch
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from advkd.cache.errors import TeacherError, UsageError
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.teacher.build.block import sample_block
 from advkd.stages.teacher.build.build import build
-from advkd.stages.teacher.build.plan import make_plan
+from advkd.stages.teacher.build.plan import make_plan, measure_evaluation
+from advkd.stages.teacher.build.recompute import plan_of
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
+from advkd.stages.teacher.load.network import Teacher
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         ({"sample_size": [8, 16]}, "8×16; expected square"),
-        ({"sample_size": None}, "expected square"),
+        ({"sample_size": None}, "no sample_size"),
         ({"_class_name": "UNet2DConditionModel"}, "is a UNet2DConditionModel"),
-        ({"out_channels": 2}, "1 channels in, 2 out"),
+        ({"out_channels": 2}, "1 channels in, 2 out .*variance"),
+        ({"in_channels": 2}, "2 channels in, 1 out .*conditioned on an image"),
         ({"num_class_embeds": 10}, "conditioned on a class"),
-        ({"block_out_channels": [8, 12]}, "can't be loaded"),
+        ({"block_out_channels": [8, 12]}, r"don't fit its UNet's configuration .*\d+ mismatched keys"),
         ({"block_out_channels": []}, "can't be loaded"),
         ({"norm_num_groups": 0}, "can't be loaded"),
-        ({"in_channels": "x", "out_channels": "x"}, "which can't be"),
+        ({"in_channels": "x", "out_channels": "x"}, "x×8×8; expected up to"),
+        ({"sample_size": 7}, "can't evaluate an image of 1×7×7 .*expected a multiple of 2"),
     ],
 )
 def test_unusable_networks_are_refused(
@@ -97,6 +106,206 @@ def test_impossible_schedulers_are_refused(pipeline_folder: Path, tmp_path: Path
     with pytest.raises((TeacherError, UsageError)):
         build(make_plan(TeacherConfig(source=str(folder)), SamplerConfig(steps=4), cache, tmp_path / "a.zarr"))
     assert not (tmp_path / "a.zarr").exists()
+
+
+TINY = {
+    "sample_size": 32,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+CPU = torch.device("cpu")
+
+
+def saved(folder: Path, *, scheduler: dict[str, object] | None = None, half: bool = False, **options: Any) -> Path:
+    """A colour pipeline with attention; `options` of the UNet, or of `save_pretrained`."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    how = {key: options.pop(key) for key in ("variant", "max_shard_size") if key in options}
+    unet = UNet2DModel(**{**TINY, **options})
+    pipeline = DDPMPipeline(unet=unet.half() if half else unet, scheduler=DDPMScheduler(**scheduler or {}))
+    pipeline.save_pretrained(folder, **how)
+    return folder
+
+
+def load(folder: Path, **parts: str) -> Teacher:
+    return load_teacher(TeacherConfig(source=str(folder), **parts), CPU)
+
+
+def test_sharded_weights_are_the_same_teacher(tmp_path: Path) -> None:
+    whole, sharded = saved(tmp_path / "a"), saved(tmp_path / "b", max_shard_size="100KB")
+    assert len(list((sharded / "unet").glob("*.safetensors"))) > 2
+    assert load(sharded).identity() == load(whole).identity()
+    next((sharded / "unet").glob("*-00002-of-*")).unlink()
+    with pytest.raises(TeacherError, match=r"index\.json names 'diffusion_pytorch_model-00002-of"):
+        load(sharded)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", max_shard_size="100KB")
+    other = saved(tmp_path / "b") / "unet/diffusion_pytorch_model.safetensors"
+    index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
+    for name in (str(other), "../../b/unet/diffusion_pytorch_model.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
+        with pytest.raises(TeacherError, match="not beside it"):
+            load(folder)
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}])
+def test_a_variant_is_loaded_when_it_is_named(tmp_path: Path, shards: dict[str, str]) -> None:
+    folder = saved(tmp_path / "a", half=True, variant="fp16", **shards)
+    with pytest.raises(TeacherError, match=r"teacher\.variant.* fp16"):
+        load(folder)
+    with pytest.raises(TeacherError, match=r"no diffusion_pytorch_model\.ema\.safetensors.* fp16"):
+        load(folder, variant="ema")
+    assert load(folder, variant="fp16").parts == {"variant": "fp16"}
+
+
+def test_half_precision_weights_are_hashed_as_they_were_saved(tmp_path: Path) -> None:
+    """The page's rule, applied to the file: the same weights in another precision are other tensors."""
+    from safetensors.torch import load_file
+
+    identities = []
+    for name, half in (("half", True), ("full", False)):
+        folder = saved(tmp_path / name, half=half)
+        stored = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+        total = hashlib.sha256()
+        for key in sorted(stored):
+            total.update(f"{key} {stored[key].dtype} {list(stored[key].shape)}\n".encode())
+            total.update(stored[key].numpy().tobytes())
+        teacher = load(folder)
+        assert teacher.tensors_sha256 == total.hexdigest()
+        assert {parameter.dtype for parameter in teacher.unet.parameters()} == {torch.float32}
+        identities.append(teacher.tensors_sha256)
+    assert len(set(identities)) == 2
+
+
+def test_weights_are_those_that_diffusers_loads(tmp_path: Path) -> None:
+    """Also under the names that attention layers had before, as in google/ddpm-cifar10-32."""
+    from diffusers import UNet2DModel
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(tmp_path / "a")
+    today, path = load(folder), folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        weights = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in weights.items()}
+    assert any(".query." in name for name in weights)
+    save_file(weights, path)
+    theirs = UNet2DModel.from_pretrained(folder / "unet").state_dict()
+    ours = load(folder)
+    assert ours.identity() == today.identity()
+    assert list(theirs) == list(ours.unet.state_dict())
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.unet.state_dict().items())
+
+
+def test_parts_lie_where_the_configuration_says(pipeline_folder: Path, tmp_path: Path) -> None:
+    whole = load(pipeline_folder)
+    folder = shutil.copytree(pipeline_folder, tmp_path / "a")
+    (folder / "unet").rename(folder / "unet_ema")
+    with pytest.raises(TeacherError, match=r"teacher\.unet.* \(unet_ema\)"):
+        load(folder)
+    assert load(folder, unet="unet_ema").identity() == whole.identity()
+    alone = shutil.copytree(pipeline_folder / "unet", tmp_path / "alone")
+    with pytest.raises(TeacherError, match=r"no scheduler in it.*teacher\.scheduler"):
+        load(alone)
+    for scheduler in (
+        pipeline_folder,
+        pipeline_folder / "scheduler",
+        pipeline_folder / "scheduler/scheduler_config.json",
+    ):
+        assert load(alone, scheduler=str(scheduler)).identity() == whole.identity()
+    with pytest.raises(TeacherError, match="no scheduler at nowhere"):
+        load(alone, scheduler="nowhere")
+    (folder / "model_index.json").unlink()
+    assert load(folder, unet="unet_ema").identity() == whole.identity()
+
+
+def test_a_store_remembers_its_teachers_parts(pipeline_folder: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(pipeline_folder / "unet", tmp_path / "alone")
+    teacher = TeacherConfig(source=str(alone), scheduler=str(pipeline_folder))
+    cache = CacheConfig(seeds="0:8", record=2, block_size=8, batch_size=8, device="cpu")
+    build(make_plan(teacher, SamplerConfig(steps=2), cache, tmp_path / "a.zarr"))
+    again = plan_of(TrajectoryCache.open(tmp_path / "a.zarr"), None, 8, "cpu")
+    assert again.teacher.parts == {"scheduler": str(pipeline_folder)}
+
+
+def test_home_is_where_a_tilde_points(pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(pipeline_folder, tmp_path / "mine")
+    assert load(Path("~/mine")).identity() == load(pipeline_folder).identity()
+
+
+def test_latent_pipelines_are_refused_by_name(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
+
+    LDMPipeline(vqvae=VQModel(), unet=UNet2DModel(**TINY), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "a")
+    with pytest.raises(TeacherError, match=r"latents of its vqvae, not pixels .*LDMPipeline.*VQModel.*pixel-space"):
+        load(tmp_path / "a")
+    (tmp_path / "a/model_index.json").unlink()  # the folder beside the UNet says it too
+    with pytest.raises(TeacherError, match="latents of its vqvae"):
+        load(tmp_path / "a")
+
+
+def test_a_pipeline_without_a_unet_is_named_as_what_it_is(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pipeline_folder, tmp_path / "a")
+    (folder / "unet").rename(folder / "transformer")
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(TeacherError, match=r"no UNet in it .it is a DiTPipeline: transformer DiTTransformer2DModel"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("num_timesteps", "spacing"), [(1000, "trailing"), (100, "leading")])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun"])
+def test_learned_time_embeddings_take_whole_timesteps(
+    tmp_path: Path, sampler: str, num_timesteps: int, spacing: str
+) -> None:
+    """Euler and Heun hand floats; few timesteps are as good as many."""
+    embedding = {"time_embedding_type": "learned", "num_train_timesteps": num_timesteps}
+    folder = saved(tmp_path / "a", scheduler={"num_train_timesteps": num_timesteps}, sample_size=8, **embedding)
+    cache = CacheConfig(seeds="0:2", record=2, block_size=2, device="cpu")
+    teacher = TeacherConfig(source=str(folder))
+    plan = make_plan(teacher, SamplerConfig(name=sampler, steps=5, spacing=spacing), cache, tmp_path / "a.zarr")
+    assert measure_evaluation(plan, repeats=1) > 0.0
+    sample_block(plan, 0)
+    if sampler != "ddim":
+        with pytest.raises(TeacherError, match=r"one embedding per timestep.*fractional"):
+            make_plan(teacher, SamplerConfig(name=sampler, steps=7, spacing="linspace"), cache, tmp_path / "a.zarr")
+
+
+def test_an_embedding_that_ends_before_the_scheduler_is_one_line(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", sample_size=8, time_embedding_type="learned", num_train_timesteps=100)
+    with pytest.raises(TeacherError, match="can't evaluate an image of 3×8×8 at timestep 999"):
+        load(folder)
+
+
+def test_the_hub_is_asked_for_what_is_needed(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the JSON of a pipeline, then only its network's weights, of the same commit."""
+    asked = []
+
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision, allow_patterns))
+        for path in pipeline_folder.rglob("*"):
+            name = path.relative_to(pipeline_folder).as_posix()
+            if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / "0123abc" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "0123abc" / name)
+        return str(tmp_path / "0123abc")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    teacher = load_teacher(TeacherConfig(source="some/teacher", revision="main"), CPU)
+    assert (teacher.commit, teacher.identity()) == ("0123abc", load(pipeline_folder).identity())
+    assert asked == [
+        ("some/teacher", "main", ["*.json", "README.md"]),
+        ("some/teacher", "0123abc", ["unet/diffusion_pytorch_model*.safetensors"]),
+    ]
 
 
 def test_a_flat_repository_loads_as_older_ones_are_laid_out(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def describe(cache: TrajectoryCache, identity: dict[str, Any], split: SeedSplit)
 
 def _without_places(origin: dict[str, Any]) -> dict[str, Any]:
     """A teacher from the Hub by its name, one from a folder without the way to it on the machine that built."""
+    origin = {key: value for key, value in origin.items() if key != "scheduler" or not PurePath(value).is_absolute()}
     source = origin.get("source")
     if source is None or "commit" in origin or not PurePath(source).is_absolute():
         return origin

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from advkd.cache.errors import UsageError
+from advkd.cache.errors import TeacherError, UsageError
 from advkd.cache.files.durable import holds_something
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.metadata import read_metadata
@@ -116,6 +116,7 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
     recorded = check_request(sampler, config, store)
     loaded = load_teacher(teacher, best_device(config.device), config.precision)
     scheduler = make_scheduler(loaded.scheduler_config, sampler)
+    check_timesteps(loaded, sampler, scheduler.timesteps)
     states = trajectory_states(sampler, scheduler)
     recipe = Recipe(
         teacher=loaded.identity(),
@@ -126,6 +127,20 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
     )
     layout = Layout(states=tuple(states[step] for step in recorded), dtype=config.dtype, block_size=config.block_size)
     return Plan(teacher=loaded, sampler=sampler, config=config, writer=CacheWriter(store, recipe, layout))
+
+
+def check_timesteps(teacher: Teacher, sampler: SamplerConfig, timesteps: torch.Tensor) -> None:
+    """Check that the teacher can be evaluated wherever the sampler does.
+
+    Raises:
+        TeacherError: it has an embedding per timestep, and the sampler visits timesteps between them.
+    """
+    if teacher.only_whole_timesteps and not bool((timesteps == timesteps.round()).all()):
+        raise TeacherError(
+            f"teacher {teacher.source}: it learned one embedding per timestep, and {sampler.name} with spacing "
+            f"{sampler.spacing!r} and {sampler.steps} steps visits fractional ones; expected whole timesteps: choose "
+            "spacing trailing or leading, or ddim"
+        )
 
 
 def check_disk(plan: Plan, num_blocks: int) -> None:
@@ -150,7 +165,7 @@ def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
     batch = min(plan.config.batch_size, plan.layout.block_size)
     x = torch.zeros(batch, *plan.recipe.item_shape, device=plan.device)
     x = x.contiguous(memory_format=plan.teacher.memory_format)
-    timestep = torch.tensor(500, device=plan.device)
+    timestep = torch.tensor(plan.teacher.num_timesteps // 2, device=plan.device)
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
@@ -182,6 +197,6 @@ def origin(plan: Plan) -> dict[str, Any]:
     """What the store's provenance says about the teacher and the sampler."""
     teacher = plan.teacher
     return {
-        "teacher": {"source": teacher.source, "commit": teacher.commit, "license": teacher.license},
+        "teacher": {"source": teacher.source, "commit": teacher.commit, "license": teacher.license, **teacher.parts},
         "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing, "eta": plan.sampler.eta},
     }

@@ -54,7 +54,7 @@ def plan_of(cache: TrajectoryCache, teacher: TeacherConfig | None, batch_size: i
         known = origin_of(cache)
         if "source" not in known:
             raise UsageError(f"{cache.address} doesn't say where its teacher came from: give --teacher")
-        teacher = TeacherConfig(source=known["source"], revision=known.get("commit"))
+        teacher = TeacherConfig.recorded(known)
     sampler = sampler_of(recipe)
     config = CacheConfig(
         seeds=f"0:{layout.block_size}",

@@ -1,8 +1,14 @@
-"""Finding a teacher's files: in a folder or on the Hub, nested as diffusers saves them or flat as it used to."""
+"""Finding a teacher's files: in a folder or on the Hub, nested as diffusers saves them or flat as it used to.
+
+Only JSON, safetensors and the model card are read: a pipeline from someone else never executes code.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +16,60 @@ from advkd.cache.errors import TeacherError
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.diffusers_api import first_line
 
+_WEIGHTS = "diffusion_pytorch_model"
+_VARIANT = re.compile(rf"{_WEIGHTS}\.(\w+?)(-\d+-of-\d+)?\.safetensors")
+_UNET_CONFIG, _SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
 
-def find_folder(config: TeacherConfig) -> tuple[Path, str | None]:
-    """The pipeline's folder, and its commit if the Hub had it.
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFiles:
+    """A teacher's files on this machine."""
+
+    unet_config: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    weights: tuple[Path, ...]
+    """Safetensors files that together hold all tensors."""
+    commit: str | None
+    """Of the Hub's repository, if it came from there."""
+    license: str | None
+    """As the model card names it, if there is one."""
+
+
+def find_files(config: TeacherConfig) -> TeacherFiles:
+    """Find a teacher's files, downloading them if it is on the Hub.
 
     Raises:
-        TeacherError: there is no such folder, and the Hub doesn't give one.
+        TeacherError: it is missing, incomplete, unreachable, or not a pixel-space pipeline with a UNet.
     """
-    folder = Path(config.source)
-    if folder.is_dir():
+    folder, commit = _find_folder(config, ["*.json", "README.md"])
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    _check_pipeline(folder, index, config.source)
+    unet = _part(folder, config.unet or "unet", _UNET_CONFIG, index, config)
+    if config.scheduler is None:
+        scheduler = _part(folder, "scheduler", _SCHEDULER_CONFIG, index, config) / _SCHEDULER_CONFIG
+    else:
+        scheduler = _separate_scheduler(Path(config.scheduler).expanduser(), config.source)
+    if commit is not None:  # only now, and only this part: other parts and variants may be large
+        subfolder = "" if unet == folder else f"{unet.relative_to(folder).as_posix()}/"
+        _find_folder(config, [f"{subfolder}{_WEIGHTS}*.safetensors"], commit)
+    return TeacherFiles(
+        unet_config=read_json(unet / _UNET_CONFIG),
+        scheduler_config=read_json(scheduler),
+        weights=_weights(unet, config),
+        commit=commit,
+        license=_license_of(folder),
+    )
+
+
+def local_folder(source: str) -> Path | None:
+    """A teacher's folder on this machine; None if `source` names none."""
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _find_folder(config: TeacherConfig, patterns: list[str], commit: str | None = None) -> tuple[Path, str | None]:
+    folder = local_folder(config.source)
+    if folder is not None:
         return folder, None
     parts = config.source.split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
@@ -27,7 +78,7 @@ def find_folder(config: TeacherConfig) -> tuple[Path, str | None]:
 
     try:
         snapshot = huggingface_hub.snapshot_download(
-            config.source, revision=config.revision, allow_patterns=["*.json", "*.safetensors", "README.md"]
+            config.source, revision=commit or config.revision, allow_patterns=patterns
         )
     except Exception as error:  # the Hub's client raises its own, requests', httpx' and OS errors
         raise TeacherError(
@@ -36,7 +87,77 @@ def find_folder(config: TeacherConfig) -> tuple[Path, str | None]:
     return Path(snapshot), Path(snapshot).name
 
 
-def license_of(folder: Path) -> str | None:
+def _check_pipeline(folder: Path, index: Mapping[str, Any], source: str) -> None:
+    """Refuse a pipeline whose network denoises something else than pixels."""
+    for autoencoder in ("vae", "vqvae"):
+        if autoencoder in index or (folder / autoencoder).is_dir():
+            raise TeacherError(
+                f"teacher {source}: it denoises the latents of its {autoencoder}, not pixels{_in_words(index)}; "
+                "expected a pixel-space pipeline, such as a DDPMPipeline: latent teachers come in a later version"
+            )
+
+
+def _in_words(index: Mapping[str, Any]) -> str:
+    """What model_index.json says that a pipeline is."""
+    if not index:
+        return ""
+    parts = ", ".join(f"{part} {value[1]}" for part, value in index.items() if isinstance(value, list) and value[1:])
+    return f" (it is a {index.get('_class_name')}: {parts or 'no parts'})"
+
+
+def _part(folder: Path, name: str, config_file: str, index: Mapping[str, Any], config: TeacherConfig) -> Path:
+    """A pipeline's part, in its sub-folder or, as in older repositories, at the root."""
+    flat = [folder] if name in ("unet", "scheduler") else []
+    for candidate in (folder / name, *flat):
+        if (candidate / config_file).is_file():
+            return candidate
+    if name == "scheduler":
+        what, hint = "scheduler", "`teacher.scheduler: PATH` names one that lies elsewhere"
+    else:
+        others = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{_UNET_CONFIG}"))) or "there is none"
+        what, hint = "UNet", f"`teacher.unet: FOLDER` names another of its folders ({others})"
+    raise TeacherError(
+        f"teacher {config.source}: no {what} in it{_in_words(index)}; expected {name}/{config_file}, as "
+        f"DDPMPipeline.save_pretrained writes: {hint}"
+    )
+
+
+def _separate_scheduler(path: Path, source: str) -> Path:
+    for candidate in (path, path / _SCHEDULER_CONFIG, path / "scheduler" / _SCHEDULER_CONFIG):
+        if candidate.is_file():
+            return candidate
+    raise TeacherError(
+        f"teacher {source}: no scheduler at {path}; expected {_SCHEDULER_CONFIG}, or a folder that holds it "
+        "(teacher.scheduler)"
+    )
+
+
+def _weights(unet: Path, config: TeacherConfig) -> tuple[Path, ...]:
+    """The weights' file, or all shards that an index names."""
+    variant = f".{config.variant}" if config.variant else ""
+    whole, index = unet / f"{_WEIGHTS}{variant}.safetensors", unet / f"{_WEIGHTS}.safetensors.index{variant}.json"
+    if whole.is_file():
+        return (whole,)
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        names = {str(name) for name in shards.values()} if isinstance(shards, Mapping) else {""}
+        absent = sorted(name for name in names if Path(name).name != name or not (unet / name).is_file())
+        if absent:
+            raise TeacherError(f"teacher {config.source}: {index.name} names {absent[0]!r}, which is not beside it")
+        return tuple(unet / name for name in sorted(names))
+    found = sorted(path.name for path in unet.glob(f"{_WEIGHTS}*"))
+    variants = {match[1] for name in found if (match := _VARIANT.fullmatch(name))}
+    advice = "only safetensors are loaded: save the pipeline again with safe_serialization=True"
+    if config.variant or variants:
+        known = ", ".join(sorted(variants)) or "none"
+        advice = f"`teacher.variant` chooses a variant; there are: {known}"
+    there = ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+    raise TeacherError(
+        f"teacher {config.source}: no {whole.name} in its UNet folder, which has {there or 'no weights'}; {advice}"
+    )
+
+
+def _license_of(folder: Path) -> str | None:
     """The licence in a model card's front matter."""
     import yaml
 
@@ -48,17 +169,6 @@ def license_of(folder: Path) -> str | None:
         return None
     named = value.get("license") if isinstance(value, dict) else None
     return str(named)[:80] if named else None
-
-
-def component(folder: Path, name: str, config_file: str, source: str) -> Path:
-    """A pipeline's part, in its sub-folder or, as in older repositories, at the root."""
-    for candidate in (folder / name, folder):
-        if (candidate / config_file).is_file():
-            return candidate
-    kind = {"unet": "UNet", "scheduler": "scheduler"}[name]
-    raise TeacherError(
-        f"teacher {source}: no {kind} in it (expected {name}/{config_file}, as DDPMPipeline.save_pretrained writes)"
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

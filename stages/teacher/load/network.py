@@ -27,7 +27,8 @@ class Teacher:
     """What its model card names, where it has one."""
     tensors_sha256: str = ""
     """Of the weights as they were saved, whatever precision they are used in."""
-
+    parts: dict[str, str] = field(default_factory=dict)
+    """Where its files differ from what a pipeline has by default: `unet`, `variant`, `scheduler` of `TeacherConfig`."""
     memory_format: torch.memory_format = torch.contiguous_format
     """How the network's convolutions like their inputs in memory."""
 
@@ -36,8 +37,20 @@ class Teacher:
         """Where the network is."""
         return next(self.unet.parameters()).device
 
+    @property
+    def num_timesteps(self) -> int:
+        """T: how many timesteps it was trained with."""
+        return int(self.scheduler_config.get("num_train_timesteps", 1000))
+
+    @property
+    def only_whole_timesteps(self) -> bool:
+        """Whether it learned one embedding per timestep, so that there is nothing between two of them."""
+        return self.config.get("time_embedding_type") == "learned"
+
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """One network evaluation in the network's own precision; float32 in and out, shape (B, C, H, W)."""
+        if self.only_whole_timesteps:  # Euler's and Heun's are floats; `check_timesteps` has seen that they are whole
+            timestep = timestep.long()
         parameter = next(self.unet.parameters())
         return self.unet(x.to(parameter.dtype), timestep).sample.float()  # type: ignore[no-any-return]
 
