@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from advkd.cache import TrajectoryCache
 from advkd.cache.format.encoding import Packing
 from advkd.cache.write.pack import pack
 from tests.cache.packs import FIRST_GOLDEN, GOLDEN, write_smooth
+from tests.conftest import ROOT
 
+PAGE = (ROOT / "docs/cache-format.md").read_text()
 F = np.float32
 Values = npt.NDArray[np.float32]
 PHASES = [(0, 0, 4), (2, 2, 4), (0, 2, 4), (2, 0, 4), (1, 1, 2), (0, 1, 2), (1, 0, 2)]
@@ -45,9 +48,9 @@ def neighbours(y: int, x: int, stride: int) -> list[list[tuple[int, int]]]:
     return [[(0, -h), (0, h)], [(-h, 0), (h, 0)]]
 
 
-def step_of(max_error: float) -> np.float32:
+def step_of(max_error: float, dtype: str = "float16") -> np.float32:
     bounds = [max_error]
-    for power in range(-24, -6):
+    for power in range(-24, -6) if dtype == "float16" else range(-40, -19):
         u = 2.0**power
         if u <= 2 * max_error:
             bounds.append((max_error // u + 0.5) * u)
@@ -157,6 +160,20 @@ def crc(data: bytes) -> bytes:
         for _ in range(8):
             value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
     return (value ^ 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def test_the_pages_vectors_hold() -> None:
+    """The page's reader agrees with the ledger's hashes below, so these are what it decodes."""
+    (vectors,) = re.findall(r"```text packed vectors\n(.*?)```", PAGE, re.S)
+    for line in vectors.splitlines():
+        match line.split():
+            case [max_error, dtype, bits]:
+                assert f"{int(step_of(float(max_error), dtype).view(np.uint32)):08x}" == bits
+            case [store, state, block, digest]:
+                record = json.loads((ROOT / f"tests/data/{store}/blocks/{int(block):06d}.json").read_bytes())
+                assert record["arrays"][f"states/{state}"]["raw"]["sha256"][:16] == digest
+            case _:
+                raise AssertionError(line)
 
 
 @pytest.mark.parametrize("golden", [FIRST_GOLDEN, GOLDEN])
