@@ -80,9 +80,9 @@ def _ours(store: Path, noise: Values, state: Values, block_size: int) -> Reader:
 
     def forget() -> None:
         for step in STATES:
-            window = cache._rows_of(step)._window  # private: only a benchmark needs it
-            if window is not None:
-                window._reserved.madvise(4)
+            mapped = cache._rows_of(step)._mapped  # private: only a benchmark needs it
+            if mapped is not None:
+                mapped._reserved.madvise(4)
 
     return Reader(read=lambda seeds: (cache.rows(0, seeds), cache.rows(50, seeds)), files=_files(store), forget=forget)
 

@@ -1,7 +1,7 @@
 """A local scratch folder for chunks of remote stores, named by their content.
 
-A chunk that is there under its sha256 was checked when it came, and is mapped from there like a local one; stores that
-share blocks share it. Removing the folder loses nothing.
+A chunk is checked when it is fetched, then mapped like a local one. Stores that share blocks share its files. The
+folder may be removed at any time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from advkd.cache.format.ledger import ArrayRecord
 from advkd.cache.format.source import Source
 
 SPARE_BYTES = 64 << 20
+"""Free space to leave on the disk."""
 
 
 def default_scratch() -> Path:
     """`ADVKD_SCRATCH`, else `advkd` in the user's cache folder."""
-    told = os.environ.get("ADVKD_SCRATCH")
-    if told:
-        return Path(told)
+    chosen = os.environ.get("ADVKD_SCRATCH")
+    if chosen:
+        return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advkd"
 
 
@@ -36,7 +37,7 @@ class Scratch:
         self.folder = folder
 
     def path(self, record: ArrayRecord) -> Path:
-        """Where a chunk of that content is, or would be."""
+        """Path for a chunk of that content, whether it is there or not."""
         return self.folder / record.sha256[:2] / record.sha256
 
     def holds(self, record: ArrayRecord) -> bool:
@@ -47,10 +48,10 @@ class Scratch:
             return False
 
     def fetch(self, chunk: str, record: ArrayRecord) -> Path:
-        """Bring a chunk here unless it is, and check it.
+        """Fetch a chunk unless it is there, and check it.
 
         Raises:
-            DamagedError: the remote has other bytes than its ledger says, or none.
+            DamagedError: the remote file is missing or differs from its ledger.
         """
         path = self.path(record)
         if self.holds(record):
@@ -67,7 +68,7 @@ class Scratch:
     def fetch_all(
         self, chunks: Sequence[tuple[str, ArrayRecord]], fetched: Callable[[int], None] = lambda num_bytes: None
     ) -> None:
-        """Bring many chunks here, after a look at the disk.
+        """Fetch many chunks, after checking that the disk has room.
 
         Raises:
             UsageError: they don't fit.
@@ -78,7 +79,7 @@ class Scratch:
         free = shutil.disk_usage(self.folder).free
         if needed and needed + SPARE_BYTES > free:
             raise UsageError(
-                f"{self._source.address}: the chosen states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
+                f"{self._source.address}: the chosen states need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
                 f"in {self.folder}: choose fewer states or seeds, or another folder with ADVKD_SCRATCH"
             )
         for chunk, record in wanted:

@@ -1,4 +1,4 @@
-"""A cache's chunk files: opened with care, mapped once, each segment checked against the ledger when first touched."""
+"""A cache's chunk files: opened safely, mapped once, each segment checked against the ledger at its first use."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from advkd.cache.format.records import Records
 from advkd.cache.format.source import Source
 from advkd.cache.format.zarr_metadata import CRC_BYTES
 from advkd.cache.read.chunk_cache import Scratch
-from advkd.cache.read.mapping import ReadAhead, Window
+from advkd.cache.read.mapping import MappedFiles, ReadAhead
 
 MAX_MAPPED_FILES = 4096
-"""Of one state; a Linux process may map 65,530 altogether."""
+"""Per state; a Linux process may have 65,530 maps by default."""
 MAX_MAPPED_BYTES = 1 << 40
-"""Of one state: address space, not memory."""
+"""Per state: address space, not memory."""
 Bytes = npt.NDArray[np.uint8]
 Seeds = npt.NDArray[np.int64]
 Checked = npt.NDArray[np.bool_]
 _NOT_READY = -(1 << 62)
 _Identity = tuple[int, int, int]
-"""Device, inode and time of change of a file: what was checked of another doesn't count for it."""
+"""Device, inode and modification time of a file: a replaced file is checked again."""
 
 
 class ChunkFiles:
-    """Where the chunk files are: in the store's folder, or brought to a scratch folder."""
+    """Access to chunk files: in the store's folder, or fetched to a scratch folder."""
 
     def __init__(self, source: Source, scratch: Scratch | None) -> None:
         self.address = source.address
@@ -62,7 +62,7 @@ class ChunkFiles:
         return file
 
     def path(self, chunk: str, expected: ArrayRecord) -> Path:
-        """A chunk's local file, which has the recorded size; a remote one comes to the scratch folder.
+        """A chunk's local file, which has the recorded size; a remote one is fetched to the scratch folder.
 
         Raises:
             DamagedError: it is missing or has another size.
@@ -73,7 +73,7 @@ class ChunkFiles:
         return Path(self.address) / chunk
 
     def fetch(self, chunks: Sequence[tuple[str, ArrayRecord]], fetched: Callable[[int], None]) -> None:
-        """Bring many chunks of a remote store here; nothing to do for a local one.
+        """Fetch many chunks of a remote store; does nothing for a local one.
 
         Raises:
             UsageError: they don't fit on the disk.
@@ -87,12 +87,12 @@ class StateRows:
     """The rows of one recorded state over all blocks.
 
     Args:
-        files: where its chunks are.
+        files: access to its chunks.
         records: the ledger.
-        state: which one.
+        state: the state.
         num_blocks: blocks that the array declares.
-        block_size: rows of each.
-        row_bytes: bytes of each row.
+        block_size: rows per block.
+        row_bytes: bytes per row.
     """
 
     def __init__(
@@ -110,20 +110,20 @@ class StateRows:
         self._block_size = block_size
         self._row_bytes = row_bytes
         self._body_bytes = block_size * row_bytes
-        self._window: Window | None = None
+        self._mapped: MappedFiles | None = None
         num_slots = min(num_blocks, MAX_MAPPED_FILES, MAX_MAPPED_BYTES // self._body_bytes)
         self._blocks_in_slots = np.full(max(num_slots, 1), -1, dtype=np.int64)
         self._next_slot = 0
         self._first_rows = np.full(num_blocks, -1, dtype=np.int64)
-        """Of each block in the window; -1 where it isn't mapped."""
+        """First row of each mapped block; -1 if it isn't mapped."""
         self._shifts = np.full(num_blocks, _NOT_READY, dtype=np.int64)
-        """What leads from a seed of each block to its row in the window, where every segment was checked."""
+        """Row minus seed for each block that is mapped and whose segments were all checked."""
         self._checked: dict[int, tuple[_Identity, Checked]] = {}
         self._ahead = ReadAhead()
-        self._lock = threading.Lock()  # a thread must not map another block where one just gathers
+        self._lock = threading.Lock()  # one thread must not replace a block that another gathers from
 
     def gather(self, seeds: Seeds, out: Bytes | None = None) -> Bytes:
-        """Copy the rows of some seeds, after checking the segments that they lie in.
+        """Copy the rows of some seeds, after checking the segments that contain them.
 
         Args:
             seeds: int64, shape (n,), each declared.
@@ -131,7 +131,7 @@ class StateRows:
 
         Raises:
             NotCachedError: a block was never committed.
-            DamagedError: its record or bytes are not what they were.
+            DamagedError: its record or bytes are damaged.
         """
         blocks = seeds // self._block_size
         with self._lock:
@@ -142,13 +142,13 @@ class StateRows:
                 if len(blocks) > num_slots and len(wanted := np.unique(blocks)) > num_slots:
                     return self._gather_in_parts(seeds, blocks, wanted[::num_slots], out)
                 index = self._prepare(seeds, blocks)
-            if out is None:  # only now: files of the sizes that are claimed are there
+            if out is None:  # only now, because files of the declared size exist
                 out = np.empty((len(seeds), self._row_bytes), dtype=np.uint8)
             if len(seeds):
-                assert self._window is not None
-                self._ahead.before(self._window, index)
+                assert self._mapped is not None
+                self._ahead.before(self._mapped, index)
                 # The indices are in range; mode="raise" would gather into a buffer first.
-                self._window.rows.take(index, axis=0, out=out, mode="clip")
+                self._mapped.rows.take(index, axis=0, out=out, mode="clip")
                 self._ahead.after()
             return out
 
@@ -159,31 +159,31 @@ class StateRows:
             index = self._prepare(seeds[here], blocks[here])
             if out is None:
                 out = np.empty((len(seeds), self._row_bytes), dtype=np.uint8)
-            assert self._window is not None
-            self._ahead.before(self._window, index)
-            out[here] = self._window.rows[index]
+            assert self._mapped is not None
+            self._ahead.before(self._mapped, index)
+            out[here] = self._mapped.rows[index]
             self._ahead.after()
         assert out is not None
         return out
 
     def block(self, block: int) -> Bytes:
-        """All rows of a block without copying: a read-only map of its own, every segment checked.
+        """All rows of a block without copying, as a read-only map of its own with every segment checked.
 
         Raises:
             NotCachedError: a block was never committed.
-            DamagedError: its record or bytes are not what they were.
+            DamagedError: its record or bytes are damaged.
         """
         with self._open(block) as (descriptor, checked):
-            window = Window(1, self._body_bytes + CRC_BYTES, self._row_bytes)
-            window.put(0, descriptor)
+            mapped = MappedFiles(1, self._body_bytes + CRC_BYTES, self._row_bytes)
+            mapped.put(0, descriptor)
         if not checked.all():
-            window.will_need(0, 0, self._body_bytes)
+            mapped.will_need(0, 0, self._body_bytes)
         with self._lock:
-            self._check(window.file(0), block, checked, np.flatnonzero(~checked))
-        return window.rows[: self._block_size]
+            self._check(mapped.file(0), block, checked, np.flatnonzero(~checked))
+        return mapped.rows[: self._block_size]
 
     def _prepare(self, seeds: Seeds, blocks: Seeds) -> Seeds:
-        """Map the blocks that are not, check the segments that were not; the seeds' rows in the window."""
+        """Map unmapped blocks, check unchecked segments, return the seeds' mapped rows."""
         rows = seeds - blocks * self._block_size
         unready = np.unique(blocks[self._shifts[blocks] == _NOT_READY])
         for block in unready:
@@ -193,13 +193,13 @@ class StateRows:
             here = rows[blocks == block] * self._row_bytes
             first, last = here // SEGMENT_BYTES, (here + self._row_bytes - 1) // SEGMENT_BYTES
             touched = np.unique([np.minimum(first + i, last) for i in range(int((last - first).max()) + 1)])
-            assert self._window is not None
-            slot = int(self._first_rows[block]) // self._window.rows_per_slot
+            assert self._mapped is not None
+            slot = int(self._first_rows[block]) // self._mapped.rows_per_slot
             checked = self._checked[int(block)][1]
             segments = touched[~checked[touched]]
             for segment in segments:
-                self._window.will_need(slot, int(segment) * SEGMENT_BYTES, SEGMENT_BYTES)
-            self._check(self._window.file(slot), int(block), checked, segments)
+                self._mapped.will_need(slot, int(segment) * SEGMENT_BYTES, SEGMENT_BYTES)
+            self._check(self._mapped.file(slot), int(block), checked, segments)
             self._note_ready(int(block), bool(checked.all()))
         index: Seeds = self._first_rows[blocks] + rows
         return index
@@ -208,24 +208,24 @@ class StateRows:
         self._shifts[block] = self._first_rows[block] - block * self._block_size if ready else _NOT_READY
 
     def _take_slot(self, block: int, wanted: Seeds) -> None:
-        """Map a block where none is, or one that isn't wanted now."""
+        """Map a block into a free slot, or one whose block isn't wanted now."""
         with self._open(block) as (descriptor, checked):
-            if self._window is None:  # only now: a file of the size that is claimed is there
-                self._window = Window(len(self._blocks_in_slots), self._body_bytes + CRC_BYTES, self._row_bytes)
+            if self._mapped is None:  # only now, because a file of the declared size exists
+                self._mapped = MappedFiles(len(self._blocks_in_slots), self._body_bytes + CRC_BYTES, self._row_bytes)
             slot = self._next_slot
             while (held := self._blocks_in_slots[slot]) >= 0 and (wanted == held).any():
                 slot = (slot + 1) % len(self._blocks_in_slots)
             self._next_slot = (slot + 1) % len(self._blocks_in_slots)
             if held >= 0:
                 self._first_rows[held], self._shifts[held], self._blocks_in_slots[slot] = -1, _NOT_READY, -1
-            self._window.put(slot, descriptor)
+            self._mapped.put(slot, descriptor)
             self._blocks_in_slots[slot] = block
-            self._first_rows[block] = slot * self._window.rows_per_slot
+            self._first_rows[block] = slot * self._mapped.rows_per_slot
             self._note_ready(block, bool(checked.all()))
 
     @contextmanager
     def _open(self, block: int) -> Iterator[tuple[int, Checked]]:
-        """A descriptor of a block's file, and which of its segments were checked."""
+        """A descriptor of a block's file, and a mask of its checked segments."""
         chunk, expected = self._records.chunk(self._state, block)
         with self._files.open(chunk, expected) as file:
             status = os.fstat(file.fileno())

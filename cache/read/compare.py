@@ -1,8 +1,8 @@
-"""How far two stores, or two versions of a block, are apart, and how far they may be.
+"""Distances between two stores or two versions of a block, and the tolerance for them.
 
-Noise is the same bits everywhere. States are the same bits on the same machine; elsewhere the teacher's arithmetic
-rounds differently, and they agree within a **tolerance**: the root mean square per seed, in stored units, that
-stage one measured when it made the store (`provenance/tolerance.json`).
+Noise has the same bits everywhere. States have the same bits on the same machine; elsewhere the teacher's arithmetic
+rounds differently, and they agree within a **tolerance**: the root mean square difference per seed, in stored units,
+that stage one measured when it made the store (`provenance/tolerance.json`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from advkd.cache.read.reader import TrajectoryCache, Values
 
 TOLERANCE_FILE = "provenance/tolerance.json"
 MAX_TOLERANCE = 0.25
-"""Of unit variance: whatever a store claims, beyond this two states aren't the same."""
+"""At unit variance: beyond this two states differ, whatever tolerance a store records."""
 _ROUNDING = {"float16": 2.0**-10, "float32": 2.0**-22}
-"""What is always within tolerance: a unit in the last place or two of the stored dtype."""
+"""Always within tolerance: one or two units in the last place of the stored dtype."""
 
 
 def tolerance_of(cache: TrajectoryCache) -> dict[int, float]:
-    """Largest root mean square per seed by which another machine's states may differ, by solver steps done.
+    """Largest root mean square difference per seed of another machine's states, by solver steps done.
 
     Raises:
-        DamagedError: what the store records is torn or can't be.
+        DamagedError: the recorded tolerance is damaged or impossible.
     """
     floor = _ROUNDING[cache.layout.dtype]
     try:
@@ -44,26 +44,26 @@ def tolerance_of(cache: TrajectoryCache) -> dict[int, float]:
             f"{cache.address}/{TOLERANCE_FILE} is torn or altered ({in_line(error)}): remove it"
         ) from None
     if not all(math.isfinite(value) and value >= 0 for value in values.values()):
-        raise DamagedError(f"{cache.address}/{TOLERANCE_FILE} holds a number that can't be: remove it")
+        raise DamagedError(f"{cache.address}/{TOLERANCE_FILE} holds a negative or infinite number: remove it")
     return {step: 0.0 if step == 0 else min(max(value, floor), MAX_TOLERANCE) for step, value in values.items()}
 
 
 def distance(one: Values, other: Values) -> float:
     """The largest root mean square difference of any seed, between two blocks of states, shape (N, *item_shape).
 
-    Infinite where a value is not finite: no cache holds such.
+    Infinite if a value is not finite, which no cache holds.
     """
     worst = 0.0
     for a, b in zip(one, other, strict=True):
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            return math.inf  # a difference that is not a number would compare as none
+            return math.inf  # NaN would compare as no difference
         difference = a.astype(np.float64) - b.astype(np.float64)
         worst = max(worst, math.sqrt(float(np.mean(difference * difference))))
     return worst
 
 
 def block_distances(one: TrajectoryCache, other: TrajectoryCache, block: int) -> dict[int, float]:
-    """How far a block is apart in two stores, by solver steps done: states that both have and whose bytes differ.
+    """Distance of a block in two stores, by solver steps done, for states of both whose bytes differ.
 
     Raises:
         DamagedError: bytes of either differ from its ledger.
@@ -83,14 +83,14 @@ def within(apart: Mapping[int, float], tolerance: Mapping[int, float]) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How two stores differ."""
+    """Differences of two stores."""
 
     recipe: tuple[str, ...]
     layout: tuple[str, ...]
     only_first: tuple[int, ...]
     only_second: tuple[int, ...]
     apart: dict[int, dict[int, float]]
-    """By block and solver steps done: blocks that both have with different bytes."""
+    """Distances by block and solver steps done, for blocks of both stores whose bytes differ."""
     num_equal: int
 
     @property

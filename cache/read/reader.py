@@ -1,7 +1,8 @@
-"""Reading a cache: states by seed, memory-mapped, checked against the ledger as they are touched.
+"""Reading a cache: states by seed, memory-mapped, checked against the ledger at their first use.
 
-A chunk file of our layout is the C-order array followed by a CRC, so maps of them are read as fast as one large map
-is (`advkd.cache.read.mapping`). Readers obey the ledger: an uncommitted seed is an error, never zeros or NaN.
+A raw chunk file is the C-order array followed by a CRC, so random rows come from memory maps
+(`advkd.cache.read.mapping`), about 100 times as fast as through zarr. Readers obey the ledger: an uncommitted seed is
+an error, never zeros or NaN.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ class TrajectoryCache:
     """A trajectory cache opened for reading.
 
     Attributes:
-        source: where its bytes come from.
-        recipe: what made it.
-        layout: which states it holds, how they are stored.
-        num_seeds: seeds that the arrays declare; not all of them need to be committed.
+        source: the files of the raw store.
+        recipe: what determines its numbers.
+        layout: which states it holds and how they are stored.
+        num_seeds: seeds that the arrays declare; some may not be committed.
         states: the recorded states that are present, by solver steps done.
         records: the ledger.
-        packed: of a packed store, what decodes it and has its own layout and records.
+        packed: the source of a packed store, which has the packed layout and records; None for a raw store.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class TrajectoryCache:
 
         Raises:
             CacheNotFoundError: nothing is there.
-            NotACacheError: it is no trajectory cache.
-            DamagedError: its metadata contradicts itself.
+            NotACacheError: something else is there, or a newer format.
+            DamagedError: its metadata are inconsistent.
         """
         source = open_source(address)
         recipe, layout = read_metadata(source)
@@ -95,26 +96,26 @@ class TrajectoryCache:
         return cache
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens it anew."""
+        """Pickle as the address: another process opens the store again."""
         return _reopen, (self.address, None if self._scratch is None else self._scratch.folder)
 
     @property
     def address(self) -> str:
-        """The path or URL that it was opened at."""
+        """The path or URL that was opened."""
         return self.source.address
 
     @property
     def files(self) -> Source:
-        """Where the store's own files come from: of a packed store the packed ones."""
+        """The store's own files; those of a packed store are packed."""
         return self.source if self.packed is None else self.packed.files
 
     @property
     def stored_layout(self) -> Layout:
-        """The layout as the store has it; `layout` is what a reader sees, always raw."""
+        """The layout of the store's own files; `layout` is always raw."""
         return self.layout if self.packed is None else self.packed.layout
 
     def is_drawn_again(self, state: State) -> bool:
-        """Whether a state has no chunk files because a packed store leaves x_T to the seeds."""
+        """Whether a state is x_T of a packed store, which is drawn from the seeds and has no chunk files."""
         packing = self.stored_layout.packing
         return packing is not None and packing.is_predictive and state == self.layout.states[0]
 
@@ -125,17 +126,17 @@ class TrajectoryCache:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Dtype that states are stored in."""
+        """Dtype of the stored states, little-endian."""
         return np.dtype(self.layout.dtype).newbyteorder("<")
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one stored state of one seed."""
+        """Bytes of one state of one seed."""
         return math.prod(self.item_shape) * self.dtype.itemsize
 
     @property
     def is_remote(self) -> bool:
-        """Whether its chunks come to the scratch folder first: from a URL, or out of a packed store."""
+        """Whether chunks are fetched to the scratch folder first: from a URL, or decoded from a packed store."""
         return self._scratch is not None
 
     @property
@@ -145,14 +146,14 @@ class TrajectoryCache:
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
-        """Committed blocks, ascending: those that the ledger has a record of, valid or not."""
+        """Committed blocks, ascending: those with a ledger record, valid or not."""
         return self.source.blocks(self.num_blocks)
 
     def check_begun(self) -> None:
-        """Refuse a cache without a block.
+        """Refuse an empty cache.
 
         Raises:
-            NotCachedError: it has none.
+            NotCachedError: no block is committed.
         """
         if not self.blocks:
             raise NotCachedError(
@@ -193,7 +194,7 @@ class TrajectoryCache:
         """A recorded state that is present, by solver steps done.
 
         Raises:
-            NotCachedError: it isn't here, or never was recorded.
+            NotCachedError: it is absent or was never recorded.
         """
         if step in self.states:
             return self.states[step]
@@ -212,12 +213,12 @@ class TrajectoryCache:
     def fetch(
         self, steps: Sequence[int], blocks: Sequence[int], fetched: Callable[[int], None] = lambda num_bytes: None
     ) -> None:
-        """Bring some states of some blocks of a remote store to the scratch folder; nothing to do for a local one.
+        """Fetch some states of some blocks of a remote store to the scratch folder; does nothing for a local one.
 
         Args:
             steps: solver steps done.
-            blocks: committed ones.
-            fetched: hears of the bytes of each chunk that came.
+            blocks: committed blocks.
+            fetched: called with the bytes of each chunk that was fetched.
 
         Raises:
             UsageError: they don't fit on the disk.
@@ -226,7 +227,7 @@ class TrajectoryCache:
         self._files.fetch([self.chunk(step, block) for block in blocks for step in steps], fetched)
 
     def chunk_file(self, step: int, block: int) -> Path:
-        """The local file of one block of one state, of the recorded size; a remote one comes to the scratch folder.
+        """The local file of one block of one state, of the recorded size; a remote one is fetched to scratch first.
 
         Raises:
             DamagedError: it is missing or has another size.
@@ -241,13 +242,13 @@ class TrajectoryCache:
         return self._rows[step]
 
     def block_view(self, step: int, block: int) -> Values:
-        """One block of one state without copying: a read-only map of the file, checked as a whole.
+        """One block of one state without copying: a read-only map of the file, wholly checked.
 
         Returns:
-            Stored dtype, shape (block_size, *item_shape); `torch.from_numpy` takes it as it is.
+            Stored dtype, shape (block_size, *item_shape); `torch.from_numpy` accepts it.
 
         Raises:
-            NotCachedError: the block or state is not here.
+            NotCachedError: the block or state is absent.
             DamagedError: bytes differ from the ledger.
         """
         return self._rows_of(step).block(block).view(self.dtype).reshape(-1, *self.item_shape)
@@ -258,18 +259,18 @@ class TrajectoryCache:
         Args:
             step: solver steps done; 0 is x_T, the last is x_0.
             seeds: seeds in any order, repeats allowed.
-            out: where to put them, pinned memory for instance: stored dtype, C-contiguous, of the shape below.
+            out: destination, such as pinned memory: stored dtype, C-contiguous, of the shape below.
 
         Returns:
             Stored dtype, shape (len(seeds), *item_shape), in the order of `seeds`. Multiply by the state's `scale`
             for the solver's own x_t.
 
         Raises:
-            NotCachedError: a seed or state is not here.
+            NotCachedError: a seed or state is absent.
             DamagedError: bytes differ from the ledger.
         """
         wanted = np.asarray(seeds, dtype=np.int64).ravel()
-        if wanted.size and wanted.view(np.uint64).max() >= self.num_seeds:  # a negative one is a large one, too
+        if wanted.size and wanted.view(np.uint64).max() >= self.num_seeds:  # negative seeds are large, too
             outside = wanted[(wanted < 0) | (wanted >= self.num_seeds)][0]
             raise NotCachedError(f"{self.address} declares seeds 0:{self.num_seeds}; seed {outside} is outside")
         into = None if out is None else out.reshape(wanted.size, -1).view(np.uint8)
@@ -280,7 +281,7 @@ class TrajectoryCache:
         """The whole chunk file of one block of one state, as a raw store has it.
 
         Raises:
-            NotCachedError: the block or state is not here.
+            NotCachedError: the block or state is absent.
             DamagedError: the file is missing or differs from the ledger.
         """
         chunk, expected = self.chunk(step, block)
@@ -310,7 +311,7 @@ class TrajectoryCache:
             Stored dtype, shape (num_seeds, *item_shape). Rows of uncommitted blocks are NaN.
 
         Raises:
-            NotCachedError: the state is not here.
+            NotCachedError: the state is absent.
         """
         import dask.array
         import zarr

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from advkd.cache.read import mapping as windows
-from advkd.cache.read.mapping import ReadAhead, Window
+from advkd.cache.read import mapping
+from advkd.cache.read.mapping import MappedFiles, ReadAhead
 from advkd.cache.read.reader import TrajectoryCache
 from tests.stores import write_store
 
@@ -17,7 +17,7 @@ TAIL = b"tail"
 
 
 class Asked:
-    """A window that only counts what it is asked."""
+    """Mapped files that only count what they are asked."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -28,7 +28,7 @@ class Asked:
 
 def test_rows_are_asked_for_only_while_the_disk_keeps_gathers_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = 0
-    monkeypatch.setattr(windows, "_num_waits", lambda: waits)
+    monkeypatch.setattr(mapping, "_num_waits", lambda: waits)
     asked, ahead = Asked(), ReadAhead()
 
     def gathers(number: int, waiting: bool = False) -> int:
@@ -49,39 +49,39 @@ def test_rows_are_asked_for_only_while_the_disk_keeps_gathers_waiting(monkeypatc
     assert gathers(1 + ReadAhead.ASKED, waiting=True) == ReadAhead.ASKED
 
 
-def mapped(folder: Path, num_rows: int, row_bytes: int) -> tuple[Window, npt.NDArray[np.uint8]]:
+def mapped(folder: Path, num_rows: int, row_bytes: int) -> tuple[MappedFiles, npt.NDArray[np.uint8]]:
     """Two files of random rows behind one another, and the rows, shape (2, num_rows, row_bytes)."""
     rows = np.random.default_rng(0).integers(0, 256, (2, num_rows, row_bytes), dtype=np.uint8)
-    window = Window(2, num_rows * row_bytes + len(TAIL), row_bytes)
+    mapped_files = MappedFiles(2, num_rows * row_bytes + len(TAIL), row_bytes)
     for slot in range(2):
         (folder / str(slot)).write_bytes(rows[slot].tobytes() + TAIL)
         descriptor = os.open(folder / str(slot), os.O_RDONLY)
-        window.put(slot, descriptor)
+        mapped_files.put(slot, descriptor)
         os.close(descriptor)
-    return window, rows
+    return mapped_files, rows
 
 
 @pytest.mark.parametrize("row_bytes", [1, 96, 4096, 5000])
 def test_any_row_may_be_asked_for(tmp_path: Path, row_bytes: int) -> None:
     """The first, the last, and those that begin and end inside a page."""
-    window, rows = mapped(tmp_path, 50, row_bytes)
-    index = np.concatenate([np.arange(50), window.rows_per_slot + np.arange(50)])
-    window.will_need_rows(index[::-1])
-    window.will_need(1, 49 * row_bytes, 1 << 20)
-    np.testing.assert_array_equal(window.rows[index], rows.reshape(100, row_bytes))
-    assert window.file(1).tobytes() == rows[1].tobytes() + TAIL
+    mapped_files, rows = mapped(tmp_path, 50, row_bytes)
+    index = np.concatenate([np.arange(50), mapped_files.rows_per_slot + np.arange(50)])
+    mapped_files.will_need_rows(index[::-1])
+    mapped_files.will_need(1, 49 * row_bytes, 1 << 20)
+    np.testing.assert_array_equal(mapped_files.rows[index], rows.reshape(100, row_bytes))
+    assert mapped_files.file(1).tobytes() == rows[1].tobytes() + TAIL
 
 
 @pytest.mark.parametrize(("row_bytes", "aligned"), [(6144, True), (393216, True), (5000, False)])
 def test_large_files_may_be_mapped_by_huge_pages(tmp_path: Path, row_bytes: int, aligned: bool) -> None:
     """Addresses agree with offsets in the files to 2 MiB, unless that takes more addresses than the files' bytes."""
     num_rows = 3 * (2 << 20) // row_bytes + 1
-    window, rows = mapped(tmp_path, num_rows, row_bytes)
-    addresses = [window.file(slot).__array_interface__["data"][0] for slot in range(2)]
+    mapped_files, rows = mapped(tmp_path, num_rows, row_bytes)
+    addresses = [mapped_files.file(slot).__array_interface__["data"][0] for slot in range(2)]
     assert [address % (2 << 20) == 0 for address in addresses] == [True, aligned]
     assert addresses[1] - addresses[0] < 2 * (num_rows * row_bytes + len(TAIL))
-    index = np.concatenate([np.arange(num_rows), window.rows_per_slot + np.arange(num_rows)])
-    np.testing.assert_array_equal(window.rows[index], rows.reshape(-1, row_bytes))
+    index = np.concatenate([np.arange(num_rows), mapped_files.rows_per_slot + np.arange(num_rows)])
+    np.testing.assert_array_equal(mapped_files.rows[index], rows.reshape(-1, row_bytes))
 
 
 def test_cold_files_read_as_warm_ones(tmp_path: Path) -> None:
