@@ -67,9 +67,9 @@ def select_experiment(clone: Path, config: str, name: str) -> None:
     (clone / "dvc.yaml").write_text(text)
 
 
-def new_clone(folder: Path) -> Path:
-    """What a user has after `git clone` and choosing the experiment, in a git repository of its own."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SHIPPED]
+def new_clone(folder: Path, *more: str) -> Path:
+    """What a user has after `git clone` and choosing the experiment, in a git repository of its own; `more` files."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SHIPPED, *more]
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,32 +1,29 @@
-"""Every command in the README runs as it is written there (the team's in test_sharing.py), and its promises hold."""
+"""Every command in the README and docs/caches.md runs as it is written there (the team's in test_sharing.py)."""
 
-import dataclasses
-import functools
 import itertools
 import os
 import re
 import shlex
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from pytorch_fid.inception import FID_WEIGHTS_URL
 
 from advkd.cache import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
+from advkd.pipeline.cli.config import main as config_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.train import main as train_command
-from advkd.pipeline.config import load_experiment
-from advkd.stages.evaluate import config as evaluate_config
-from advkd.stages.student import config as student_config
 from tests.conftest import ROOT, Invoke, save_random_inception
-from tests.pipeline.readme import TEXT, below, python_blocks, readme_commands
+from tests.pipeline.clones import new_clone, run
+from tests.pipeline.readme import TEXT, below, commands_below, python_blocks, readme_commands, shell_blocks
 from tests.stores import write_store
 
+CACHES = (ROOT / "docs/caches.md").read_text()
 COMMANDS = {
     "advkd-cache": cache_command,
     "advkd-train": train_command,
@@ -37,8 +34,26 @@ COMMANDS = {
 
 def test_no_command_is_forgotten() -> None:
     """All shell blocks stand below the headings that these tests run."""
-    headings = ("Two commands", "With your own teacher", "Use the student", "Looking after a cache", "Sharing a cache")
+    headings = ("Install", "Two commands", "With your own teacher", "Use the student", "Sharing a cache")
     assert TEXT.count("```sh") == sum(len(readme_commands(heading)) for heading in headings)
+    assert shell_blocks(CACHES) == commands_below(CACHES, "Look after")
+
+
+def test_it_stays_short() -> None:
+    assert len(TEXT.splitlines()) <= 135
+
+
+def test_it_installs_from_a_clone_and_from_git(tmp_path: Path) -> None:
+    """Literally, but into a folder and without dependencies, from a repository here."""
+    clone = new_clone(tmp_path / "advkd.git", "LICENSE", "README.md", "pyproject.toml")
+    (commands,) = readme_commands("Install")
+    assert len(commands) == 2
+    for place, command in enumerate(commands):
+        pip, *arguments = shlex.split(command.replace("git+https://example.org/team/advkd.git", f"git+file://{clone}"))
+        site = tmp_path / f"site{place}"
+        options = ("--quiet", "--no-deps", "--no-build-isolation", "--target", site)
+        run(clone, sys.executable, "-m", pip, *arguments, *options)
+        assert (site / "advkd/configs/digits.yaml").is_file()
 
 
 def test_make_targets_do_what_the_readme_says() -> None:
@@ -64,36 +79,23 @@ def test_the_commands_for_ones_own_teacher(invoke: Invoke, tmp_path: Path, monke
         **blocks,
     )  # fmt: skip
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "google/ddpm-cifar10-32")
-    config = dataclasses.asdict(load_experiment(ROOT / "configs/cifar10.yaml"))
-    config["cache"] |= {"seeds": "0:32", "block_size": 32, "batch_size": 32}
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/cifar10.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "teachers/mine").mkdir(parents=True)
-    shutil.copytree(tmp_path / "google/ddpm-cifar10-32", tmp_path / "teachers/mine/pipeline")
-    config |= {"name": "mine", "teacher": {"source": "teachers/mine/pipeline"}, "sampler": {"steps": 10}}
-    config["train"] |= {"steps": 2, "batch_size": 8, "student": {"width": 8, "depth": 1}}
-    config["evaluate"] |= {"num_sets": 2, "set_size": 2, "solver_steps": [1]}
-    (tmp_path / "configs/mine.yaml").write_text(yaml.safe_dump(config))
-    student = student_config.StudentConfig(width=8, depth=1)
-    monkeypatch.setattr(
-        student_config,
-        "TrainConfig",
-        functools.partial(student_config.TrainConfig, steps=2, batch_size=8, student=student),
-    )
-    monkeypatch.setattr(
-        evaluate_config,
-        "EvaluateConfig",
-        functools.partial(evaluate_config.EvaluateConfig, num_sets=2, set_size=2, solver_steps=[1]),
-    )
     save_random_inception(tmp_path / "hub/checkpoints" / Path(FID_WEIGHTS_URL).name)
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path / "hub"))
+    shorter = ("cache.seeds=0:64", "train.steps=2", "train.student.width=8", "evaluate.set_size=2")
+    (tmp_path / "configs").mkdir()
     for command in itertools.chain(*readme_commands("With your own teacher")):
         name, *arguments = shlex.split(command)
-        result = invoke(COMMANDS[name], *arguments)
+        if name == "advkd-config":
+            *arguments, arrow, target = arguments
+            options = [option for change in shorter for option in ("--set", change)]
+            result = invoke(config_command, *arguments, *options)
+            assert arrow == ">"
+            Path(target).write_text(result.output)
+        else:
+            result = invoke(COMMANDS[name], *arguments)
         assert result.exit_code == 0, f"{command}: {result.output}"
-    assert (tmp_path / "samples.png").is_file()
-    for name in ("cifar", "mine"):
-        assert (tmp_path / f"runs/{name}/evaluation/metrics.json").is_file()
+    assert (tmp_path / "mine.png").is_file()
+    assert (tmp_path / "runs/mine/evaluation/metrics.json").is_file()
 
 
 def test_the_commands_that_look_after_a_cache(invoke: Invoke, pipeline_folder: Path, tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_the_commands_that_look_after_a_cache(invoke: Invoke, pipeline_folder: P
     for name, seeds in (("digits", "0:16"), ("theirs", "16:24")):
         build = ("build", "--config", "digits.yaml", "--seeds", seeds, "--out", f"cache/{name}.zarr")
         assert invoke(cache_command, *build).exit_code == 0
-    for command in itertools.chain(*readme_commands("Looking after a cache")):
+    for command in itertools.chain(*commands_below(CACHES, "Look after")):
         result = invoke(cache_command, *shlex.split(command)[1:])
         assert result.exit_code == (1 if " diff " in command else 0), f"{command}: {result.output}"
     assert TrajectoryCache.open("cache/ours.zarr").blocks == (0, 1, 2)
@@ -116,7 +118,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """With a store whose states stand where the example looks."""
     monkeypatch.chdir(tmp_path)
     write_store(tmp_path / "cache/digits.zarr", "0:64")
-    (example,) = python_blocks(below(TEXT, "How it fits together"))
+    (example,) = python_blocks(below(CACHES, "From Python"))
     names: dict[str, object] = {}
     exec(example.replace("rows(50,", "rows(4,").replace("[0, 50]", "[0, 4]"), names)
     assert isinstance(names["cache"], TrajectoryCache)
@@ -124,6 +126,11 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(names["dataset"]) == 64  # type: ignore[arg-type]
 
 
-def test_links_and_pictures_are_there() -> None:
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", TEXT)
-    assert targets and all((ROOT / target).is_file() for target in targets)
+@pytest.mark.parametrize("page", ["README.md", "docs/caches.md", "docs/results.md"])
+def test_links_and_pictures_are_there(page: str) -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text())
+    assert targets and all(((ROOT / page).parent / target).is_file() for target in targets)
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    assert all(f"(docs/{page.name})" in TEXT for page in (ROOT / "docs").glob("*.md"))
