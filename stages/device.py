@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Choice of device and precision."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from advkd.cache.errors import UsageError
 
 
 def best_device(wanted: str | None = None) -> torch.device:
-    """The device that was asked for, or the best that is there.
+    """A device by name, or the best one of this machine.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: this machine doesn't have the device.
     """
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(wanted or found)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise UsageError(f"device {wanted!r} is not here; {found} is") from None
+        raise UsageError(f"device {wanted!r} is not available on this machine; {found} is") from None
     return device
 
 
 def forbid_tf32() -> None:
-    """Let float32 mean float32 on GPUs too: convolutions would otherwise round their inputs to 10 bits."""
+    """Compute in full float32 on GPUs: by default their convolutions round inputs to 10 bits of mantissa."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""Pictures: grids of images and strips of trajectories, as PNG."""
+"""Pictures of images and trajectories, as PNG or GIF; each file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRAME_MILLISECONDS = 350
 LABEL_HEIGHT = 14
 LABEL_GAP = 6
 MIN_SIDE = 64
-"""Small images are enlarged to at least this many pixels, by whole factors."""
+"""Smaller images are enlarged by a whole factor to at least this many pixels."""
 
 Images = npt.NDArray[Any]
 
@@ -45,12 +45,12 @@ def grid(images: Images, columns: int) -> Image.Image:
 
 
 def save_image(path: Path, image: Image.Image) -> Path:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG."""
     return _save(path, lambda partial: image.save(partial, format="PNG"))
 
 
 def save_figure(path: Path, figure: Figure) -> Path:
-    """Write a plot as a PNG, whole or not at all."""
+    """Write a plot as a PNG."""
     return _save(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
 
@@ -63,17 +63,17 @@ def _save(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def save_grid(path: Path, images: Images, columns: int | None = None) -> Path:
-    """Write a contact sheet, about square unless told otherwise."""
+    """Write a contact sheet, about square if `columns` isn't given."""
     return save_image(path, grid(images, columns or max(1, round(len(images) ** 0.5))))
 
 
 def save_trajectories(path: Path, timesteps: Sequence[float], states: Sequence[Images]) -> Path:
-    """One row a seed, one column a recorded state, the timestep above each column.
+    """One row per seed and one column per recorded state, with the timestep above each column.
 
     Args:
         path: PNG to write.
         timesteps: of each state; negative means x_0.
-        states: for each state, values about [−1, 1], shape (N, C, H, W).
+        states: values of each state, about [−1, 1], shape (N, C, H, W).
     """
     labels = [_label(timestep) for timestep in timesteps]
     tiles = np.stack([np.asarray(state, dtype=np.float32) for state in states], axis=1)
@@ -88,12 +88,12 @@ def save_trajectories(path: Path, timesteps: Sequence[float], states: Sequence[I
 
 
 def save_denoising(path: Path, timesteps: Sequence[float], states: Sequence[Images]) -> Path:
-    """An animated GIF of the denoising: one frame a state, its timestep above, the last one longer.
+    """An animated GIF of the denoising: one frame per state with its timestep, the last one shown longer.
 
     Args:
         path: GIF to write.
         timesteps: of each state; negative means x_0.
-        states: for each state, values about [−1, 1], shape (N, C, H, W).
+        states: values of each state, about [−1, 1], shape (N, C, H, W).
     """
     frames = []
     for timestep, images in zip(timesteps, states, strict=True):
@@ -112,7 +112,7 @@ def _label(timestep: float) -> str:
 
 
 def save_rows(path: Path, rows: Mapping[str, Images]) -> Path:
-    """One labelled row a set of images, one column a seed.
+    """One labelled row per set of images, one column per seed.
 
     Args:
         path: PNG to write.

@@ -6,10 +6,10 @@ import math
 
 
 def one_cycle(step: int, num_steps: int, warmup: float) -> float:
-    """A linear rise over the first `warmup` (a fraction) of the steps, then a cosine down to zero.
+    """A linear rise over the fraction `warmup` of the steps, then a cosine decay to zero.
 
     Args:
-        step: steps done before this one.
+        step: counted from 0.
         num_steps: of the whole run.
         warmup: in [0, 1).
     """

@@ -1,11 +1,13 @@
-"""A student to use anywhere: from a folder, a run or the Hub, and back.
+"""A trained student to use anywhere: loaded from a folder, a run or the Hub, saved, published.
 
-    student = Student.from_pretrained("runs/digits")     # or a folder, or a Hub id
+    student = Student.from_pretrained("runs/digits")     # a run, a student's folder, or a Hub id
     images = student(student.noise([0, 1, 2]))           # (3, C, H, W), about [−1, 1]
     student.push_to_hub("me/digits-one-pass")
 
-What it loads executes no code: `config.json` names one of advkd's own architectures, weights are safetensors. Needs
-torch, NumPy and safetensors; huggingface_hub only where the Hub is meant.
+Loading runs no code from the folder: `config.json` names one of advkd's architectures, weights are safetensors. It
+needs torch, NumPy and safetensors only. huggingface_hub's `ModelHubMixin` would break these promises: it has to be
+imported with the class, parses `config.json` before any check, keeps an outdated card, and its PyTorch form falls back
+to pickle.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy.typing as npt
 from torch import Tensor, nn
@@ -33,13 +35,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 class Student(nn.Module):
-    """A trained one-pass sampler with what belongs to it.
+    """A trained one-pass sampler with its configuration and provenance.
 
     Args:
-        network: the network itself.
-        config: which one it is.
-        geometry: item shape, noise levels, how noise is drawn.
-        provenance: where it comes from; empty if that is not known.
+        network: the network.
+        config: its configuration.
+        geometry: item shape, noise levels and noise rule.
+        provenance: teacher, cache, seeds, scores; empty if unknown.
     """
 
     def __init__(
@@ -68,6 +70,10 @@ class Student(nn.Module):
         """Parameters that a sample needs."""
         return self.network.deployed_parameters()
 
+    def model_card(self, name: str) -> str:
+        """The model card that `save_pretrained` writes, for a repository or folder of this name."""
+        return model_card(name, self.config.kind, self.deployed_parameters(), self.geometry, self.provenance)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -79,18 +85,18 @@ class Student(nn.Module):
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> Self:
-        """Load a student, ready to evaluate, on the CPU, in float32.
+        """Load a student on the CPU, in float32 and evaluation mode.
 
         Args:
             pretrained_model_name_or_path: a student's folder, a run's folder, or the id of a Hub repository.
-            revision: branch, tag or commit, on the Hub.
-            cache_dir: of huggingface_hub's downloads.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: folder of huggingface_hub's downloads.
             token: for a private repository.
-            force_download: even if it is here.
-            local_files_only: don't ask the Hub.
+            force_download: download even if the files are cached.
+            local_files_only: use cached files only.
 
         Raises:
-            TrainingError: it is not there, or not a student that this advkd can load.
+            TrainingError: there is no student that this advkd can load.
         """
         source = Path(pretrained_model_name_or_path)
         if source.is_dir():
@@ -116,23 +122,23 @@ class Student(nn.Module):
         token: str | None = None,
         private: bool | None = None,
     ) -> None:
-        """Write weights, configuration, provenance and a model card; each file whole or not at all.
+        """Write weights, configuration, provenance and a model card; each file is replaced atomically.
 
         Args:
-            save_directory: made if it isn't there.
+            save_directory: created if missing.
             push_to_hub: publish it too.
-            repo_id: where to, and the name on the card; the folder's name if not given.
+            repo_id: the Hub repository, and the name on the card; the folder's name if not given.
             token: for the Hub.
-            private: on the Hub.
+            private: whether a new repository is private.
 
         Raises:
             UsageError: the folder holds something else.
         """
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is a file: give a folder to save the student in")
+            raise UsageError(f"{folder} is a file: give a folder")
         if folder.is_dir() and any(folder.iterdir()) and not is_student(folder):
-            raise UsageError(f"{folder} holds something that is no student: give an empty folder, or a new one")
+            raise UsageError(f"{folder} holds something other than a student: give an empty or a new folder")
         name = repo_id or folder.absolute().name
         folder.mkdir(parents=True, exist_ok=True)
         save_student(folder, self.network, self.config, self.geometry)
@@ -140,7 +146,7 @@ class Student(nn.Module):
             write_provenance(folder, self.provenance)
         else:
             (folder / PROVENANCE).unlink(missing_ok=True)
-        write_atomically(folder / "README.md", [model_card(self, name).encode()])
+        write_atomically(folder / "README.md", [self.model_card(name).encode()])
         if push_to_hub:
             self.push_to_hub(name, token=token, private=private)
 
@@ -154,21 +160,21 @@ class Student(nn.Module):
         revision: str | None = None,
         create_pr: bool | None = None,
     ) -> str:
-        """Publish on the Hub, in one commit; the repository is made if it isn't there.
+        """Publish on the Hub, in one commit; the repository is created if missing.
 
         Args:
             repo_id: such as me/digits-one-pass.
             commit_message: of that commit.
-            token: the one that `hf auth login` keeps if not given.
-            private: for a new repository.
+            token: by default the one that `hf auth login` saved.
+            private: whether a new repository is private.
             revision: the branch to commit to.
-            create_pr: propose the commit instead.
+            create_pr: open a pull request instead of committing.
 
         Returns:
-            The commit's address.
+            The commit's URL.
 
         Raises:
-            TrainingError: the Hub can't be reached or refuses.
+            TrainingError: the Hub is unreachable or refuses.
         """
         from huggingface_hub import HfApi
 
@@ -183,45 +189,29 @@ class Student(nn.Module):
                     commit_message=commit_message,
                     revision=revision,
                     create_pr=create_pr,
-                    delete_patterns=[PROVENANCE],  # another student's, if this one has none
+                    delete_patterns=[PROVENANCE],  # remove an earlier student's if this one has none
                 )
-        except Exception as error:  # the Hub's client raises its own, its HTTP library's and OS errors
-            raise TrainingError(f"the Hub did not take {repo_id} ({_first_line(error)})") from error
+        except Exception as error:  # huggingface_hub, its HTTP library and the OS each raise their own
+            raise TrainingError(f"the Hub did not accept {repo_id} ({_first_line(error)})") from error
         return str(commit.commit_url)
 
 
 def _student_folder(folder: Path) -> Path:
-    """The student's folder of a run's, or the folder itself."""
+    """The student's folder within a run's, or the folder itself."""
     inner = folder / "student"
     return inner if (folder / "run.json").is_file() or (inner / "config.json").is_file() else folder
 
 
-def _fetch(
-    source: str,
-    *,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    token: str | bool | None,
-    force_download: bool,
-    local_files_only: bool,
-) -> Path:
+def _fetch(source: str, **options: Any) -> Path:
     if not _HUB_ID.fullmatch(source):
-        raise TrainingError(f"no student in {source}: no such folder, and no id of a Hub repository")
+        raise TrainingError(f"no student in {source}: neither a folder nor the id of a Hub repository")
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            source,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            allow_patterns=FILES,
-        )
+        folder = snapshot_download(source, allow_patterns=FILES, **options)
     except Exception as error:  # as above
         raise TrainingError(
-            f"no student in {source}: no such folder, and the Hub did not give it ({_first_line(error)})"
+            f"no student in {source}: no such folder, and the Hub refused it ({_first_line(error)})"
         ) from error
     return Path(folder)
 

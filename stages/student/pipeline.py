@@ -1,9 +1,9 @@
-"""A student where a diffusers `DDPMPipeline` was: the same call, the same result, one network evaluation.
+"""A replacement for a diffusers `DDPMPipeline`: the same arguments and results, one network evaluation.
 
     pipe = StudentPipeline.from_pretrained("runs/digits")        # a folder, a run, a Hub id, or a .onnx of advkd-export
     images = pipe(batch_size=4, generator=torch.manual_seed(0)).images
 
-Needs no diffusers.
+It doesn't need diffusers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ OutputType = Literal["pil", "np", "pt"]
 Images = list[Image.Image] | npt.NDArray[np.float32] | Tensor
 Generators = torch.Generator | list[torch.Generator] | None
 MAX_BATCH = 256
+"""Images per forward pass; larger requests are split, as `generate` and the evaluation split theirs."""
 
 
 class OnePass(Protocol):
-    """What a pipeline samples from: a `Student`, or an exported one."""
+    """A `Student`, or an exported one."""
 
     geometry: Geometry
 
@@ -42,20 +43,20 @@ class OnePass(Protocol):
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call returns; diffusers' `ImagePipelineOutput` to those who use one."""
+    """The result of a call, used like diffusers' `ImagePipelineOutput`."""
 
     images: Images
     """PIL images; or float32 in [0, 1], an array (N, H, W, C) or a tensor (N, C, H, W)."""
 
     def __getitem__(self, key: str | int) -> Images:
-        """`output["images"]` and `output[0]`, as diffusers has them."""
+        """`output["images"]` and `output[0]`, as in diffusers."""
         if key in ("images", 0):
             return self.images
         raise KeyError(key) if isinstance(key, str) else IndexError(key)
 
 
 class StudentPipeline:
-    """Noise in, images out.
+    """Samples images from noise.
 
     Args:
         student: a `Student`, or anything that maps noise to images and has a `geometry`.
@@ -76,12 +77,12 @@ class StudentPipeline:
 
         Args:
             pretrained_model_name_or_path: a student's folder, a run's folder, the id of a Hub repository, or a file
-                that `advkd-export` made.
+                written by `advkd-export`.
             torch_dtype: of the weights; float32 if not given.
-            options: for the Hub, as `Student.from_pretrained` has them.
+            options: for the Hub, as for `Student.from_pretrained`.
 
         Raises:
-            TrainingError: it is not there, or no student.
+            TrainingError: there is no student.
         """
         if str(pretrained_model_name_or_path).endswith(".onnx"):
             from advkd.stages.student.sharing.onnx_student import OnnxStudent
@@ -98,12 +99,12 @@ class StudentPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the weights."""
         return self._parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """Dtype of the weights."""
         return self._parameter.dtype
 
     @property
@@ -112,7 +113,7 @@ class StudentPipeline:
         return next(parameters, torch.empty(0))
 
     def set_progress_bar_config(self, **_: Any) -> None:
-        """For programs that call it: there is no progress to show."""
+        """Has no effect: there is no progress to show."""
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As `Student.save_pretrained`."""
@@ -124,7 +125,7 @@ class StudentPipeline:
 
     def _whole(self) -> Student:
         if not isinstance(self.student, Student):
-            raise UsageError("an exported student can't be saved again: take the folder that it was exported from")
+            raise UsageError("an exported student can't be saved again: use the folder that it was exported from")
         return self.student
 
     @torch.no_grad()
@@ -141,15 +142,15 @@ class StudentPipeline:
         """Make images.
 
         Args:
-            batch_size: how many; with `seeds`, as many as these.
-            generator: draws the noise, as in diffusers: one, or one for each image.
-            num_inference_steps: accepted and not needed: it is always one.
+            batch_size: number of images; with `seeds`, 1 or their number.
+            generator: draws the noise, as in diffusers: one generator, or one per image.
+            num_inference_steps: has no effect except for a warning if it isn't 1.
             output_type: "pil", "np" or "pt".
-            return_dict: False returns a tuple of the images alone.
-            seeds: start from the noise that the teacher had for these seeds of the cache, instead of `generator`.
+            return_dict: False returns a tuple that holds the images.
+            seeds: use the teacher's noise for these seeds of the cache instead of `generator`.
 
         Raises:
-            UsageError: the request contradicts itself.
+            UsageError: an argument is invalid, or arguments contradict each other.
         """
         if num_inference_steps != 1:
             warnings.warn(f"num_inference_steps={num_inference_steps}: a student takes one", stacklevel=3)
@@ -168,29 +169,29 @@ class StudentPipeline:
         if seeds is not None:
             seeds = [int(seed) for seed in seeds]
             if generator is not None or batch_size not in (1, len(seeds)):
-                raise UsageError(f"{len(seeds)} seeds, batch_size {batch_size}: give seeds alone, or no seeds")
+                raise UsageError(f"{len(seeds)} seeds with batch_size {batch_size} or a generator: give seeds alone")
             if not seeds or not all(0 <= seed < 1 << 63 for seed in seeds):
-                raise UsageError("seeds: expected one or more whole numbers from 0 to 2^63 − 1")
+                raise UsageError("seeds: expected one or more integers from 0 to 2^63 − 1")
             return noise_of(self.student.geometry, seeds)
         if batch_size < 1:
             raise UsageError(f"batch_size {batch_size} is not positive")
         if not isinstance(generator, list):
             return _draw((batch_size, *shape), generator)
         if len(generator) != batch_size:
-            raise UsageError(f"{len(generator)} generators for batch_size {batch_size}: one, or one for each image")
+            raise UsageError(f"{len(generator)} generators for batch_size {batch_size}: expected one, or one per image")
         return torch.cat([_draw((1, *shape), one) for one in generator])
 
 
 def _draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """Unit normal noise on the generator's own device, so that it is the same wherever the student is."""
+    """Unit normal noise on the generator's device, independent of the student's device."""
     return torch.randn(shape, generator=generator, device=generator.device if generator else "cpu")
 
 
 def to_output(images: Tensor, output_type: OutputType) -> Images:
-    """x_0 (N, C, H, W), about [−1, 1], as diffusers gives images: clipped, [0, 1], channels last but for tensors.
+    """x_0 (N, C, H, W), about [−1, 1], in diffusers' formats: clipped to [0, 1], channels last except in tensors.
 
     Raises:
-        UsageError: PIL has no images of so many channels.
+        UsageError: PIL has no images with this number of channels.
     """
     unit = (images / 2.0 + 0.5).clamp(0.0, 1.0)
     if output_type == "pt":
@@ -199,6 +200,6 @@ def to_output(images: Tensor, output_type: OutputType) -> Images:
     if output_type == "np":
         return array
     if array.shape[-1] not in (1, 3, 4):
-        raise UsageError(f"images of {array.shape[-1]} channels are no PIL images: give output_type 'np' or 'pt'")
+        raise UsageError(f"PIL has no images of {array.shape[-1]} channels: use output_type 'np' or 'pt'")
     pixels = (array * 255.0).round().astype(np.uint8)
     return [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pixels]

@@ -17,7 +17,6 @@ from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.hub import Student
-from advkd.stages.student.sharing.card import model_card
 from advkd.stages.student.student import build_student, save_student, weights_sha256
 from advkd.stages.student.train import train
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
@@ -132,7 +131,7 @@ def test_runs_from_before_provenance_tell_what_they_know(run: Path) -> None:
     (run / "student/provenance.json").unlink()
     known = Student.from_pretrained(run).provenance
     assert len(known["cache"]["digest"]) == 64 and "teacher" not in known
-    card = model_card(Student.from_pretrained(run), "toy")
+    card = Student.from_pretrained(run).model_card("toy")
     assert known["cache"]["digest"] in card and "| teacher | not recorded |" in card and "| blocks 0:16 |" in card
 
 
@@ -146,7 +145,7 @@ def front_matter(card: str) -> dict[str, Any]:
 def test_the_card_says_what_is_known(run: Path) -> None:
     student = Student.from_pretrained(run)
     student.provenance["teacher"] |= {"source": "google/ddpm-cifar10-32", "commit": "c" * 40, "license": "Apache-2.0"}
-    card = model_card(student, "me/toy")
+    card = student.model_card("me/toy")
     metadata = front_matter(card)
     assert (metadata["license"], metadata["base_model"]) == ("apache-2.0", "google/ddpm-cifar10-32")
     assert metadata["library_name"] == "advkd"
@@ -190,25 +189,25 @@ def test_a_card_of_hostile_facts_is_still_one_card(tmp_path: Path) -> None:
             evil: {"evaluations": evil, "frechet_mean": evil, "student_minus_this": [1], "scores": evil}, "b": 3,
         }},
     )  # fmt: skip
-    card = model_card(student, 'me/"evil\n')
+    card = student.model_card('me/"evil\n')
     assert set(front_matter(card)) == {"library_name", "pipeline_tag", "tags"}
     assert "\n# Owned" not in card and "\x1b" not in card and "<script>" not in card.replace("\\<", "")
     assert "](http" not in card.replace("[Adv-KD](https", "").replace("\\](http", "") and len(card) < 10_000
-    assert model_card(make_student(scores=[], teacher=3), "x").startswith("---\n")
+    assert make_student(scores=[], teacher=3).model_card("x").startswith("---\n")
 
 
 def test_an_absolute_path_of_the_builders_machine_is_not_told() -> None:
-    from advkd.stages.student.sharing.origin import _without_places
+    from advkd.stages.student.sharing.origin import _without_paths
 
-    assert _without_places({"source": "/home/me/teachers/celeba"}) == {"source": "celeba"}
+    assert _without_paths({"source": "/home/me/teachers/celeba"}) == {"source": "celeba"}
     for kept in ({"source": "teachers/digits/pipeline"}, {"source": "a/b", "commit": "1"}, {}):
-        assert _without_places(kept) == kept
+        assert _without_paths(kept) == kept
 
 
 def test_foreign_folders_are_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("years")
-    with pytest.raises(UsageError, match="holds something that is no student"):
+    with pytest.raises(UsageError, match="holds something other than a student"):
         make_student().save_pretrained(tmp_path / "thesis")
     with pytest.raises(UsageError, match="is a file"):
         make_student().save_pretrained(tmp_path / "thesis/chapter.tex")
@@ -220,7 +219,7 @@ def test_foreign_folders_are_not_written_into(tmp_path: Path) -> None:
     before = tree(tmp_path / "bert")
     for config in ('{"model_type": "bert"}', "[]", "{"):
         (tmp_path / "bert/config.json").write_text(config)
-        with pytest.raises(UsageError, match="holds something that is no student"):
+        with pytest.raises(UsageError, match="holds something other than a student"):
             make_student().save_pretrained(tmp_path / "bert")
         assert tree(tmp_path / "bert") == before | {"config.json": config.encode()}
 
@@ -304,15 +303,15 @@ def test_to_the_hub_and_back(run: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     url, pushing, loading = result.stdout.splitlines()
     assert url.startswith(f"{address}/me/toy/commit/")
-    assert pushing.startswith("the Hub did not take refused/toy (")
-    assert loading.startswith("no student in me/none: no such folder, and the Hub did not give it (")
+    assert pushing.startswith("the Hub did not accept refused/toy (")
+    assert loading.startswith("no student in me/none: no such folder, and the Hub refused it (")
     assert [commit["summary"] for commit in commits] == ["first"]
     kept = sorted(path.name for path in (tmp_path / "hub/me/toy").iterdir())
     assert kept == ["README.md", "config.json", "model.safetensors", "provenance.json"]
     assert 'from_pretrained("me/toy")' in (tmp_path / "hub/me/toy/README.md").read_text()
     (downloaded,) = (tmp_path / "downloads/hub/models--me--toy/snapshots").iterdir()
     assert sorted(path.name for path in downloaded.iterdir()) == kept[1:]
-    with pytest.raises(TrainingError, match="no such folder, and no id of a Hub repository"):
+    with pytest.raises(TrainingError, match="/none/at/all: neither a folder"):
         Student.from_pretrained("/none/at/all")
 
 

@@ -105,10 +105,10 @@ def test_steps_are_ignored_with_a_word(pipe: StudentPipeline) -> None:
     [
         ({"output_type": "jpeg"}, "expected 'pil', 'np' or 'pt'"),
         ({"batch_size": 0}, "batch_size 0 is not positive"),
-        ({"batch_size": 3, "seeds": [1, 2]}, "2 seeds, batch_size 3"),
+        ({"batch_size": 3, "seeds": [1, 2]}, "2 seeds with batch_size 3"),
         ({"seeds": [1], "generator": torch.Generator()}, "give seeds alone"),
-        ({"seeds": []}, "one or more whole numbers"),
-        ({"seeds": [-1]}, "one or more whole numbers"),
+        ({"seeds": []}, "one or more integers"),
+        ({"seeds": [-1]}, "one or more integers"),
         ({"batch_size": 3, "generator": [torch.Generator()]}, "1 generators for batch_size 3"),
     ],
 )
@@ -120,7 +120,7 @@ def test_contradictions_are_named(pipe: StudentPipeline, arguments: dict[str, An
 def test_channels_that_are_no_picture() -> None:
     images = torch.zeros(2, 5, 4, 4)
     assert to_output(images, "np").shape == (2, 4, 4, 5)  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="5 channels are no PIL images"):
+    with pytest.raises(UsageError, match="no images of 5 channels"):
         to_output(images, "pil")
 
 

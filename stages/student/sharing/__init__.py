@@ -1,1 +1,1 @@
-"""A trained student elsewhere: the Hub, ONNX, model cards, provenance."""
+"""A trained student outside its run: provenance, model cards, ONNX files."""

@@ -1,18 +1,19 @@
-"""A student's model card, written from what its run recorded; says of everything unknown that it is not recorded.
+"""A student's model card, written from its provenance; facts that are unknown are "not recorded".
 
-What a card quotes may come from someone else's folder: text is cut to one plain line, numbers must be numbers.
+huggingface_hub's `ModelCard` isn't used: saving a student works without that package. The provenance may come from an
+untrusted folder, so text is cut to one line without markup, and numbers must be numbers.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-if TYPE_CHECKING:
-    from advkd.stages.student.hub import Student
+from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.sharing.origin import Provenance
 
 PAPER = "https://arxiv.org/abs/2405.20675"
 MAX_ROWS = 40
@@ -21,24 +22,26 @@ _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]{1,39}")
 _MARKUP = re.compile(r"[\\`*_|<>\[\]#]")
 
 
-def model_card(student: Student, name: str) -> str:
-    """The card as Markdown with the Hub's metadata in front.
+def model_card(name: str, kind: str, num_parameters: int, geometry: Geometry, known: Provenance) -> str:
+    """The card as Markdown, with the Hub's metadata as front matter.
 
     Args:
-        student: what it describes.
         name: of the repository or folder.
+        kind: of student.
+        num_parameters: that a sample needs.
+        geometry: of the student.
+        known: its provenance; may be incomplete.
     """
-    known = student.provenance
     parts = [
         f"---\n{yaml.safe_dump(_metadata(known), sort_keys=False)}---",
         f"# {_plain(name.split('/')[-1])}",
-        _summary(student),
-        _use(student, name),
+        _summary(kind, num_parameters, geometry),
+        _use(name, geometry),
         _scores(_mapping(known.get("scores"))),
-        _provenance(student),
-        "## Limits\n\nIt makes what its teacher makes, faults and biases included, and nothing else; it was trained on "
-        "its teacher's samples alone, never on the teacher's data. Whether the teacher's licence asks something of "
-        "those who use its samples, and so this student, stands in that licence.",
+        _provenance(geometry, known),
+        "## Limits\n\nThe student reproduces its teacher's images, including the teacher's faults and biases. It was "
+        "trained on samples of the teacher, not on the teacher's training data. The teacher's licence says whether it "
+        "restricts the use of its samples, and so of this student.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -58,55 +61,54 @@ def _metadata(known: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _summary(student: Student) -> str:
-    channels, height, width = student.geometry.item_shape
-    steps = student.geometry.steps[-1]
+def _summary(kind: str, num_parameters: int, geometry: Geometry) -> str:
+    channels, height, width = geometry.item_shape
     colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
     return (
         f"A one-pass student of a diffusion model: **one** network evaluation makes a {height}×{width} {colours} image "
-        f"where its teacher's sampler took {steps} steps. Kind `{student.config.kind}`, "
-        f"{student.deployed_parameters():,} parameters, {len(student.geometry.levels) - 1} submodules, one for each "
-        f"recorded state of the teacher's trajectories; trained with advkd after [Adv-KD]({PAPER})."
+        f"where its teacher's sampler takes {geometry.steps[-1]} steps. Kind `{kind}`, {num_parameters:,} parameters, "
+        f"{len(geometry.levels) - 1} submodules, one per recorded state of the teacher's trajectories; trained with "
+        f"advkd, after [Adv-KD]({PAPER})."
     )
 
 
-def _use(student: Student, name: str) -> str:
-    channels, height, width = student.geometry.item_shape
+def _use(name: str, geometry: Geometry) -> str:
+    channels, height, width = geometry.item_shape
     return (
         "## Use\n\n```python\nfrom advkd.stages.student.pipeline import StudentPipeline\n\n"
         f'pipe = StudentPipeline.from_pretrained("{_quoted(name)}")\n'
-        "images = pipe(batch_size=4).images  # PIL images; takes a DDPMPipeline's arguments\n"
-        "same = pipe(seeds=[0, 1, 2, 3]).images  # from the noise that the teacher had for these seeds\n```\n\n"
+        "images = pipe(batch_size=4).images  # PIL images; the arguments are a DDPMPipeline's\n"
+        "same = pipe(seeds=[0, 1, 2, 3]).images  # from the teacher's noise for these seeds\n```\n\n"
         "Or as a network:\n\n```python\nfrom advkd.stages.student.hub import Student\n\n"
         f'student = Student.from_pretrained("{_quoted(name)}")\n'
         f"x_0 = student(student.noise([0, 1]))  # (2, {channels}, {height}, {width}), about [-1, 1]\n```\n\n"
-        "Loading runs no code: the architecture is named in config.json, the weights are safetensors."
+        "Loading runs no code from this repository: config.json names the architecture, the weights are safetensors."
     )
 
 
-def _provenance(student: Student) -> str:
-    known, teacher = student.provenance, _mapping(student.provenance.get("teacher"))
+def _provenance(geometry: Geometry, known: Provenance) -> str:
+    teacher = _mapping(known.get("teacher"))
     cache, seeds = _mapping(known.get("cache")), _mapping(known.get("seeds"))
     sampler, versions = _mapping(known.get("sampler")), _mapping(known.get("versions"))
     commit = f", commit {_plain(teacher['commit'])}" if teacher.get("commit") else ""
     rows = {
         "teacher": f"{_plain(teacher.get('source', ''))}{commit}",
         "teacher's licence": _plain(teacher.get("license", "")),
-        "teacher's weights, SHA-256": _code(teacher.get("tensors_sha256")),
+        "SHA-256 of the teacher's weights": _code(teacher.get("tensors_sha256")),
         "sampler": f"{_plain(sampler['name'])}, {_plain(sampler.get('steps'))} steps" if sampler.get("name") else "",
-        "cache's fingerprint": _code(cache.get("fingerprint")),
-        "digest of the blocks used": _code(cache.get("digest")),
+        "fingerprint of the cache": _code(cache.get("fingerprint")),
+        "digest of its blocks": _code(cache.get("digest")),
         "seeds": _seeds(seeds, cache),
-        "noise": f"root seed {student.geometry.root_seed}, {student.geometry.noise_dtype}",
+        "noise": f"root seed {geometry.root_seed}, {geometry.noise_dtype}",
         "training steps": _plain(known.get("step", "")),
-        "training's own seed": _plain(_mapping(known.get("config")).get("seed", "")),
+        "training seed": _plain(_mapping(known.get("config")).get("seed", "")),
         "versions": ", ".join(f"{_plain(package)} {_plain(number)}" for package, number in sorted(versions.items())),
     }
     lines = [f"| {label} | {value or 'not recorded'} |" for label, value in rows.items()]
     return (
-        "## Where it comes from\n\n| | |\n|---|---|\n"
+        "## Provenance\n\n| | |\n|---|---|\n"
         + "\n".join(lines)
-        + ("\n\nThe resolved configuration stands in `provenance.json`." if known.get("config") else "")
+        + ("\n\n`provenance.json` has the whole configuration." if known.get("config") else "")
     )
 
 
@@ -135,8 +137,9 @@ def _scores(scores: dict[str, Any]) -> str:
     return (
         "## Scores\n\nFréchet distance to the teacher's own samples, mean ± standard deviation over "
         f"{_plain(protocol.get('num_sets'))} sets of {_plain(protocol.get('set_size'))} fresh seeds, against "
-        f"{_plain(protocol.get('num_reference'))} reference seeds, {_plain(protocol.get('features'))} features; every "
-        "sampler from the same noise.\n\n| sampler | network evaluations | Fréchet distance | student minus this, "
+        f"{_plain(protocol.get('num_reference'))} reference seeds, {_plain(protocol.get('features'))} features; all "
+        "samplers start from the same noise.\n\n"
+        "| sampler | network evaluations | Fréchet distance | student minus this, "
         "95 % | precision, % | recall, % |\n|---|---|---|---|---|---|\n"
         + "\n".join(lines)
         + (f"\n\nMean squared error to the teacher's images on held-out seeds: {held_out}." if held_out else "")

@@ -1,8 +1,8 @@
-"""A student as an ONNX file, in float32 or with int8 convolutions, checked against PyTorch before it is there.
+"""A student as an ONNX file, in float32 or with int8 convolutions, written only after a comparison with PyTorch.
 
-The batch is dynamic; the file carries the student's geometry, so that seeds mean the same noise. The int8 form is
-onnxruntime's static quantisation in QDQ form: weights per channel, activations calibrated on noise of our own
-generator, everything but convolutions left in float32.
+The batch size is dynamic; the file's metadata hold the student's geometry, so that a seed has the same noise as in
+PyTorch. The int8 form is onnxruntime's static quantisation in QDQ form: weights per channel, activations calibrated on
+noise from the cache's own generator; everything but convolutions stays in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from advkd.stages.student.sharing.onnx_student import INPUT, METADATA, OUTPUT, O
 
 FIRST_CHECK_SEED = 1 << 41
 FIRST_CALIBRATION_SEED = 1 << 42
-"""Seeds of caches, and of the sets that scores are taken on, lie below these."""
+"""Caches, and the sets that are scored, have seeds below these."""
 NUM_CHECKED = 64
 NUM_CALIBRATION = 512
 CALIBRATION_BATCH = 16
@@ -41,17 +41,17 @@ PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deviation:
-    """How far an exported student's images are from PyTorch's, in units of images in [−1, 1]."""
+    """Difference of an exported student's images from PyTorch's, in units of images in [−1, 1]."""
 
     largest: float
     rms: float
 
 
 def check_packages() -> None:
-    """See that what exporting needs is installed.
+    """Check that the packages that exporting needs are installed.
 
     Raises:
-        UsageError: it isn't.
+        UsageError: one isn't.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -59,15 +59,15 @@ def check_packages() -> None:
 
 
 def export_onnx(student: Student, path: Path, *, max_error: float = MAX_ERROR) -> Deviation:
-    """Write a student as ONNX, float32; nothing is at `path` unless it computes what PyTorch does.
+    """Write a student as ONNX in float32, if it agrees with PyTorch.
 
     Args:
-        student: what to export; stays as it is.
+        student: to export; isn't changed.
         path: the file.
-        max_error: bound on the largest deviation of any pixel.
+        max_error: bound on the deviation of any pixel.
 
     Raises:
-        TrainingError: the exported one deviates by more.
+        TrainingError: the deviation is larger; nothing is written.
         UsageError: packages are missing.
     """
     check_packages()
@@ -77,23 +77,23 @@ def export_onnx(student: Student, path: Path, *, max_error: float = MAX_ERROR) -
         deviation = compare(student, OnnxStudent(made))
         if not deviation.largest <= max_error:
             raise TrainingError(
-                f"the exported student deviates from PyTorch by {deviation.largest:.2g}, more than {max_error:g} "
-                f"allow; {path} was not written"
+                f"the exported student deviates from PyTorch by {deviation.largest:.2g}, more than {max_error:g}; "
+                f"{path} was not written"
             )
         write_atomically(path, [made.read_bytes()])
     return deviation
 
 
 def export_int8(student: Student, source: Path, path: Path) -> Deviation:
-    """Quantise the convolutions of an exported student; how far it is off is for the caller to judge, or to score.
+    """Quantise the convolutions of an exported student. Any finite deviation passes: the caller judges or scores it.
 
     Args:
-        student: whose noise calibrates it, and whose images it is compared with.
-        source: what `export_onnx` wrote.
+        student: its noise calibrates the activations, its images are compared with.
+        source: a file that `export_onnx` wrote.
         path: the file to write.
 
     Raises:
-        TrainingError: its images are not finite.
+        TrainingError: the images are not finite; nothing is written.
         UsageError: packages are missing.
     """
     check_packages()
@@ -109,24 +109,24 @@ def export_int8(student: Student, source: Path, path: Path) -> Deviation:
 
 @torch.no_grad()
 def compare(student: Student, exported: OnnxStudent) -> Deviation:
-    """Both from the same real noise, in batches of several sizes."""
+    """Deviation on the same seeds' noise, in batches of several sizes."""
     noise = student.noise(range(FIRST_CHECK_SEED, FIRST_CHECK_SEED + NUM_CHECKED))
     parts = [*torch.split(noise[:8], [1, 2, 5]), *torch.split(noise[8:], 8)]
-    reference = _plain(student)
-    off = torch.cat([exported(part) - reference(part) for part in parts])
-    return Deviation(largest=float(off.abs().max()), rms=float(off.square().mean().sqrt()))
+    reference = _cpu_copy(student)
+    difference = torch.cat([exported(part) - reference(part) for part in parts])
+    return Deviation(largest=float(difference.abs().max()), rms=float(difference.square().mean().sqrt()))
 
 
-def _plain(student: Student) -> Student:
-    """A copy on the CPU in float32."""
+def _cpu_copy(student: Student) -> Student:
+    """A copy on the CPU, in float32."""
     return copy.deepcopy(student).cpu().float().eval()
 
 
 class _TwoStepGroupNorm(nn.Module):
     """Group normalisation whose scale and shift are a batch normalisation of mean 0 and variance 1.
 
-    onnxruntime has no group normalisation on CPUs, and the exporter's scale and shift are two passes over the features
-    where a batch normalisation is one.
+    onnxruntime has no group normalisation on CPUs; the exporter's scale and shift take two passes over the features, a
+    batch normalisation takes one.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -143,8 +143,8 @@ class _TwoStepGroupNorm(nn.Module):
 
 
 def _exportable(student: Student) -> Student:
-    """A copy that computes the same with what ONNX and onnxruntime are good at."""
-    copied = _plain(student)
+    """A copy that computes the same with operations that onnxruntime runs fast."""
+    copied = _cpu_copy(student)
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.GroupNorm) and child.affine:
@@ -169,9 +169,20 @@ def _to_onnx(student: Student, path: Path) -> None:
     except torch.onnx.OnnxExporterError as error:
         lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
         raise TrainingError(f"torch {torch.__version__} can't export this student ({lines[0][:200]})") from error
+    _strip(path, student)
+
+
+def _strip(path: Path, student: Student) -> None:
+    """Remove the exporter's notes (stack traces with paths of this machine, names); add the student's geometry."""
     import onnx
 
     model = onnx.load(path)
+    graph = model.graph
+    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.type.ClearField("denotation")
     onnx.helper.set_model_props(model, {METADATA: json.dumps(student.geometry.to_json())})
     onnx.save(model, path)
 
@@ -180,7 +191,7 @@ def _quantise(student: Student, source: Path, target: Path) -> None:
     from onnxruntime import quantization
 
     class Noise(quantization.CalibrationDataReader):  # type: ignore[misc]
-        """Batches of noise, once."""
+        """Batches of noise."""
 
         def __init__(self) -> None:
             self.batches = _calibration(student)
@@ -201,6 +212,7 @@ def _quantise(student: Student, source: Path, target: Path) -> None:
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )
+    _strip(target, student)
 
 
 def _calibration(student: Student) -> Iterator[Tensor]:
@@ -210,7 +222,7 @@ def _calibration(student: Student) -> Iterator[Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters warn and log about themselves."""
+    """Silence the exporters' warnings and logs about themselves."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""A student that `advkd-export` wrote, run by onnxruntime on the CPU: no torch network, the same call."""
+"""A student exported by `advkd-export`, run by onnxruntime on the CPU and called like a torch one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from advkd.stages.student.geometry import Geometry
 
 INPUT, OUTPUT = "noise", "images"
 SPLIT_FROM = 16
-"""Images a thread from which a batch is divided among the threads. onnxruntime divides the work of an operation, of
-which int8 has many that are not worth it: 64 digits took 0.7 of the time so on two cores, in float32 0.9."""
+"""Images per thread from which threads take parts of the batch. Otherwise onnxruntime divides each operation among the
+threads, which costs more than it gains for small int8 ones: on two cores 64 digits took 0.7 of the time, in float32
+0.9."""
 METADATA = "advkd.geometry"
 
 
@@ -31,22 +32,22 @@ class OnnxStudent:
         num_threads: of onnxruntime; torch's number if not given.
 
     Raises:
-        TrainingError: it is not there, or no student that advkd exported.
+        TrainingError: there is no such file, or advkd-export didn't write it.
         UsageError: onnxruntime is not installed.
     """
 
     def __init__(self, path: Path, num_threads: int | None = None) -> None:
         runtime = _onnxruntime()
         if not path.is_file():
-            raise TrainingError(f"no student in {path}: `advkd-export RUN --onnx {path}` makes it")
+            raise TrainingError(f"no student in {path}: write it with `advkd-export RUN --onnx {path}`")
         self._num_threads = num_threads or torch.get_num_threads()
         try:
             self._together = _session(runtime, path, self._num_threads)
             self._alone = _session(runtime, path, 1) if self._num_threads > 1 else self._together
             self.geometry = _geometry_of(self._together)
-        except Exception as error:  # onnxruntime raises its own, of no common base
+        except Exception as error:  # onnxruntime's exceptions have no common base
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise TrainingError(f"{path} is no student that advkd-export wrote ({first[:160]})") from None
+            raise TrainingError(f"{path} was not written by advkd-export ({first[:160]})") from None
         self._threads = ThreadPoolExecutor(self._num_threads)
 
     def __call__(self, noise: Tensor) -> Tensor:
@@ -72,17 +73,17 @@ def _run(session: Any, noise: npt.NDArray[np.float32]) -> npt.NDArray[np.float32
 
 
 def _geometry_of(session: Any) -> Geometry:
-    told = session.get_modelmeta().custom_metadata_map
-    if METADATA not in told:
-        raise ValueError("it says nothing of a student")
+    metadata = session.get_modelmeta().custom_metadata_map
+    if METADATA not in metadata:
+        raise ValueError(f"no metadata {METADATA!r}")
     try:
-        geometry = Geometry.from_json(json.loads(told[METADATA]))
+        geometry = Geometry.from_json(json.loads(metadata[METADATA]))
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError, AdvkdError) as error:
-        raise ValueError(f"what it says of its student: {error}") from None
+        raise ValueError(f"metadata {METADATA!r}: {error}") from None
     (taken,), (made,) = session.get_inputs(), session.get_outputs()
     shapes = [list(value.shape[1:]) for value in (taken, made)]
     if (taken.name, made.name) != (INPUT, OUTPUT) or shapes != [list(geometry.item_shape)] * 2:
-        raise ValueError(f"it maps {shapes[0]} to {shapes[1]}, expected {list(geometry.item_shape)}")
+        raise ValueError(f"it maps {shapes[0]} to {shapes[1]}, expected {list(geometry.item_shape)} for both")
     return geometry
 
 

@@ -1,8 +1,8 @@
-"""Where a student comes from: `provenance.json` beside its weights, and the scores that its run was given.
+"""A student's provenance: `provenance.json` beside its weights, and the scores of its run.
 
-Written by training, so that a student that is copied or published keeps it: the teacher and its licence, the cache's
-fingerprint and the digest of the blocks that were used, seeds, configuration, versions. It is data for people: no
-student needs it to run.
+Training writes it, so a student that is copied or published keeps it: the teacher and its licence, the cache's
+fingerprint and the digest of the blocks that were used, seeds, configuration, versions. It is for people; a student
+runs without it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Provenance = dict[str, Any]
 
 
 def describe(cache: TrajectoryCache, identity: dict[str, Any], split: SeedSplit) -> Provenance:
-    """What a run's student comes from, as plain JSON.
+    """The provenance of a run's student, as JSON.
 
     Args:
         cache: the cache that it learns from.
-        identity: of the run, as run.json has it: configuration, fingerprint, digest of the blocks used.
+        identity: of the run, as in run.json: configuration, fingerprint, digest of the blocks used.
         split: its seeds.
     """
     sampler = {key: cache.recipe.sampler.get(key) for key in ("name", "steps", "eta")}
     return {
         "format": FORMAT,
-        "teacher": {"tensors_sha256": cache.recipe.teacher.get("tensors_sha256"), **_without_places(origin_of(cache))},
+        "teacher": {"tensors_sha256": cache.recipe.teacher.get("tensors_sha256"), **_without_paths(origin_of(cache))},
         "sampler": sampler,
         **identity,
         "seeds": {
@@ -49,8 +49,8 @@ def describe(cache: TrajectoryCache, identity: dict[str, Any], split: SeedSplit)
     }
 
 
-def _without_places(origin: dict[str, Any]) -> dict[str, Any]:
-    """A teacher from the Hub by its name, one from a folder without the way to it on the machine that built."""
+def _without_paths(origin: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's origin without absolute paths on the machine that built the cache."""
     origin = {key: value for key, value in origin.items() if key != "scheduler" or not PurePath(value).is_absolute()}
     source = origin.get("source")
     if source is None or "commit" in origin or not PurePath(source).is_absolute():
@@ -59,31 +59,31 @@ def _without_places(origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_provenance(folder: Path, provenance: Provenance) -> None:
-    """Write it beside a student."""
+    """Write provenance.json into a student's folder."""
     write_json(folder / FILE, {"format": FORMAT, **provenance})
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """What is known of a student in a folder; of one in a run's folder also its scores, if they are this run's.
+    """The provenance of the student in a folder, with its scores if the folder is in a run that was evaluated.
 
-    Runs from before provenance.json tell what run.json tells. Empty where nothing is known.
+    Runs that predate provenance.json give the facts of run.json. Empty if nothing is known.
 
     Raises:
-        TrainingError: provenance.json is there but not what advkd writes.
+        TrainingError: provenance.json is malformed.
     """
     run = _run_of(folder)
     provenance: Provenance = {}
     if (folder / FILE).is_file():
         provenance = _read_own(folder / FILE)
     elif run is not None:
-        told = run.read()
-        provenance = {"format": FORMAT, **told["identity"], "versions": told.get("versions", {})}
+        record = run.read()
+        provenance = {"format": FORMAT, **record["identity"], "versions": record.get("versions", {})}
     scores = _read_scores(run) if run is not None else None
     return {**provenance, "scores": scores} if scores else provenance
 
 
 def _run_of(folder: Path) -> Run | None:
-    """The run whose student is in a folder: the one that `advkd-evaluate` scores, not its best step."""
+    """The run whose final student is in a folder; `advkd-evaluate` doesn't score the best step's."""
     run = Run(folder.absolute().parent)
     return run if folder.name == run.student.name and (run.path / "run.json").is_file() else None
 
@@ -94,14 +94,14 @@ def _read_own(path: Path) -> Provenance:
             raise ValueError(f"more than {MAX_BYTES} bytes")
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise ValueError("not what advkd writes")
+            raise ValueError("not written by advkd")
     except (OSError, ValueError, RecursionError) as error:
         raise TrainingError(f"{path}: {error}; the student loads without this file") from None
     return value
 
 
 def _read_scores(run: Run) -> dict[str, Any] | None:
-    """What `advkd-evaluate` measured of this very student; None where it did not, or of another one."""
+    """The scores of exactly these weights; None if `advkd-evaluate` scored none or others."""
     try:
         value = json.loads((run.path / "evaluation" / "scores.json").read_bytes())
         if value["student"] != run.read()["identity"] or value["weights_sha256"] != weights_sha256(run.student):
