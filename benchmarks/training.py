@@ -18,11 +18,11 @@ from torch import Tensor
 from advkd.cache import TrajectoryCache
 from advkd.pipeline.config import Experiment, load_experiment
 from advkd.stages.schedules import one_cycle
+from advkd.stages.student import trainer
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.student import build_student
 from advkd.stages.student.train import train
-from advkd.stages.student.training import trainer
 from advkd.stages.student.training.data import Batch, read_float
 from advkd.stages.student.training.losses import relativistic_discriminator, relativistic_generator, squared_gradient
 from advkd.stages.student.unrolled.program import UnrolledProgram

@@ -16,8 +16,8 @@ from advkd.cache.files.durable import write_atomically
 from advkd.stages.metrics.intervals import Interval
 from advkd.stages.metrics.table import Row, ScoreTable, difference
 from advkd.stages.pictures import save_figure
+from advkd.stages.student.run import Run
 from advkd.stages.student.student import weights_sha256
-from advkd.stages.student.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,9 +43,9 @@ from advkd.stages.metrics.lpips import Lpips
 from advkd.stages.metrics.neighbours import to_rows
 from advkd.stages.metrics.pairs import squared_errors
 from advkd.stages.reporter import Reporter, SilentReporter
+from advkd.stages.student.run import Run, seeds_of_run
 from advkd.stages.student.student import generate, load_student, weights_sha256
 from advkd.stages.student.training.data import read_float
-from advkd.stages.student.training.run import Run, seeds_of_run
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.load.identity import tensors_sha256
 

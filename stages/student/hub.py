@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import write_atomically
+from advkd.stages.student.card import model_card
 from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.sharing.card import model_card
-from advkd.stages.student.sharing.origin import FILE as PROVENANCE
-from advkd.stages.student.sharing.origin import Provenance, read_provenance, write_provenance
+from advkd.stages.student.provenance import FILE as PROVENANCE
+from advkd.stages.student.provenance import Provenance, read_provenance, write_provenance
 from advkd.stages.student.student import WEIGHTS, is_student, noise_of, read_student, save_student
 from advkd.stages.student.training.protocol import StudentNetwork
 

@@ -21,11 +21,11 @@ from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.config import KINDS, TrainConfig
 from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.run import Run, identity, split_seeds
 from advkd.stages.student.student import build_student, load_student
+from advkd.stages.student.trainer import Trainer
 from advkd.stages.student.training.data import fetch_states
 from advkd.stages.student.training.distributed import ProcessGroup
-from advkd.stages.student.training.run import Run, identity, split_seeds
-from advkd.stages.student.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

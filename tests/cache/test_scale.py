@@ -119,7 +119,7 @@ def test_looking_at_a_million_seeds_opens_no_chunk_and_each_record_once(million:
 
 def test_choosing_seeds_of_a_million_reads_no_record(million: Path) -> None:
     pytest.importorskip("filelock")
-    from advkd.stages.student.training.run import split_seeds
+    from advkd.stages.student.run import split_seeds
 
     with counted(million) as counts:
         split = split_seeds(TrajectoryCache.open(million), None)

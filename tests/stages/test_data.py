@@ -7,8 +7,8 @@ import torch
 
 from advkd.cache.format.hashing import is_held_out
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.student.run import split_seeds
 from advkd.stages.student.training.data import Batch, epoch_order, prefetch_batches, seed_batches
-from advkd.stages.student.training.run import split_seeds
 
 
 def test_held_out_seeds_are_never_trained_on(store: Path) -> None:

@@ -21,9 +21,9 @@ from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.metrics.features import see
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.student.config import StudentConfig, TrainConfig
+from advkd.stages.student.run import Run, split_seeds
 from advkd.stages.student.student import load_student, weights_sha256
 from advkd.stages.student.train import train
-from advkd.stages.student.training.run import Run, split_seeds
 from tests.conftest import save_random_inception
 from tests.stores import tree
 

@@ -197,7 +197,7 @@ def test_a_card_of_hostile_facts_is_still_one_card(tmp_path: Path) -> None:
 
 
 def test_an_absolute_path_of_the_builders_machine_is_not_told() -> None:
-    from advkd.stages.student.sharing.origin import _without_paths
+    from advkd.stages.student.provenance import _without_paths
 
     assert _without_paths({"source": "/home/me/teachers/celeba"}) == {"source": "celeba"}
     for kept in ({"source": "teachers/digits/pipeline"}, {"source": "a/b", "commit": "1"}, {}):

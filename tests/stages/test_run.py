@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from advkd.cache.errors import TrainingError, UsageError
+from advkd.stages.student.run import Run
 from advkd.stages.student.train import train
-from advkd.stages.student.training.run import Run
 from tests.stages.test_train import UNROLLED
 from tests.stores import write_store
 

@@ -15,10 +15,10 @@ from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.progressive.config import StagesConfig
+from advkd.stages.student.run import Run, split_seeds
 from advkd.stages.student.student import generate, load_student
 from advkd.stages.student.train import train
 from advkd.stages.student.training.data import read_float
-from advkd.stages.student.training.run import Run, split_seeds
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT
 from tests.stores import make_recipe, write_store

@@ -1,1 +1,1 @@
-"""A trained student outside its run: provenance, model cards, ONNX files."""
+"""A trained student as an ONNX file: writing it, running it."""

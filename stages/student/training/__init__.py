@@ -1,1 +1,1 @@
-"""What trains any student: the loop, data, checkpoints, runs, processes."""
+"""What training any kind of student needs: settings, data, losses, optimizers, checkpoints, processes."""

@@ -16,8 +16,8 @@ from advkd.cache.errors import TrainingError
 from advkd.cache.files.durable import write_json
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.provenance import versions
+from advkd.stages.student.run import Run, SeedSplit
 from advkd.stages.student.student import weights_sha256
-from advkd.stages.student.training.run import Run, SeedSplit
 
 FORMAT = 1
 FILE = "provenance.json"

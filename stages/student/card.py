@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.sharing.origin import Provenance
+from advkd.stages.student.provenance import Provenance
 
 PAPER = "https://arxiv.org/abs/2405.20675"
 MAX_ROWS = 40

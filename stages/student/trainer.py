@@ -18,14 +18,14 @@ from advkd.stages.pictures import save_rows
 from advkd.stages.reporter import Reporter
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.sharing.origin import describe, write_provenance
+from advkd.stages.student.provenance import describe, write_provenance
+from advkd.stages.student.run import Run, SeedSplit
 from advkd.stages.student.student import generate, save_student
 from advkd.stages.student.training.checkpoint import load_checkpoint, read_scalars, save_checkpoint
 from advkd.stages.student.training.data import prefetch_batches, read_float, seed_batches
 from advkd.stages.student.training.distributed import ProcessGroup
 from advkd.stages.student.training.log import MetricsLog, forget_metrics_after
 from advkd.stages.student.training.protocol import Program, mean_metrics
-from advkd.stages.student.training.run import Run, SeedSplit
 
 PREVIEW_SEEDS = 8
 VALIDATION_SEEDS = 256
