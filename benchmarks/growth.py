@@ -8,7 +8,7 @@ from typing import Any
 
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.files.strict_json import pretty_json
-from advkd.cache.format.ledger import SEGMENT_BYTES, crc32c
+from advkd.cache.format.array_record import SEGMENT_BYTES, crc32c
 from advkd.cache.format.store_paths import chunk_path, record_path, states_path
 from advkd.cache.format.zarr_metadata import metadata_files
 from benchmarks.comparison import Comparison, Target, row_of

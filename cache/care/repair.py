@@ -1,17 +1,16 @@
-"""Mending a store after a verification: what is provably damaged goes, so that the next build makes it again."""
+"""Repairing a store after a verification: what is damaged is removed, so that the next build makes it again."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from advkd.cache.care.declared import declared_seeds, expected_num_seeds, listed_blocks
-from advkd.cache.care.verify import Finding
+from advkd.cache.care.findings import Finding
+from advkd.cache.care.metadata import StoreMetadata
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target
 from advkd.cache.files.strict_json import pretty_json
 from advkd.cache.format.store_paths import record_path
-from advkd.cache.format.zarr_metadata import metadata_files
 from advkd.cache.read.reader import TrajectoryCache, local_root
 
 
@@ -25,7 +24,7 @@ def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
         What was done, one line each.
 
     Raises:
-        LockedError: somebody writes to the store.
+        LockedError: another process writes to the store.
         CacheError: the store is remote.
     """
     root = local_root(cache)
@@ -40,13 +39,12 @@ def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
         for found in wrong:
             if found.kind == "damage" and not found.file.endswith("zarr.json"):
                 _remove(root, found.file, done)
-        blocks = listed_blocks(TrajectoryCache.open(root))
-        num_seeds = expected_num_seeds(TrajectoryCache.open(root), blocks, declared_seeds(cache).values())
-        files = metadata_files(cache.recipe, cache.stored_layout, num_seeds)
-        expected = {name: pretty_json(value) for name, value in files.items()}
+        expected = {name: pretty_json(value) for name, value in StoreMetadata(TrajectoryCache.open(root)).files.items()}
         for file in sorted({found.file for found in wrong} & expected.keys()):
             write_atomically(safe_target(root, file), [expected[file]])
             done.append(f"{file} is written anew from the recipe")
+        for file in sorted({found.file for found in wrong if found.file.endswith("zarr.json")} - expected.keys()):
+            done.append(f"{file} describes an array that the recipe does not: take it from another copy of the store")
     return done
 
 

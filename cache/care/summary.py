@@ -7,7 +7,8 @@ from typing import Any
 
 from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.files.sealed_json import unseal
-from advkd.cache.format.ledger import ArrayRecord, BlockRecord, content_digest
+from advkd.cache.format.array_record import ArrayRecord
+from advkd.cache.format.ledger import BlockRecord, content_digest
 from advkd.cache.format.store_paths import states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES, FORMAT
 from advkd.cache.read.compare import tolerance_of
@@ -26,6 +27,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
     size, recipe, blocks = cache.layout.block_size, cache.recipe, cache.blocks
     sampled = blocks[:: max(1, -(-len(blocks) // MAX_BLOCKS_FOR_STATISTICS))]
     chunk_bytes = cache.layout.block_bytes(cache.item_shape) + CRC_BYTES
+    further_bytes = sum(spec.block_bytes + CRC_BYTES for spec in cache.further)
     origin = origin_of(cache)
     content, records = _read_ledger(cache, sampled)
     return {
@@ -47,10 +49,11 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "declared_seeds": cache.num_seeds,
         "seeds": [[run[0] * size, run[1] * size] for run in runs(blocks)],
         "gaps": [[run[0] * size, run[1] * size] for run in gaps(blocks, cache.num_blocks)],
-        "num_bytes": len(blocks) * len(cache.states) * chunk_bytes,
+        "num_bytes": len(blocks) * (len(cache.states) * chunk_bytes + further_bytes),
         **({} if cache.packed is None else {"packed": _packed(cache, cache.packed, sampled)}),
         "statistics_of_blocks": len(sampled),
         "states": _states(cache, records),
+        "arrays": _arrays(cache, records),
     }
 
 
@@ -101,10 +104,24 @@ def _states(cache: TrajectoryCache, records: Sequence[BlockRecord]) -> list[dict
     return states
 
 
+def _arrays(cache: TrajectoryCache, records: Sequence[BlockRecord]) -> list[dict[str, Any]]:
+    """Arrays besides the states, such as class labels."""
+    here = {spec.path: spec for spec in cache.further}
+    return [
+        {
+            "path": name,
+            **({"item_shape": list(here[name].item_shape), "dtype": here[name].dtype} if name in here else {}),
+            "here": name in here,
+            "minimum": min(record.arrays[name].minimum for record in records if name in record.arrays),
+            "maximum": max(record.arrays[name].maximum for record in records if name in record.arrays),
+        }
+        for name in cache.further_names
+    ]
+
+
 def _packed(cache: TrajectoryCache, source: UnpackedSource, sampled: Sequence[int]) -> dict[str, Any]:
     """How a packed store is coded, how large it is, and what error its packer measured; of the sampled blocks."""
-    names = [states_path(state) for state in cache.states.values()]
-    arrays = [source.records[block].arrays[name] for block in sampled for name in names]
+    arrays = [source.records[block].of(state) for block in sampled for state in cache.states.values()]
     num_bytes = sum(array.num_bytes for array in arrays)
     return {
         "codec": source.packing.codec,
@@ -120,8 +137,8 @@ def _statistics(arrays: Sequence[ArrayRecord]) -> dict[str, Any]:
         "minimum": min(array.minimum for array in arrays),
         "maximum": max(array.maximum for array in arrays),
         "num_nonfinite": sum(array.num_nonfinite for array in arrays),
-        "rounding_rms": (sum(array.rounding_rms**2 for array in arrays) / len(arrays)) ** 0.5,
-        "rounding_max": max(array.rounding_max for array in arrays),
+        "rounding_rms": (sum((array.rounding_rms or 0.0) ** 2 for array in arrays) / len(arrays)) ** 0.5,
+        "rounding_max": max(array.rounding_max or 0.0 for array in arrays),
     }
 
 
@@ -129,10 +146,6 @@ def origin_of(cache: TrajectoryCache) -> dict[str, Any]:
     """Where the teacher came from, as the store's first builder recorded it."""
     try:
         value = unseal(cache.source.read("provenance/store.json"))["teacher"]
-        return {
-            key: str(value[key])[:200]
-            for key in ("source", "commit", "license", "unet", "variant", "scheduler")
-            if value.get(key)
-        }
+        return {key: str(value[key])[:200] for key in ("source", "commit", "license") if value.get(key)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

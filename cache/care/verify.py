@@ -1,59 +1,38 @@
 """Every byte of a store against its ledger, every metadata file against the recipe.
 
-What is found is named by file, block and state. Three kinds: **damage** (bytes that differ from what is recorded),
-**missing** (recorded, but not there), **stray** (there, but recorded nowhere: left by an interrupted build, copied to
-the wrong place, or foreign). A whole state that is absent is a partial copy and no fault.
+Findings are named by file, block and state (`advkd.cache.care.findings`). An array that is absent as a whole is a
+partial copy and no fault.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import google_crc32c
 
-from advkd.cache.care.declared import declared_seeds, expected_num_seeds, listed_blocks
+from advkd.cache.care.findings import Finding, Kind
+from advkd.cache.care.metadata import StoreMetadata
+from advkd.cache.care.strays import strays
 from advkd.cache.errors import CacheError, DamagedError, NeedsDamagedError, NotCachedError
-from advkd.cache.files.durable import PARTIAL_SUFFIX
-from advkd.cache.files.locks import LOCK_FILE, NOTE_FILE, StoreLocks
+from advkd.cache.files.locks import LOCK_FILE, NOTE_FILE
 from advkd.cache.files.paths import walk
 from advkd.cache.files.sealed_json import unseal
-from advkd.cache.files.strict_json import pretty_json
-from advkd.cache.format.layout import State
-from advkd.cache.format.ledger import ArrayRecord, crc32c
-from advkd.cache.format.store_paths import chunk_path, metadata_path, provenance_path, record_path, states_path
-from advkd.cache.format.zarr_metadata import CRC_BYTES, MAX_BLOCKS, array_metadata, group_metadata, root_metadata
+from advkd.cache.files.strict_json import in_line
+from advkd.cache.format.array_record import ArrayRecord, crc32c
+from advkd.cache.format.arrays import ArraySpec
+from advkd.cache.format.store_paths import provenance_path, record_path, states_path
+from advkd.cache.format.zarr_metadata import CRC_BYTES, MAX_BLOCKS
 from advkd.cache.read.compare import TOLERANCE_FILE, tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
 
-Kind = Literal["damage", "missing", "stray"]
 _PIECE = 4 << 20
 _CRC_OF_ALL = crc32c(bytes(CRC_BYTES))
 """Of any bytes that end with their own CRC, no bytes among them."""
 STORE_FILE = "provenance/store.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing that is wrong."""
-
-    kind: Kind
-    file: str
-    """Relative to the store."""
-    problem: str
-    block: int | None = None
-    state: str | None = None
-
-    def __str__(self) -> str:
-        """One line."""
-        place = [f"block {self.block}"] if self.block is not None else []
-        place += [f"state {self.state}"] if self.state is not None else []
-        where = f" ({', '.join(place)})" if place else ""
-        return f"{self.kind:8}{self.file}: {self.problem}{where}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +44,7 @@ class Verified:
     num_bytes: int
     """Of values that were read, of a packed store decoded, and compared."""
     absent_states: tuple[str, ...]
-    """Recorded states that this copy has not."""
+    """Names of recorded states, and paths of other arrays, that this copy has not."""
 
 
 def verify(cache: TrajectoryCache, checked: Callable[[int], None] = lambda num_bytes: None) -> Verified:
@@ -73,104 +52,85 @@ def verify(cache: TrajectoryCache, checked: Callable[[int], None] = lambda num_b
 
     Args:
         cache: local, or remote (where files that don't belong can't be seen).
-        checked: hears of the bytes of each chunk that was read.
+        checked: called with the bytes of each chunk that was read.
     """
     return _Verification(cache, checked).run()
 
 
 def bytes_to_verify(cache: TrajectoryCache) -> int:
     """Bytes of all chunks that `verify` reads."""
-    return len(cache.blocks) * len(cache.states) * cache.layout.block_bytes(cache.item_shape)
+    per_block: int = sum(spec.block_bytes for spec in StoreMetadata(cache).here)
+    return len(cache.blocks) * per_block
 
 
 class _Verification:
     def __init__(self, cache: TrajectoryCache, checked: Callable[[int], None]) -> None:
         self.cache = cache
         self.checked = checked
+        self.metadata = StoreMetadata(cache)  # before anything else: what is added meanwhile is no finding
         self.findings: list[Finding] = []
         self.known: set[str] = {f"provenance/{LOCK_FILE}", f"provenance/{NOTE_FILE}"}
         self.seals: set[str] = set()
         """Of the sealed files that are where they belong."""
         self.num_bytes = 0
-        self.states = [state for state in cache.layout.states if state.step in cache.states or _has_files(cache, state)]
+        self.drawn_again = {states_path(state) for state in cache.layout.states if cache.is_drawn_again(state)}
+        self.names = {states_path(state) for state in cache.layout.states} | set(cache.further_names)
 
     def run(self) -> Verified:
-        cache = self.cache
-        blocks = listed_blocks(cache)  # before anything else: what is added meanwhile is no finding
-        self._metadata(blocks)
+        cache, blocks = self.cache, self.metadata.blocks
+        self.findings += self.metadata.findings()
+        self.known |= self.metadata.files.keys()
         for block in blocks:
             self._block(block)
         self._store_provenance(STORE_FILE)
         self._store_provenance(TOLERANCE_FILE)
-        if cache.files.root is not None:
-            self._strays(cache.files.root, set(blocks))
-        absent = tuple(state.name for state in cache.layout.states if state not in self.states)
+        root = cache.files.root
+        if root is not None:
+            for folder in self.metadata.undescribed:
+                self.known |= {folder + path for path in walk(root / folder)}
+            self.findings += strays(root, self.known, self.seals, set(blocks))
         return Verified(
-            findings=tuple(self.findings), num_blocks=len(blocks), num_bytes=self.num_bytes, absent_states=absent
+            findings=tuple(self.findings),
+            num_blocks=len(blocks),
+            num_bytes=self.num_bytes,
+            absent_states=tuple(path.removeprefix("states/") for path in self.metadata.absent),
         )
 
     def _find(self, kind: Kind, file: str, problem: str, block: int | None = None, state: str | None = None) -> None:
         self.findings.append(Finding(kind=kind, file=file, problem=problem, block=block, state=state))
 
-    def _metadata(self, blocks: Sequence[int]) -> None:
-        cache, declared = self.cache, declared_seeds(self.cache)
-        expected = expected_num_seeds(cache, blocks, declared.values())
-        names = {metadata_path(states_path(state)): state.name for state in self.states}
-        for path, value in {
-            "zarr.json": root_metadata(cache.recipe, cache.stored_layout),
-            "states/zarr.json": group_metadata(),
-            **{
-                metadata_path(states_path(state)): array_metadata(
-                    cache.recipe, cache.stored_layout, state, declared.get(state.step, expected)
-                )
-                for state in self.states
-            },
-        }.items():
-            self.known.add(path)
-            try:
-                if cache.files.read(path) != pretty_json(value):
-                    self._find("damage", path, "differs from what the recipe generates", state=names.get(path))
-            except FileNotFoundError:
-                self._find("missing", path, "is not there", state=names.get(path))
-            except DamagedError as error:
-                self._find("damage", path, str(error), state=names.get(path))
-        for step, num_seeds in declared.items():
-            if num_seeds != expected:
-                path = metadata_path(states_path(cache.states[step]))
-                problem = f"declares {num_seeds} seeds; by the other arrays and the ledger it is {expected}"
-                self._find("damage", path, problem, state=names[path])
-
     def _block(self, block: int) -> None:
         cache, path = self.cache, record_path(block)
-        chunks = {
-            states_path(state): chunk_path(states_path(state), block, len(cache.item_shape)) for state in self.states
-        }
-        self.known |= {path, *(chunks[states_path(state)] for state in self.states if not cache.is_drawn_again(state))}
+        self.known.add(path)
+        self.known |= {spec.chunk_path(block) for spec in self.metadata.here if spec.path not in self.drawn_again}
         self._provenance(block)
         try:
             record = cache.record(block)
         except NotCachedError:
-            return  # somebody makes it anew just now
+            return  # another process makes it anew just now
         except DamagedError as error:
             self._find("damage", path, _without_advice(error), block)
-            for state in self.states if cache.packed is None else ():
-                self._chunk(chunks[states_path(state)], None, block, state.name)
+            for spec in self.metadata.here if cache.packed is None else ():
+                self._chunk(spec, None, block)
             return
         if block >= MAX_BLOCKS:
             self._find("damage", path, f"no store has more than {MAX_BLOCKS:,} blocks", block)
         self.seals.add(record.record_hash)
-        for state in self.states:
-            array = states_path(state)
-            self._chunk(chunks[array], record.arrays[array], block, state.name)
-        for array, expected in record.arrays.items():  # arrays of later versions, conditions for instance
-            if not array.startswith("states/"):
-                chunk = f"{array}/c/{block}"
-                self.known.add(chunk)
-                self._chunk(chunk, expected, block, None)
+        for spec in self.metadata.here:
+            if spec.path not in record.arrays:
+                self._find("damage", path, f"has no array {spec.path}, unlike the records of other blocks", block)
+            elif not spec.fits(record.arrays[spec.path]):
+                self._find("damage", path, f"its entry of {spec.path} doesn't fit {spec.metadata_path}", block)
+            else:
+                self._chunk(spec, record.arrays[spec.path], block)
+        for name in sorted(record.arrays.keys() - self.names):
+            problem = f"array {in_line(name)} is in the ledger record of this block, not in those of others"
+            self._find("missing", f"{name}/c/{block}", problem, block)
 
-    def _chunk(self, chunk: str, expected: ArrayRecord | None, block: int, state: str | None) -> None:
+    def _chunk(self, spec: ArraySpec, expected: ArrayRecord | None, block: int) -> None:
         """Compare a chunk with its record; without one, with the CRC that it ends with."""
-        size = expected.num_bytes if expected else self.cache.layout.block_bytes(self.cache.item_shape) + CRC_BYTES
+        chunk, size = spec.chunk_path(block), expected.num_bytes if expected else spec.block_bytes + CRC_BYTES
+        state = spec.path.removeprefix("states/") if spec.path.startswith("states/") else None
         try:
             num_bytes, digest, fits_itself = self._hash(chunk, size)
         except FileNotFoundError:
@@ -231,52 +191,6 @@ class _Verification:
         value = unseal(self.cache.source.read(path))
         self.seals.add(value["record_sha256"])
         return value
-
-    def _strays(self, root: Path, listed: set[int]) -> None:
-        for path in walk(root):
-            if path in self.known or path.endswith(PARTIAL_SUFFIX) or self._is_later_note(path):
-                continue  # a write in flight, or one that the next build sweeps
-            parts = path.split("/")
-            state = parts[1] if parts[0] == "states" and len(parts) > 2 else None
-            block = _number(parts[3]) if state and len(parts) > 3 else None
-            if parts[0] in ("blocks", "provenance"):
-                block = _number(parts[-1].removeprefix("block-").partition(".")[0])
-            if block is not None and block not in listed and self._is_being_made(root, block):
-                continue
-            self._find("stray", path, "is recorded nowhere: left by an interrupted build, or foreign", block, state)
-
-    def _is_later_note(self, path: str) -> bool:
-        """Whether it may be provenance that a later version adds: sealed, and no copy of what has its place."""
-        folder, _, name = path.rpartition("/")
-        try:
-            return (
-                folder == "provenance"
-                and not name.startswith("block-")
-                and unseal(self.cache.source.read(path))["record_sha256"] not in self.seals
-            )
-        except (OSError, ValueError, DamagedError):
-            return False
-
-    def _is_being_made(self, root: Path, block: int) -> bool:
-        """Whether somebody makes a block, or has done so since the ledger was listed."""
-        try:
-            if (root / record_path(block)).exists():
-                return True
-            if not (root / "provenance" / LOCK_FILE).exists():
-                return False  # looking changes nothing
-            with StoreLocks(root).block(block) as free:
-                return not free
-        except (OSError, CacheError):  # a read-only copy
-            return False
-
-
-def _has_files(cache: TrajectoryCache, state: State) -> bool:
-    root = cache.files.root
-    return root is not None and next(walk(root / states_path(state)), None) is not None
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
 def _without_advice(error: DamagedError) -> str:

@@ -20,9 +20,9 @@ from advkd.cache.errors import DamagedError, NeedsDamagedError
 from advkd.cache.files.paths import MAX_METADATA_BYTES
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.files.strict_json import pretty_json
+from advkd.cache.format.array_record import crc32c
 from advkd.cache.format.encoding import Packing
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.ledger import crc32c
 from advkd.cache.format.packed_ledger import HOW_TO_MEND, PackedArray, PackedRecord
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.records import Records
@@ -103,11 +103,11 @@ class UnpackedSource(WholeFileSource):
             return
         from advkd.cache.codec.state_codec import StateCodec
 
-        codec, arrays = StateCodec(self.recipe, self.layout, self.packing, block), self.records[block].arrays
+        codec, records = StateCodec(self.recipe, self.layout, self.packing, block), self.records[block]
         for index, state in enumerate(self.layout.states):
             if state.step > max(steps, default=-1):
                 break
-            record = arrays[states_path(state)]
+            record = records.of(state)
             if index == 0:
                 chunk = _with_crc(codec.draw_initial())
                 if hashlib.sha256(chunk).hexdigest() != record.raw.sha256:
@@ -146,7 +146,7 @@ class UnpackedSource(WholeFileSource):
         raise NeedsDamagedError(f"{self.address}/{own} is predicted from what is damaged: {error}")
 
     def _decode_standard(self, state: State, block: int) -> bytes:
-        data = self._packed_file(state, block, self.records[block].arrays[states_path(state)])
+        data = self._packed_file(state, block, self.records[block].of(state))
         shape = (self.layout.block_size, *self.recipe.item_shape)
         try:
             values = standard.decode(data, self.packing, np.dtype(self.layout.dtype).newbyteorder("<"), shape)

@@ -2,19 +2,23 @@
 
 For each state it has the packed chunk file's size and sha256; the sha256 of the chunk that was packed; `raw`, the
 entry that the unpacked store's ledger will have; and the error, measured on what was decoded from the written file.
+Arrays besides the states are not packed, and their entries are those of a raw store.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.format.ledger import ArrayRecord, LedgerRecord
+from advkd.cache.format.array_record import ArrayRecord
+from advkd.cache.format.layout import State
+from advkd.cache.format.ledger import LedgerRecord
+from advkd.cache.format.store_paths import states_path
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _PIECE = 1 << 18
@@ -68,18 +72,28 @@ class PackedArray:
         fitting = fitting and all(_HEX64.fullmatch(digits) for digits in (record.sha256, record.packed_from))
         errors = (record.error_rms, record.error_max)
         if not fitting or not all(type(error) is float and 0 <= error < math.inf for error in errors):
-            raise ValueError("a number or hash can't be")
+            raise ValueError("a number is out of range, or a hash is none")
         return record
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**asdict(self), "raw": self.raw.to_json()}
 
-class PackedRecord(LedgerRecord[PackedArray]):
-    """The entry for one block of a packed store, whose layout is the packed one."""
+
+class PackedRecord(LedgerRecord[PackedArray | ArrayRecord]):
+    """The record of one block of a packed store, whose layout is the packed one; arrays besides states are raw."""
 
     __slots__ = ()
     maker = "pack"
     how_to_mend = HOW_TO_MEND
 
     @classmethod
-    def entry(cls, value: dict[str, Any]) -> PackedArray:
-        """`PackedArray.from_json`."""
-        return PackedArray.from_json(value)
+    def entry(cls, value: dict[str, Any]) -> PackedArray | ArrayRecord:
+        """Of a state or a further array."""
+        return PackedArray.from_json(value) if "raw" in value else ArrayRecord.from_json(value)
+
+    def of(self, state: State) -> PackedArray:
+        """The entry of a recorded state."""
+        array = self.arrays[states_path(state)]
+        assert isinstance(array, PackedArray)
+        return array

@@ -7,8 +7,9 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from advkd.cache.errors import DamagedError, NotCachedError
+from advkd.cache.format.array_record import ArrayRecord, num_segments
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.ledger import ArrayRecord, LedgerRecord, checked_seal, content_digest, num_segments
+from advkd.cache.format.ledger import LedgerRecord, checked_seal, content_digest
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.seeds import seeds_of
 from advkd.cache.format.source import Source
@@ -17,6 +18,9 @@ from advkd.cache.format.zarr_metadata import CRC_BYTES
 
 MAX_RECORDS = 512
 """Kept in memory; one is some kilobytes."""
+MAX_FURTHER_ARRAYS = 64
+"""Arrays besides the states."""
+_OWN_FOLDERS = ("states", "blocks", "provenance")
 Record = TypeVar("Record", bound=LedgerRecord[Any])
 
 
@@ -68,17 +72,32 @@ class Records(Generic[Record]):
         record = self._kind.parse(raw, block, f"{address}/{record_path(block)}")
         if (record.fingerprint, record.layout_hash) != (self._recipe.fingerprint, self._layout.layout_hash):
             raise DamagedError(f"{address}: the ledger record of block {block} belongs to another cache")
-        body_bytes = self._layout.block_bytes(self._recipe.item_shape)
-        expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
-        names, found = {states_path(state) for state in self._layout.states}, record.arrays.keys()
-        # A raw store may have further arrays; a packed one has its states alone.
-        fits = found >= names if self._layout.packing is None else found == names
-        raws = [record.arrays[name].raw for name in names & found]
-        if not fits or any((raw.num_bytes, len(raw.segments)) != expected for raw in raws):
+        if not self._fits(record):
             raise DamagedError(
                 f"{address}: the ledger record of block {block} doesn't fit the layout; {self._kind.how_to_mend}"
             )
         return record
+
+    def _fits(self, record: Record) -> bool:
+        """Whether a record has an entry of the right kind and size for every state, and others only of arrays."""
+        body_bytes = self._layout.block_bytes(self._recipe.item_shape)
+        expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
+        names = {states_path(state) for state in self._layout.states}
+        if not record.arrays.keys() >= names:
+            return False
+        for name in names:
+            entry = record.arrays[name]
+            is_packed = not isinstance(entry, ArrayRecord)
+            if is_packed != (self._layout.packing is not None) or entry.raw.rounding_max is None:
+                return False
+            if (entry.raw.num_bytes, len(entry.raw.segments)) != expected:
+                return False
+        further = record.arrays.keys() - names
+        return (
+            len(further) <= MAX_FURTHER_ARRAYS
+            and all(isinstance(record.arrays[name], ArrayRecord) for name in further)
+            and not any(name.partition("/")[0] in _OWN_FOLDERS for name in further)
+        )
 
     def raw(self, blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """The records of some committed blocks, as they are in their files.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from advkd.cache.errors import DamagedError, UsageError
 from advkd.cache.files.durable import write_atomically
-from advkd.cache.format.ledger import ArrayRecord
+from advkd.cache.format.array_record import ArrayRecord
 from advkd.cache.format.source import Source
 
 SPARE_BYTES = 64 << 20

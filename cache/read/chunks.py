@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from advkd.cache.errors import DamagedError
+from advkd.cache.format.array_record import SEGMENT_BYTES, ArrayRecord, crc32c
 from advkd.cache.format.layout import State
-from advkd.cache.format.ledger import HOW_TO_MEND, SEGMENT_BYTES, ArrayRecord, BlockRecord, crc32c
+from advkd.cache.format.ledger import HOW_TO_MEND, BlockRecord
 from advkd.cache.format.records import Records
 from advkd.cache.format.source import Source
 from advkd.cache.format.zarr_metadata import CRC_BYTES

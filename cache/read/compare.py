@@ -76,6 +76,24 @@ def block_distances(one: TrajectoryCache, other: TrajectoryCache, block: int) ->
     return apart
 
 
+def differing_arrays(one: TrajectoryCache, other: TrajectoryCache, block: int) -> tuple[str, ...]:
+    """Paths of the arrays besides the states, such as `conditions/label`, of which a block differs in two stores."""
+    found, expected = one.array_records(block), other.array_records(block)
+    names = set(one.further_names) | set(other.further_names)
+    return tuple(name for name in sorted(names) if found.get(name) != expected.get(name))
+
+
+def array_differences(one: TrajectoryCache, other: TrajectoryCache) -> list[str]:
+    """Name what differs between the descriptions of two stores' arrays besides the states; none if one is empty."""
+    if not (one.blocks and other.blocks):
+        return []
+    found, expected = ({spec.path: spec.template for spec in cache.further} for cache in (one, other))
+    lines = [f"array {name}: present → absent" for name in sorted(found.keys() - expected.keys())]
+    lines += [f"array {name}: absent → present" for name in sorted(expected.keys() - found.keys())]
+    both = sorted(found.keys() & expected.keys())
+    return lines + [f"{name}.{line}" for name in both for line in differences(found[name], expected[name])]
+
+
 def within(apart: Mapping[int, float], tolerance: Mapping[int, float]) -> bool:
     """Whether all distances lie within a tolerance."""
     return all(value <= tolerance[step] for step, value in apart.items())
@@ -91,12 +109,15 @@ class Difference:
     only_second: tuple[int, ...]
     apart: dict[int, dict[int, float]]
     """Distances by block and solver steps done, for blocks of both stores whose bytes differ."""
+    other_arrays: dict[int, tuple[str, ...]]
+    """By block: paths of arrays besides the states whose values differ."""
     num_equal: int
 
     @property
     def same(self) -> bool:
         """Whether nothing differs."""
-        return not (self.recipe or self.layout or self.only_first or self.only_second or self.apart)
+        only_one = self.only_first or self.only_second
+        return not (self.recipe or self.layout or only_one or self.apart or self.other_arrays)
 
 
 def compare(one: TrajectoryCache, other: TrajectoryCache) -> Difference:
@@ -110,11 +131,13 @@ def compare(one: TrajectoryCache, other: TrajectoryCache) -> Difference:
     first, second = set(one.blocks), set(other.blocks)
     both = sorted(first & second) if comparable else []
     apart = {block: found for block in both if (found := block_distances(one, other, block))}
+    odd = {block: names for block in both if (names := differing_arrays(one, other, block))}
     return Difference(
         recipe=tuple(differences(one.recipe.to_json(), other.recipe.to_json())),
-        layout=tuple(differences(one.layout.to_json(), other.layout.to_json())),
+        layout=(*differences(one.layout.to_json(), other.layout.to_json()), *array_differences(one, other)),
         only_first=tuple(sorted(first - second)) if comparable else (),
         only_second=tuple(sorted(second - first)) if comparable else (),
         apart=apart,
-        num_equal=len(both) - len(apart),
+        other_arrays=odd,
+        num_equal=len(both) - len(apart.keys() | odd.keys()),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
+from advkd.cache.files.strict_json import in_line
+from advkd.cache.format.array_record import ArrayRecord
+from advkd.cache.format.arrays import ArraySpec, further_names, read_spec, state_spec
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.ledger import HOW_TO_MEND, ArrayRecord, BlockRecord
+from advkd.cache.format.ledger import HOW_TO_MEND, BlockRecord
 from advkd.cache.format.metadata import read_arrays, read_metadata
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.records import Records
@@ -190,6 +194,54 @@ class TrajectoryCache:
         """
         return self.records[block]
 
+    @cached_property
+    def further_names(self) -> tuple[str, ...]:
+        """Paths of the arrays besides the states that every block has, by the ledger; some may not be here."""
+        return further_names(self.records, self.layout, self.blocks)
+
+    @cached_property
+    def further(self) -> tuple[ArraySpec, ...]:
+        """Arrays besides the states that are here, such as `conditions/label`.
+
+        Raises:
+            DamagedError: the metadata of one are damaged.
+        """
+        found = []
+        for name in self.further_names:
+            with suppress(FileNotFoundError):  # a partial copy
+                found.append(read_spec(self.source, name, self.layout.block_size)[0])
+        return tuple(found)
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """Every array that is here: the states as a reader sees them, then the others."""
+        return (*(state_spec(self.recipe, self.layout, state) for state in self.states.values()), *self.further)
+
+    def array_records(self, block: int) -> dict[str, ArrayRecord]:
+        """The ledger's entries of every array of one block, by array path.
+
+        Raises:
+            NotCachedError: the block was never committed.
+            DamagedError: its record names other arrays than those of other blocks, or of another size.
+        """
+        arrays = self.record(block).arrays
+        odd = (arrays.keys() - {states_path(state) for state in self.layout.states}) ^ set(self.further_names)
+        if odd:
+            raise DamagedError(
+                f"{self.address}: the ledger record of block {block} {'has' if min(odd) in arrays else 'lacks'} an "
+                f"array {in_line(min(odd))}, unlike those of other blocks"
+            )
+        for spec in self.further:
+            if not spec.fits(arrays[spec.path]):
+                raise DamagedError(
+                    f"{self.address}: the ledger record of block {block} doesn't fit {spec.metadata_path}"
+                )
+        return arrays
+
+    def array_file(self, spec: ArraySpec, block: int) -> Path:
+        """The local file of one block of any array; see `chunk_file`."""
+        return self._files.path(spec.chunk_path(block), self.array_records(block)[spec.path])
+
     def state(self, step: int) -> State:
         """A recorded state that is present, by solver steps done.
 
@@ -277,14 +329,14 @@ class TrajectoryCache:
         values = self._rows_of(step).gather(wanted, into)
         return values.view(self.dtype).reshape(wanted.size, *self.item_shape) if out is None else out
 
-    def chunk_bytes(self, step: int, block: int) -> bytes:
-        """The whole chunk file of one block of one state, as a raw store has it.
+    def array_bytes(self, spec: ArraySpec, block: int) -> bytes:
+        """The whole chunk file of one block of any array, as a raw store has it.
 
         Raises:
-            NotCachedError: the block or state is absent.
+            NotCachedError: the block is absent.
             DamagedError: the file is missing or differs from the ledger.
         """
-        chunk, expected = self.chunk(step, block)
+        chunk, expected = spec.chunk_path(block), self.array_records(block)[spec.path]
         with self._files.open(chunk, expected) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != expected.sha256:

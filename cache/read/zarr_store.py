@@ -19,12 +19,12 @@ from advkd.cache.errors import NotCachedError
 from advkd.cache.files.durable import write_verified
 from advkd.cache.files.paths import safe_target
 from advkd.cache.files.strict_json import pretty_json
-from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.arrays import ArraySpec, store_metadata
+from advkd.cache.format.layout import Layout
 from advkd.cache.format.recipe import Recipe
-from advkd.cache.format.store_paths import chunk_path, metadata_path, states_path
-from advkd.cache.format.zarr_metadata import metadata_files
+from advkd.cache.format.store_paths import metadata_path, states_path
 
-_CHUNK = re.compile(r"states/(\d{4,})/c/(\d+)(/0)+")
+_CHUNK = re.compile(r"(.+)/c/(\d+)(/0)*")
 
 
 class Cache(Protocol):
@@ -33,7 +33,6 @@ class Cache(Protocol):
     recipe: Recipe
     layout: Layout
     num_seeds: int
-    states: dict[int, State]
 
     @property
     def address(self) -> str: ...  # noqa: D102
@@ -41,13 +40,16 @@ class Cache(Protocol):
     @property
     def blocks(self) -> tuple[int, ...]: ...  # noqa: D102
 
-    def chunk_bytes(self, step: int, block: int) -> bytes: ...  # noqa: D102
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]: ...  # noqa: D102
+
+    def array_bytes(self, spec: ArraySpec, block: int) -> bytes: ...  # noqa: D102
 
 
 class CommittedStore(Store):
     """The raw hierarchy of a cache, read only: local, remote and packed stores look alike.
 
-    Metadata are what the recipe generates for the states that are present. Chunks are checked against the ledger.
+    Metadata are what the recipe generates for the states that are present, and those of further arrays. Chunks are checked against the ledger.
 
     Args:
         cache: the store.
@@ -62,9 +64,12 @@ class CommittedStore(Store):
         super().__init__(read_only=True)
         self._cache = cache
         self._fill_uncommitted = fill_uncommitted
-        self._steps = {state.name: step for step, state in cache.states.items()}
-        absent = {metadata_path(states_path(state)) for state in cache.layout.states if state.name not in self._steps}
-        files = metadata_files(cache.recipe, cache.layout, cache.num_seeds)
+        self._arrays = {spec.path: spec for spec in cache.arrays}
+        further = tuple(spec for spec in cache.arrays if not spec.path.startswith("states/"))
+        files = store_metadata(cache.recipe, cache.layout, further, cache.num_seeds)
+        absent = {metadata_path(states_path(state)) for state in cache.layout.states} - {
+            spec.metadata_path for spec in cache.arrays
+        }
         self._metadata = {path: pretty_json(value) for path, value in files.items() if path not in absent}
 
     def __eq__(self, other: object) -> bool:
@@ -91,10 +96,10 @@ class CommittedStore(Store):
 
     def _chunk(self, key: str) -> bytes | None:
         found = _CHUNK.fullmatch(key)
-        if found is None or found[1] not in self._steps:
+        if found is None or found[1] not in self._arrays:
             return None
         try:
-            return self._cache.chunk_bytes(self._steps[found[1]], int(found[2]))
+            return self._cache.array_bytes(self._arrays[found[1]], int(found[2]))
         except NotCachedError:
             if self._fill_uncommitted:
                 return None
@@ -137,9 +142,9 @@ class CommittedStore(Store):
             yield name
 
     def _chunk_keys(self) -> Iterator[str]:
-        for state in self._cache.states.values():
+        for spec in self._arrays.values():
             for block in self._cache.blocks:
-                yield chunk_path(states_path(state), block, len(self._cache.recipe.item_shape))
+                yield spec.chunk_path(block)
 
 
 class DurableStore(LocalStore):

@@ -19,7 +19,14 @@ from advkd.cache.files.processes import in_processes
 from advkd.cache.format.differences import differences
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
-from advkd.cache.read.compare import TOLERANCE_FILE, block_distances, tolerance_of, within
+from advkd.cache.read.compare import (
+    TOLERANCE_FILE,
+    array_differences,
+    block_distances,
+    differing_arrays,
+    tolerance_of,
+    within,
+)
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.divide import Outcome, divide
 from advkd.cache.write.writer import CacheWriter
@@ -63,20 +70,21 @@ def merge(
             that differ beyond the recorded tolerance.
         NotCachedError: a store is a partial copy.
     """
-    first = sources[0]
+    first = next((cache for cache in sources if cache.blocks), sources[0])  # an empty store has no further arrays yet
     for cache in sources:
         check_whole(cache)
         lines = differences(first.recipe.to_json(), cache.recipe.to_json())
-        lines = lines or differences(first.layout.to_json(), cache.layout.to_json())
+        lines = lines or differences(first.layout.to_json(), cache.layout.to_json()) or array_differences(first, cache)
         if lines:
             raise MismatchError(
-                f"{first.address} and {cache.address} don't fit together ({'; '.join(lines[:3])}): only stores of "
-                "one recipe and layout merge (`advkd-cache subset --states` brings two to the same states)"
+                f"{first.address} and {cache.address} don't fit together ({'; '.join(lines[:3])}): only stores of one "
+                "recipe, layout and set of arrays merge (`advkd-cache subset --states` brings two to the same states)"
             )
     there = _existing(out, first)
     chosen = _choose([*there, *sources], prefer)
     wanted = {block: cache for block, cache in chosen.items() if cache not in there}
-    combined = _adopt(CacheWriter.open(out, first.recipe, first.layout), wanted, prefer, begin, advance)
+    writer = CacheWriter.open(out, first.recipe, first.layout, further=first.further)
+    combined = _adopt(writer, wanted, prefer, begin, advance)
     carry(sources, out)
     return combined
 
@@ -102,8 +110,9 @@ def subset(
 
     Raises:
         UsageError: no block lies in the range.
-        NotCachedError: a state is not there.
+        NotCachedError: a state, or an array besides the states, is not here.
     """
+    check_arrays_here(cache)
     wanted = sorted({0, *(steps if steps is not None else cache.states)})
     layout: Layout = replace(cache.layout, states=tuple(cache.state(step) for step in wanted))
     blocks: Sequence[int] = cache.blocks
@@ -112,7 +121,7 @@ def subset(
         blocks = [block for block in blocks if block in asked]
         if not blocks:
             raise UsageError(f"{cache.address} has none of the seeds {seeds}")
-    writer = CacheWriter.open(out, cache.recipe, layout)
+    writer = CacheWriter.open(out, cache.recipe, layout, further=cache.further)
     combined = _adopt(writer, dict.fromkeys(blocks, cache), cache, begin, advance)
     carry([cache], out)
     return combined
@@ -120,7 +129,7 @@ def subset(
 
 def _existing(out: Path, like: TrajectoryCache) -> list[TrajectoryCache]:
     """The target, if it is there; it must fit."""
-    if not CacheWriter(out, like.recipe, like.layout).continues("stop"):
+    if not CacheWriter(out, like.recipe, like.layout, like.further).continues("stop"):
         return []
     there = TrajectoryCache.open(out)
     check_whole(there)
@@ -131,7 +140,7 @@ def check_whole(cache: TrajectoryCache) -> None:
     """Refuse a partial copy.
 
     Raises:
-        NotCachedError: a state is not here.
+        NotCachedError: a state or another array is not here.
     """
     absent = [state.name for state in cache.layout.states if state.step not in cache.states]
     if absent:
@@ -139,6 +148,18 @@ def check_whole(cache: TrajectoryCache) -> None:
             f"{cache.address} is a partial copy (state {absent[0]} is not here): pull the rest, or "
             "`advkd-cache subset` both stores to the same states"
         )
+    check_arrays_here(cache)
+
+
+def check_arrays_here(cache: TrajectoryCache) -> None:
+    """Refuse a copy without one of the arrays besides the states: what is made of it would lack them, unnoticed.
+
+    Raises:
+        NotCachedError: one is not here.
+    """
+    absent = set(cache.further_names) - {spec.path for spec in cache.further}
+    if absent:
+        raise NotCachedError(f"{cache.address} is a partial copy (array {min(absent)} is not here): pull it, too")
 
 
 def _choose(sources: Sequence[TrajectoryCache], prefer: TrajectoryCache | None) -> dict[int, TrajectoryCache]:
@@ -160,6 +181,10 @@ def _settle(
     limit = {step: max(limits[step], more[step]) for step in limits}
     worst = max(apart, key=lambda step: apart[step] / max(limit[step], 1e-30), default=0)
     named = f"block {block} differs between {one.address} and {other.address}"
+    if odd := differing_arrays(one, other, block):
+        raise MismatchError(
+            f"{named}: array {odd[0]} has other values, which no tolerance covers; one of them is wrong"
+        )
     if not within(apart, limit):
         raise MismatchError(
             f"{named}: state {worst:04d} by rms {apart[worst]:.2g}, beyond the recorded tolerance {limit[worst]:.2g}; "

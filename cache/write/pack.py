@@ -76,7 +76,7 @@ def pack(
             f"{MAX_PACKED_BLOCK_BYTES:,}: build with a smaller --block-size"
         )
     first_written = packing.as_first_written()
-    existing = CacheWriter(out, cache.recipe, cache.layout.packed(first_written))
+    existing = CacheWriter(out, cache.recipe, cache.layout.packed(first_written), cache.further)
     if existing.exists() and existing.mismatch() is None:
         packing = first_written  # extend an older store in its own encoding
     writer = _open(out, cache, cache.layout.packed(packing))
@@ -125,14 +125,16 @@ def unpack(
 
 
 def _open(out: Path, cache: TrajectoryCache, layout: Layout) -> CacheWriter:
-    problem = CacheWriter(out, cache.recipe, layout).mismatch()
+    writer = CacheWriter(out, cache.recipe, layout, cache.further)
+    problem = writer.mismatch()
     if problem:
         raise MismatchError(f"{out} holds another store ({problem}): choose another --out")
-    return CacheWriter.open(out, cache.recipe, layout)
+    writer.begin()
+    return writer
 
 
 def _sum_up(out: Path, cache: TrajectoryCache, packed: UnpackedSource, num_added: int) -> Packed:
-    arrays = [array for block in cache.blocks for array in packed.records[block].arrays.values()]
+    arrays = [packed.records[block].of(state) for block in cache.blocks for state in packed.layout.states]
     return Packed(
         store=out,
         num_added=num_added,

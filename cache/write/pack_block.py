@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,11 +17,10 @@ import numpy.typing as npt
 from advkd.cache.codec import standard
 from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
-from advkd.cache.files.durable import write_atomically, write_verified
-from advkd.cache.files.paths import safe_target
+from advkd.cache.files.durable import link_or_copy, write_verified
+from advkd.cache.format.array_record import ArrayRecord, crc32c
 from advkd.cache.format.encoding import Packing
 from advkd.cache.format.layout import State
-from advkd.cache.format.ledger import ArrayRecord, crc32c
 from advkd.cache.format.packed_ledger import PackedArray, PackedRecord, error_of
 from advkd.cache.format.store_paths import chunk_path, provenance_path, states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES
@@ -53,18 +53,22 @@ def _open(address: str, call: str) -> TrajectoryCache:
 def pack_block(address: str, call: str, out: Path, packing: Packing, block: int) -> Outcome:
     """Pack a block unless it is there."""
     cache = _open(address, call)
-    writer = _PackedWriter(out, cache.recipe, cache.layout.packed(packing))
+    writer = _PackedWriter(out, cache.recipe, cache.layout.packed(packing), cache.further)
     return writer.make(block, lambda claim: writer.pack(block, cache, packing), lambda: writer.is_present(block, cache))
 
 
 def unpack_block(address: str, call: str, out: Path, block: int) -> Outcome:
     """Unpack a block unless it is there."""
     cache = _open(address, call)
-    source, writer = packed_source(cache), CacheWriter(out, cache.recipe, cache.layout)
+    source, writer = packed_source(cache), CacheWriter(out, cache.recipe, cache.layout, cache.further)
 
     def unpack(claim: ExitStack) -> None:
-        chunks = source.states(block, {state.step for state in cache.layout.states})
-        writer.restore(block, chunks, cache.record(block), _provenance(cache, block))
+        record, states = cache.record(block), source.states(block, {state.step for state in cache.layout.states})
+        chunks = itertools.chain(
+            ((states_path(state), data) for state, data in states),
+            ((spec.path, cache.array_bytes(spec, block)) for spec in cache.further),
+        )
+        writer.restore(block, chunks, record, _provenance(cache, block))
 
     return writer.make(block, unpack)
 
@@ -87,17 +91,21 @@ class _PackedWriter(CacheWriter):
         except (DamagedError, NotCachedError):
             return False
         for state in self.layout.states:
-            array = record.arrays[states_path(state)]
+            array = record.of(state)
             file = self.path / chunk_path(states_path(state), block, len(cache.item_shape))
             whole = not array.num_bytes or (file.is_file() and file.stat().st_size == array.num_bytes)
             if not whole or array.packed_from != cache.chunk(state.step, block)[1].sha256:
+                return False
+        for spec in self.further:
+            file, entry = self.path / spec.chunk_path(block), cache.array_records(block)[spec.path]
+            if not file.is_file() or file.stat().st_size != entry.num_bytes or record.arrays.get(spec.path) != entry:
                 return False
         return True
 
     def pack(self, block: int, cache: TrajectoryCache, packing: Packing) -> None:
         """Encode each state, write it and read it back, decode it, compare, commit."""
         self._prepare(block)
-        arrays = {}
+        arrays: dict[str, PackedArray | ArrayRecord] = {}
         encode, decode = _predictive(cache, packing, block) if packing.is_predictive else _standard(cache, packing)
         for index, state in enumerate(self.layout.states):
             values, entry = cache.block_view(state.step, block), cache.chunk(state.step, block)[1]
@@ -106,12 +114,13 @@ class _PackedWriter(CacheWriter):
                 continue
             body = encode(values)
             data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
-            write_verified(self._chunk(state.name, block), data)
+            write_verified(self._target(chunk_path(states_path(state), block, len(cache.item_shape))), data)
             decoded = decode(body)
             arrays[states_path(state)] = _describe(state, block, data, decoded, values, entry, packing)
-        provenance = _provenance(cache, block)
-        if provenance:
-            write_atomically(safe_target(self.path, provenance_path(block)), [provenance])
+        for spec in self.further:
+            link_or_copy(cache.array_file(spec, block), self._target(spec.chunk_path(block)))
+            arrays[spec.path] = cache.array_records(block)[spec.path]
+        self._write_provenance(block, _provenance(cache, block))
         record = PackedRecord(
             block=block, fingerprint=self.recipe.fingerprint, layout_hash=self.layout.layout_hash, arrays=arrays
         )
@@ -194,8 +203,8 @@ def _describe(
         # The error against the computed value is at most that of storing plus that of packing.
         raw = replace(
             rounding,
-            rounding_rms=_three_digits_up(entry.rounding_rms + rms),
-            rounding_max=_three_digits_up(entry.rounding_max + largest),
+            rounding_rms=_three_digits_up((entry.rounding_rms or 0.0) + rms),
+            rounding_max=_three_digits_up((entry.rounding_max or 0.0) + largest),
         )
     return PackedArray(
         num_bytes=len(data),

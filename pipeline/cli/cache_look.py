@@ -54,7 +54,15 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("fingerprint", summary["fingerprint"]),
         ("digest", summary["digest"]),
     ]  # fmt: skip
-    return lines + [(f"state {state['step']:04d}", _state(state)) for state in summary["states"]]
+    lines += [(f"state {state['step']:04d}", _state(state)) for state in summary["states"]]
+    return lines + [("array", _array(array)) for array in summary["arrays"]]
+
+
+def _array(array: dict[str, Any]) -> str:
+    if not array["here"]:
+        return f"{array['path']}   (not here)"
+    shape = "×".join(map(str, array["item_shape"])) or "one"
+    return f"{array['path']}: {shape} {array['dtype']} per seed; values {array['minimum']:g} to {array['maximum']:g}"
 
 
 def _packed(packed: dict[str, Any]) -> str:
@@ -141,6 +149,8 @@ def diff(first: str, second: str) -> None:
             click.echo(f"block     {block}: rms {far} ({'within' if close else 'beyond'} the recorded tolerance)")
         if len(found.apart) > 20:
             click.echo(f"          and {len(found.apart) - 20} more blocks")
+    for block, names in list(found.other_arrays.items())[:20]:
+        click.echo(f"block     {block}: other values in {', '.join(names)}")
     if found.same:
         click.echo(f"the same: {found.num_equal} blocks, digest {one.digest}")
     else:

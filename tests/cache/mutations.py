@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.files.strict_json import pretty_json
+from advkd.cache.format.array_record import ArrayRecord, crc32c
 from advkd.cache.format.layout import Layout
-from advkd.cache.format.ledger import ArrayRecord, crc32c
 from advkd.cache.format.recipe import Recipe, digest
 from advkd.cache.format.store_paths import chunk_path, record_path, states_path
 from advkd.cache.format.zarr_metadata import metadata_files

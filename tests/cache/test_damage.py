@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from advkd.cache.care import verify as verification
+from advkd.cache.care import strays
+from advkd.cache.care.findings import Finding
 from advkd.cache.care.repair import repair
-from advkd.cache.care.verify import Finding, verify
+from advkd.cache.care.verify import verify
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
 from advkd.cache.files.sealed_json import seal
-from advkd.cache.format import ledger
+from advkd.cache.format import array_record
 from advkd.cache.format.store_paths import provenance_path
 from advkd.cache.read import chunks
 from advkd.cache.read.reader import TrajectoryCache
@@ -66,7 +67,7 @@ quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthC
 @pytest.fixture(scope="module")
 def pristine(fast_folder: Path) -> Iterator[Pristine]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "SEGMENT_BYTES", SEGMENT_BYTES)
+        patch.setattr(array_record, "SEGMENT_BYTES", SEGMENT_BYTES)
         patch.setattr(chunks, "SEGMENT_BYTES", SEGMENT_BYTES)
         yield Pristine(fast_folder / "toy.zarr")
 
@@ -380,7 +381,7 @@ def test_what_is_built_during_a_verification_is_no_finding(pristine: Pristine, m
             put(store / "states/0000/c/3/0/0/0", b"in the making")
             assert look(store) == ()
         assert len(look(store)) == 2
-        listing = verification.walk
+        listing = strays.walk
 
         def later(root: Path) -> Iterator[str]:
             for block in (3, 4):
@@ -388,7 +389,7 @@ def test_what_is_built_during_a_verification_is_no_finding(pristine: Pristine, m
                 writer.commit(block, block_states(layout, block))
             return listing(root)
 
-        monkeypatch.setattr(verification, "walk", later)
+        monkeypatch.setattr(strays, "walk", later)
         assert look(store) == ()
 
 

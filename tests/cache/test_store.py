@@ -169,7 +169,7 @@ def test_a_flipped_bit_is_found_where_it_is_touched(store: Path) -> None:
 
 def test_only_the_touched_segments_are_read(tmp_path: Path) -> None:
     """In a file of several MiB, damage beyond the rows that are read is not looked at."""
-    from advkd.cache.format.ledger import SEGMENT_BYTES
+    from advkd.cache.format.array_record import SEGMENT_BYTES
 
     shape = (1, 128, 128)
     layout = make_layout(block_size=96)

@@ -17,7 +17,7 @@ from advkd.cache.care.repair import repair
 from advkd.cache.care.verify import verify
 from advkd.cache.errors import CacheError, DamagedError, MismatchError
 from advkd.cache.files.sealed_json import seal
-from advkd.cache.format.ledger import ArrayRecord, crc32c
+from advkd.cache.format.array_record import ArrayRecord, crc32c
 from advkd.cache.read.compare import compare
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import merge
