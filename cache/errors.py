@@ -1,21 +1,22 @@
-"""Every error that advkd raises on purpose.
+"""Every error that advkd raises on purpose, grouped by what a caller can do about it.
 
     AdvkdError
-    ├── UsageError (ValueError)             the request itself is wrong: exit code 2
-    │   └── ConfigError                       … and it stands in a configuration file
-    ├── TeacherError (RuntimeError)         the teacher can't be loaded or gave unusable output
-    ├── TrainingError (RuntimeError)        training diverged or cannot go on
-    └── CacheError                          something about a store
-        ├── CacheNotFoundError (FileNotFoundError)
-        ├── NotACacheError (ValueError)       a folder, but not one of ours
-        ├── MismatchError (ValueError)        a cache of another recipe or layout
-        ├── NotCachedError (LookupError)      a seed or state that this store does not hold
-        ├── DamagedError (ValueError)         bytes that differ from the ledger
-        │   └── NeedsDamagedError                 … of what a packed state is predicted from
-        └── LockedError (BlockingIOError)     another process is writing
+    ├── UsageError (ValueError)             change the request; the command line exits with 2, with 1 for all others
+    │   └── ConfigError                       … in the configuration file that the message names
+    ├── TeacherError (RuntimeError)         choose another teacher or sampler: this one can't be loaded or evaluated
+    ├── TrainingError (RuntimeError)        change the training's settings, or start a new run
+    └── CacheError                          a store can't be used as asked:
+        ├── CacheNotFoundError (FileNotFoundError)    build or pull it, or correct the path
+        ├── NotACacheError (ValueError)       correct the path: something else is there, which was left as it was
+        │   └── NewerCacheError                 upgrade advkd: the store is intact, a newer version wrote it
+        ├── MismatchError (ValueError)        choose another store: this one has another recipe, layout or content
+        ├── NotCachedError (LookupError)      build or pull the seed, state or array that the message names
+        ├── DamagedError (ValueError)         `advkd-cache verify --repair`, build or pull: bytes differ from the ledger
+        │   └── NeedsDamagedError               … those of a state from which this one is predicted
+        └── LockedError (BlockingIOError)     wait for the other process, then try again
 
-Grouped by what a handler would do; each is also the built-in that a caller would catch. A message is one line:
-what was found, what was expected, what to do. Only the command line turns them into exit codes.
+Each is also the built-in exception that a caller would catch. A message is one line: what was found, what was expected,
+what to do. Only the command line turns errors into exit codes.
 """
 
 
@@ -24,11 +25,11 @@ class AdvkdError(Exception):
 
 
 class UsageError(AdvkdError, ValueError):
-    """The request cannot be meant as it stands."""
+    """The request contradicts itself or what it applies to."""
 
 
 class ConfigError(UsageError):
-    """A configuration file has an unknown key or an impossible value."""
+    """A configuration file has an unknown key or an invalid value."""
 
 
 class TeacherError(AdvkdError, RuntimeError):
@@ -36,11 +37,11 @@ class TeacherError(AdvkdError, RuntimeError):
 
 
 class TrainingError(AdvkdError, RuntimeError):
-    """Training diverged, or cannot go on from what it found."""
+    """Training diverged, or cannot resume from what it found."""
 
 
 class CacheError(AdvkdError):
-    """Something is wrong with a store."""
+    """A store cannot be used as asked."""
 
 
 class CacheNotFoundError(CacheError, FileNotFoundError):
@@ -48,15 +49,19 @@ class CacheNotFoundError(CacheError, FileNotFoundError):
 
 
 class NotACacheError(CacheError, ValueError):
-    """A folder is there, but it is no trajectory cache."""
+    """Something is there, but no trajectory cache that this version reads."""
+
+
+class NewerCacheError(NotACacheError):
+    """An intact trajectory cache of a newer advkd."""
 
 
 class MismatchError(CacheError, ValueError):
-    """The store was made by another recipe, or laid out otherwise."""
+    """The store has another recipe, layout or content than expected."""
 
 
 class NotCachedError(CacheError, LookupError):
-    """The store does not hold that seed or state."""
+    """The store does not hold that seed, state or array."""
 
 
 class DamagedError(CacheError, ValueError):
@@ -64,8 +69,8 @@ class DamagedError(CacheError, ValueError):
 
 
 class NeedsDamagedError(DamagedError):
-    """A packed state can't be decoded because one that it is predicted from is damaged or not here."""
+    """A packed state can't be decoded because one that it is predicted from is damaged or absent."""
 
 
 class LockedError(CacheError, BlockingIOError):
-    """Another process is writing to the store."""
+    """Another process holds the store."""

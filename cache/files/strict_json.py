@@ -6,6 +6,7 @@ What Python's `json` accepts beyond the standard is refused, and so is what coul
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 MAX_PARTS = 1 << 18
@@ -51,6 +52,11 @@ def integer(value: Any) -> int:
     if type(value) is not int:
         raise ValueError(f"{str(value)[:40]!r} is no integer")
     return value
+
+
+def unknown_members(value: Any, known: Collection[str]) -> list[str]:
+    """Members of an object that this version doesn't know, for a message; none of what is no object."""
+    return sorted(in_line(name, 40) for name in value.keys() - known) if isinstance(value, dict) else []
 
 
 def shortened(value: Any) -> str:

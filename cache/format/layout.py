@@ -6,12 +6,12 @@ The **layout hash** is apart from the recipe's fingerprint, so that a subset of 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
-from advkd.cache.errors import NotACacheError
-from advkd.cache.files.strict_json import integer, shortened
+from advkd.cache.errors import NewerCacheError, NotACacheError
+from advkd.cache.files.strict_json import integer, shortened, unknown_members
 from advkd.cache.format.encoding import MAX_PACKED_BLOCK_BYTES, PACKED_ENCODINGS, Packing
 from advkd.cache.format.recipe import digest
 
@@ -60,8 +60,11 @@ class State:
         """Read what `asdict` wrote.
 
         Raises:
-            NotACacheError: a number can't be.
+            NewerCacheError: it has a member that this version doesn't know.
+            NotACacheError: a number is out of range.
         """
+        if unknown := unknown_members(value, [field.name for field in fields(cls)]):
+            raise NewerCacheError(f"a state has an unknown member {unknown[0]!r} of a newer advkd: upgrade advkd")
         state = cls(**{**value, "step": integer(value["step"])})
         floats = (state.timestep, state.alpha, state.sigma, state.scale)
         if not all(type(number) is float and math.isfinite(number) for number in floats):
@@ -92,7 +95,7 @@ class Layout:
                 f"steps {shortened(steps)}"
             )
         if self.encoding not in ENCODINGS:
-            raise NotACacheError(f"encoding {shortened(repr(self.encoding))} is unknown to this advkd: upgrade advkd")
+            raise NewerCacheError(f"encoding {shortened(repr(self.encoding))} is unknown to this advkd: upgrade advkd")
         if self.encoding != ("raw" if self.packing is None else self.packing.encoding):
             raise NotACacheError(f"encoding {self.encoding} with the parameters of another one")
 
@@ -125,8 +128,11 @@ class Layout:
         """Read what `to_json` wrote.
 
         Raises:
-            NotACacheError: a part can't be, or is of a newer version.
+            NewerCacheError: it has a member or an encoding that this version doesn't know.
+            NotACacheError: a part is out of range.
         """
+        if unknown := unknown_members(value, [field.name for field in fields(cls)]):
+            raise NewerCacheError(f"the layout has an unknown member {unknown[0]!r} of a newer advkd: upgrade advkd")
         if len(value["states"]) > MAX_STATES:
             raise NotACacheError(f"it claims {len(value['states'])} states")
         states = tuple(State.from_json(state) for state in value["states"])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from advkd.cache.errors import CacheNotFoundError, DamagedError, NotACacheError
+from advkd.cache.errors import CacheNotFoundError, DamagedError, NewerCacheError, NotACacheError
 from advkd.cache.files.strict_json import in_line, parse_json
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.recipe import Recipe, digest
 from advkd.cache.format.source import Source, check_num_blocks
 from advkd.cache.format.store_paths import metadata_path, states_path
 from advkd.cache.format.zarr_metadata import FORMAT, array_metadata
@@ -18,7 +18,8 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
 
     Raises:
         CacheNotFoundError: nothing is at that URL.
-        NotACacheError: something else is there, or a newer format.
+        NewerCacheError: an intact store of a newer advkd is there.
+        NotACacheError: something else is there.
         DamagedError: its own hashes disagree.
     """
     address = source.address
@@ -34,7 +35,8 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
             f"{address} is not a trajectory cache (no zarr.json of one); nothing was changed"
         ) from None
     if type(found_format) is not int or found_format != FORMAT:
-        raise NotACacheError(
+        is_newer = type(found_format) is int and found_format > FORMAT
+        raise (NewerCacheError if is_newer else NotACacheError)(
             f"{address}/zarr.json has cache format {in_line(found_format, 20)}; this advkd reads format {FORMAT}: "
             "upgrade advkd"
         )
@@ -44,11 +46,14 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
             "again with `advkd-cache build`"
         )
     try:
-        recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])
-        intact = value["fingerprint"] == recipe.fingerprint and value["layout_hash"] == layout.layout_hash
-        intact = intact and layout.block_bytes(recipe.item_shape) <= layout.max_block_bytes
+        # The hashes are those of the JSON as it is, so that they also tell a newer store from an altered one.
+        intact = value["fingerprint"] == digest(value["recipe"]) and value["layout_hash"] == digest(value["layout"])
+        if intact:
+            recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])
+            intact = (recipe.fingerprint, layout.layout_hash) == (value["fingerprint"], value["layout_hash"])
+            intact = intact and layout.block_bytes(recipe.item_shape) <= layout.max_block_bytes
     except NotACacheError as error:
-        raise NotACacheError(f"{address}/zarr.json: {error}") from None
+        raise type(error)(f"{address}/zarr.json: {error}") from None
     except _NOT_JSON_OF_OURS:
         intact = False
     if not intact:

@@ -7,12 +7,12 @@ builds of the same thing are the same bytes.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Self
 
-from advkd.cache.errors import NotACacheError
-from advkd.cache.files.strict_json import canonical_json, integer, shortened
+from advkd.cache.errors import NewerCacheError, NotACacheError
+from advkd.cache.files.strict_json import canonical_json, integer, shortened, unknown_members
 
 MAX_CHANNELS, MAX_SIDE = 64, 8192
 """What an item can have at most, wherever a shape comes from someone else."""
@@ -62,8 +62,11 @@ class Recipe:
         """Read what `to_json` wrote.
 
         Raises:
-            NotACacheError: a part is missing, or the shape can't be.
+            NewerCacheError: it has a member that this version doesn't know.
+            NotACacheError: a part is missing or out of range.
         """
+        if unknown := unknown_members(value, [field.name for field in fields(cls)]):
+            raise NewerCacheError(f"the recipe has an unknown member {unknown[0]!r} of a newer advkd: upgrade advkd")
         recipe = cls(**{**value, "item_shape": tuple(integer(n) for n in value["item_shape"])})
         parts: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
             (recipe.teacher, {"tensors_sha256": str, "unet": dict, "scheduler": dict}),
@@ -73,9 +76,11 @@ class Recipe:
         )
         for part, kinds in parts:
             if not isinstance(part, dict) or not all(isinstance(part.get(key), kind) for key, kind in kinds.items()):
-                raise NotACacheError(f"the recipe is not whole: expected {', '.join(kinds)}")
+                raise NotACacheError(
+                    f"the recipe lacks a member or has one of another type: expected {', '.join(kinds)}"
+                )
         if not 0 <= integer(recipe.noise["root_seed"]) < 1 << 63 or not 1 <= integer(recipe.sampler["steps"]) < 1e6:
-            raise NotACacheError("its root seed or its number of steps can't be")
+            raise NotACacheError("root_seed or steps of the recipe are out of range")
         if len(recipe.item_shape) != 3 or not all(1 <= n <= MAX_SIDE for n in recipe.item_shape):
             raise NotACacheError(f"impossible item shape {shortened(recipe.item_shape)}")
         return recipe

@@ -49,7 +49,7 @@ class Cache(Protocol):
 class CommittedStore(Store):
     """The raw hierarchy of a cache, read only: local, remote and packed stores look alike.
 
-    Metadata are what the recipe generates for the states that are present, and those of further arrays. Chunks are checked against the ledger.
+    Metadata are those of the arrays that are present. Chunks are checked against the ledger.
 
     Args:
         cache: the store.

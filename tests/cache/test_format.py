@@ -19,11 +19,12 @@ import zarr
 
 from advkd.cache.care.summary import summarize
 from advkd.cache.care.verify import verify
-from advkd.cache.errors import NotACacheError
+from advkd.cache.errors import DamagedError, NewerCacheError, NotACacheError
 from advkd.cache.format.hashing import is_held_out
 from advkd.cache.format.noise import standard_normal
 from advkd.cache.read.compare import tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.write.writer import CacheWriter
 from tests.cache import golden
 from tests.conftest import ROOT
 from tests.stores import tree
@@ -240,6 +241,39 @@ def test_another_format_is_refused_with_both_named(tmp_path: Path, format_: obje
     with pytest.raises(NotACacheError, match="reads format 1"):
         TrajectoryCache.open(store)
     assert tree(store) == before
+
+
+def change(store: Path, *path: str, value: object, rehash: bool = True) -> None:
+    """Set a member of the root's attributes."""
+    root = json.loads((store / "zarr.json").read_text())
+    ours = part = root["attributes"]["advkd"]
+    for name in path[:-1]:
+        part = part[name] if isinstance(part, dict) else part[int(name)]
+    part[path[-1]] = value
+    if rehash:
+        ours["fingerprint"], ours["layout_hash"] = (sha256(canonical(ours[name])) for name in ("recipe", "layout"))
+    (store / "zarr.json").write_text(json.dumps(root))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [("format",), ("recipe", "conditions"), ("layout", "latents"), ("layout", "states", "1", "guidance"),
+     ("layout", "encoding")],
+    ids="/".join,
+)  # fmt: skip
+def test_an_intact_store_of_a_newer_version_is_not_called_altered(tmp_path: Path, path: tuple[str, ...]) -> None:
+    for rehash in (True, False):
+        store = tmp_path / f"{rehash}.zarr"
+        shutil.copytree(golden.FORMAT_1, store)
+        change(store, *path, value=2 if path == ("format",) else "new", rehash=rehash)
+        before = tree(store)
+        kind = NewerCacheError if rehash or path == ("format",) else DamagedError
+        for act in (TrajectoryCache.open, lambda path: CacheWriter.open(path, golden.RECIPE, golden.LAYOUT)):
+            with pytest.raises(kind) as raised:
+                act(store)
+            assert type(raised.value) is kind
+            assert ("upgrade advkd" in str(raised.value)) == (kind is NewerCacheError)
+        assert tree(store) == before
 
 
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
