@@ -1,7 +1,7 @@
-"""The trajectory cache: the format, who writes it and who reads it.
+"""The trajectory cache: its format, writing, reading and care. It knows neither diffusers nor any model.
 
-Knows neither diffusers nor any model. `TrajectoryCache` reads, `CacheWriter` writes, and both obey the
-ledger (`advkd.cache.format.ledger`). Importing this package imports neither torch nor zarr.
+`TrajectoryCache` reads and `CacheWriter` writes; both obey the ledger (`advkd.cache.format.ledger`), by which a block
+exists only once its record does. Importing this package imports neither torch nor zarr.
 """
 
 from advkd.cache.format.layout import Layout, State

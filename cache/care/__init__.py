@@ -1,1 +1,1 @@
-"""Looking after a store: verifying every byte, repairing, summing up."""
+"""Care of a store: verifying every byte, repairing, summarising."""

@@ -1,4 +1,4 @@
-"""What a verification found: one finding per file and problem, in three kinds.
+"""Findings of a verification, one per file and problem, in three kinds.
 
 **damage**: bytes that differ from what is recorded; **missing**: recorded, but not there; **stray**: there, but
 recorded nowhere (left by an interrupted build, copied to the wrong place, or foreign).

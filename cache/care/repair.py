@@ -15,13 +15,13 @@ from advkd.cache.read.reader import TrajectoryCache, local_root
 
 
 def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
-    """Remove what is provably damaged, so that the next build makes it again; metadata is written anew.
+    """Remove what is damaged, so that the next build makes it again; write metadata anew.
 
-    A block loses its ledger record and the file that is damaged; its other files stay until the build replaces them.
-    A block of which files are only missing loses its record too. Stray files are left alone.
+    A block with a damaged file loses that file and its ledger record; its other files stay until the build replaces
+    them. A block with a missing file loses its record too. Stray files are left alone.
 
     Returns:
-        What was done, one line each.
+        One line per change.
 
     Raises:
         LockedError: another process writes to the store.
@@ -49,7 +49,7 @@ def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:
 
 
 def _remove(root: Path, file: str, done: list[str]) -> None:
-    """Remove a file, or the symlink that its path leads through: what is outside of the store is never touched."""
+    """Remove a file, or the symlink that its path leads through: files outside the store are never touched."""
     path = root
     for part in file.split("/"):
         path = path / part

@@ -1,4 +1,4 @@
-"""What a store holds, as plain values: for `advkd-cache info`, with and without `--json`."""
+"""The content of a store as JSON values, for `advkd-cache info`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from advkd.cache.read.compare import tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
 
 MAX_BLOCKS_FOR_STATISTICS = 2000
-"""Reading more records than this would keep a person waiting; the rest is sampled evenly and said so."""
+"""Of a larger store, evenly spaced records are read, so that `info` stays quick; the summary says how many."""
 
 
 def summarize(cache: TrajectoryCache) -> dict[str, Any]:
-    """Everything that `info` tells, as JSON: identity, origin, seeds, gaps, bytes and statistics of each state.
+    """Identity, origin, seeds, gaps, bytes, and statistics of each state and array, as JSON.
 
     Raises:
         DamagedError: a ledger record is torn, altered or of another cache.
@@ -120,7 +120,7 @@ def _arrays(cache: TrajectoryCache, records: Sequence[BlockRecord]) -> list[dict
 
 
 def _packed(cache: TrajectoryCache, source: UnpackedSource, sampled: Sequence[int]) -> dict[str, Any]:
-    """How a packed store is coded, how large it is, and what error its packer measured; of the sampled blocks."""
+    """Codec, size and measured error of a packed store; the latter two from the sampled blocks."""
     arrays = [source.records[block].of(state) for block in sampled for state in cache.states.values()]
     num_bytes = sum(array.num_bytes for array in arrays)
     return {
@@ -143,7 +143,7 @@ def _statistics(arrays: Sequence[ArrayRecord]) -> dict[str, Any]:
 
 
 def origin_of(cache: TrajectoryCache) -> dict[str, Any]:
-    """Where the teacher came from, as the store's first builder recorded it."""
+    """Source, commit and licence of the teacher, as the store's first builder recorded them."""
     try:
         value = unseal(cache.source.read("provenance/store.json"))["teacher"]
         return {key: str(value[key])[:200] for key in ("source", "commit", "license") if value.get(key)}

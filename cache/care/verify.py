@@ -31,18 +31,18 @@ from advkd.cache.read.reader import TrajectoryCache
 
 _PIECE = 4 << 20
 _CRC_OF_ALL = crc32c(bytes(CRC_BYTES))
-"""Of any bytes that end with their own CRC, no bytes among them."""
+"""CRC of any bytes followed by their own CRC."""
 STORE_FILE = "provenance/store.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verified:
-    """What a verification saw."""
+    """Result of a verification."""
 
     findings: tuple[Finding, ...]
     num_blocks: int
     num_bytes: int
-    """Of values that were read, of a packed store decoded, and compared."""
+    """Bytes of values that were read (from a packed store: decoded) and compared."""
     absent_states: tuple[str, ...]
     """Names of recorded states, and paths of other arrays, that this copy has not."""
 
@@ -51,7 +51,7 @@ def verify(cache: TrajectoryCache, checked: Callable[[int], None] = lambda num_b
     """Compare every byte of a store with its ledger and recipe.
 
     Args:
-        cache: local, or remote (where files that don't belong can't be seen).
+        cache: local, or remote (where stray files can't be found).
         checked: called with the bytes of each chunk that was read.
     """
     return _Verification(cache, checked).run()
@@ -67,11 +67,11 @@ class _Verification:
     def __init__(self, cache: TrajectoryCache, checked: Callable[[int], None]) -> None:
         self.cache = cache
         self.checked = checked
-        self.metadata = StoreMetadata(cache)  # before anything else: what is added meanwhile is no finding
+        self.metadata = StoreMetadata(cache)  # first, so that a block which is added meanwhile is no finding
         self.findings: list[Finding] = []
         self.known: set[str] = {f"provenance/{LOCK_FILE}", f"provenance/{NOTE_FILE}"}
         self.seals: set[str] = set()
-        """Of the sealed files that are where they belong."""
+        """Hashes of the sealed files that are where they belong."""
         self.num_bytes = 0
         self.drawn_again = {states_path(state) for state in cache.layout.states if cache.is_drawn_again(state)}
         self.names = {states_path(state) for state in cache.layout.states} | set(cache.further_names)
@@ -149,7 +149,7 @@ class _Verification:
         elif expected and digest != expected.sha256:
             self._find("damage", chunk, f"its sha256 is {digest[:12]}…, recorded {expected.sha256[:12]}…", block, state)
         elif not expected and not fits_itself:
-            self._find("damage", chunk, "its own CRC doesn't fit", block, state)
+            self._find("damage", chunk, "its own CRC doesn't match", block, state)
 
     def _hash(self, chunk: str, limit: int) -> tuple[int, str, bool]:
         """Size, sha256, and whether the CRC at the end fits: then the CRC of everything is a constant."""

@@ -23,7 +23,7 @@ from advkd.cache.files.strict_json import pretty_json
 from advkd.cache.format.array_record import crc32c
 from advkd.cache.format.encoding import Packing
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.packed_ledger import HOW_TO_MEND, PackedArray, PackedRecord
+from advkd.cache.format.packed_ledger import HOW_TO_FIX, PackedArray, PackedRecord
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.records import Records
 from advkd.cache.format.source import Source, WholeFileSource
@@ -170,7 +170,7 @@ class UnpackedSource(WholeFileSource):
 
     def _damaged(self, state: State, block: int, problem: str) -> DamagedError:
         path = chunk_path(states_path(state), block, len(self.recipe.item_shape))
-        return DamagedError(f"{self.address}/{path} {problem}; {HOW_TO_MEND}")
+        return DamagedError(f"{self.address}/{path} {problem}; {HOW_TO_FIX}")
 
 
 def _with_crc(values: npt.NDArray[Any] | bytes) -> bytes:

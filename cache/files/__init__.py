@@ -1,1 +1,1 @@
-"""Files that survive a crash and may come from someone else: durable writes, safe paths, strict JSON, locks."""
+"""Files that survive a crash and may come from a stranger: durable writes, safe paths, strict JSON, locks."""

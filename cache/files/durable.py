@@ -23,7 +23,7 @@ _FICLONE = 0x40049409
 
 
 def holds_something(path: Path) -> bool:
-    """Whether anything is at a path; an empty folder counts as nothing."""
+    """Whether a path exists and is no empty folder."""
     return path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
 
 

@@ -1,13 +1,13 @@
-"""Who may write what in a store: byte-range locks of the operating system on one file, `provenance/writer.lock`.
+"""Locks of a store: the operating system's byte-range locks on one file, `provenance/writer.lock`.
 
-    byte 0        presence    shared by everyone who adds blocks, exclusive for whoever moves or removes something
-    byte 1        metadata    exclusive, briefly, while arrays are made to declare more seeds
+    byte 0        presence    shared by all who add blocks, exclusive for whoever moves or removes something
+    byte 1        metadata    exclusive and brief, while the number of declared seeds changes
     byte 2 + b    block b     exclusive, while block b is made
 
-**A lock whose owner vanished** is released by the operating system when the owner's process ends, however it ends.
-Where the owner was another host, the file server releases it when that host's lease runs out (NFSv4: 90 seconds as
-a rule). Nobody ever breaks a lock by its age, so a builder that was only slow cannot be robbed of its block. Locks are
-of the open file (`F_OFD_SETLK`), not of the process: two builders in two threads exclude each other too.
+The operating system releases a lock when its owner's process ends, however it ends. If the owner was another host, the
+file server releases it when that host's lease runs out (NFSv4: usually 90 seconds). No lock is ever broken by its age,
+so a builder that is merely slow keeps its block. Locks belong to the open file (`F_OFD_SETLK`), not to the process, so
+builders in two threads exclude each other too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from advkd.cache.files.strict_json import in_line, parse_json
 LOCK_FILE = "writer.lock"
 NOTE_FILE = "writer.json"
 PATIENCE = 10.0
-"""Seconds to wait for what others hold only briefly."""
+"""Seconds to wait for a lock that others hold only briefly."""
 _PRESENCE, _METADATA, _FIRST_BLOCK = 0, 1, 2
 _SET_LOCK = 90 if sys.platform == "darwin" else 37
 """F_OFD_SETLK, which Python names on Linux only."""
@@ -52,7 +52,7 @@ def _try(descriptor: int, kind: int, byte: int) -> bool:
             return False
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise LockedError(
-                "this file system gives no locks, so two builders could hurt each other: mount it with locks, "
+                "this file system has no locks, so two builders could overwrite each other: mount it with locks, "
                 "or build elsewhere and copy the store"
             ) from None
         raise
@@ -68,7 +68,7 @@ class StoreLocks:
 
     @contextmanager
     def present(self, sweep: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Add blocks beside others who do; `sweep` is called first if nobody else does.
+        """Add blocks beside other processes that do; `sweep` is called first if there is none.
 
         Raises:
             LockedError: the store is being moved or repaired.
@@ -85,23 +85,23 @@ class StoreLocks:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Move or remove things: nobody else writes meanwhile.
+        """Move or remove files while no other process writes.
 
         Raises:
-            LockedError: somebody is writing.
+            LockedError: another process is writing.
         """
         with self._open() as descriptor:
             if not _try(descriptor, fcntl.F_WRLCK, _PRESENCE):
-                raise LockedError(f"another build is writing {self._store} ({self._owner()}): wait for it, or stop it")
+                raise LockedError(f"another build is writing {self._store} ({self._owner()}): wait for it or stop it")
             self._check_still_there(descriptor)
             yield
 
     @contextmanager
     def metadata(self) -> Iterator[None]:
-        """Change what the arrays declare.
+        """Change the number of seeds that the arrays declare.
 
         Raises:
-            LockedError: somebody else does, and doesn't end.
+            LockedError: another process holds this lock for long.
         """
         with self._open() as descriptor:
             self._wait(descriptor, fcntl.F_WRLCK, _METADATA)
@@ -109,7 +109,7 @@ class StoreLocks:
 
     @contextmanager
     def block(self, block: int) -> Iterator[bool]:
-        """Make a block; False if somebody else is making it now."""
+        """Make a block; False if another process is making it now."""
         with self._open() as descriptor:
             yield _try(descriptor, fcntl.F_WRLCK, _FIRST_BLOCK + block)
 
@@ -151,4 +151,4 @@ class StoreLocks:
             value = parse_json(read_bounded(self._store, f"provenance/{NOTE_FILE}"))
             return f"process {in_line(value['pid'], 20)} on {in_line(value['host'])}"
         except (OSError, ValueError, KeyError, TypeError):
-            return "its owner left no note"
+            return "by an unknown process"

@@ -1,4 +1,4 @@
-"""Paths inside a store that may come from someone else: never outside it, never a device, never too large.
+"""Paths inside a store that a stranger may have made: never outside it, never a device, never too large.
 
 A symlink is followed in one case only: a file that DVC linked into its own content-addressed cache
 (`cache.type symlink`), whose bytes the ledger names anyway.
@@ -22,7 +22,7 @@ _DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}(?:\.dir)?$")
 
 
 def safe_folder(store: Path, relative: str, *, make: bool = False) -> Path:
-    """A folder of a store, made if wanted.
+    """A folder of a store, created if `make`.
 
     Raises:
         DamagedError: a symlink leads elsewhere, or a file is in the way.
@@ -32,7 +32,7 @@ def safe_folder(store: Path, relative: str, *, make: bool = False) -> Path:
         current = current / part
         if part in ("..", os.sep) or current.is_symlink():
             raise DamagedError(
-                f"{store / relative} is reached through a symlink, which a cache has none of; nothing was touched"
+                f"{store / relative} is reached through a symlink, and a cache has none; nothing was changed"
             )
         if make and not current.is_dir():
             try:
@@ -44,7 +44,7 @@ def safe_folder(store: Path, relative: str, *, make: bool = False) -> Path:
 
 
 def safe_target(store: Path, relative: str) -> Path:
-    """Where a file of a store is to be written, its folder made.
+    """Where a file of a store is to be written; creates its folder.
 
     Raises:
         DamagedError: a symlink leads elsewhere, or a folder is in the way.
@@ -60,7 +60,7 @@ def open_file(store: Path, relative: str) -> int:
     """A descriptor of a plain file of a store, for reading; the folder must have been checked.
 
     Raises:
-        FileNotFoundError: it isn't there.
+        FileNotFoundError: it is absent.
         DamagedError: it is a symlink (other than DVC's), a device or a folder.
     """
     path = os.path.join(store, relative)
@@ -85,21 +85,21 @@ def read_bounded(store: Path, relative: str, limit: int = MAX_METADATA_BYTES) ->
     """The bytes of a small file of a store.
 
     Raises:
-        FileNotFoundError: it isn't there.
-        DamagedError: it is no plain file, or larger than it can be.
+        FileNotFoundError: it is absent.
+        DamagedError: it is no plain file, or has more than `limit` bytes.
     """
     with open(open_file(store, relative), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, limit) + 1)
     if len(data) > limit:
-        raise DamagedError(f"{store / relative} is larger than {limit:,} bytes, which can't be")
+        raise DamagedError(f"{store / relative} is larger than {limit:,} bytes, more than any such file has")
     return data
 
 
 def walk(root: Path) -> Iterator[str]:
     """Every file below a folder, relative to it, in a fixed order; symlinks are listed and not followed.
 
-    However deep folders are nested; one that can't be listed is listed itself.
+    Works for any depth of nesting; a folder that can't be listed is yielded itself.
     """
     folders = [""]
     while folders:
@@ -108,7 +108,7 @@ def walk(root: Path) -> Iterator[str]:
             with os.scandir(root / folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except FileNotFoundError:
-            continue  # somebody removed it just now
+            continue  # removed just now by another process
         except OSError:
             yield folder
             continue

@@ -1,4 +1,4 @@
-"""Sealed JSON: canonical bytes that end with their own hash, so that a torn or edited file is recognised.
+"""Sealed JSON: canonical bytes that end with their own hash, so that a torn or edited file is detected.
 
 The file is `{…,"record_sha256":"<64 hex>"}`: the canonical JSON of a value, with one key more at its end, whose value
 is the sha256 of the canonical JSON without it. Checking it needs no parsing.
@@ -30,7 +30,7 @@ def seal_of(raw: bytes) -> str:
     body, tail = raw[:-_TAIL] + b"}", raw[-_TAIL:]
     stated = tail[len(_KEY) : -2]
     if not tail.startswith(_KEY) or not tail.endswith(b'"}') or hashlib.sha256(body).hexdigest().encode() != stated:
-        raise ValueError("its own hash doesn't fit")
+        raise ValueError("its own hash doesn't match")
     return stated.decode()
 
 

@@ -1,6 +1,6 @@
-"""JSON that may come from someone else.
+"""JSON from files that a stranger may have written.
 
-What Python's `json` accepts beyond the standard is refused, and so is what could exhaust memory or the stack.
+Refused are Python's extensions of the standard, and whatever could exhaust memory or the stack.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any, NoReturn
 
 MAX_PARTS = 1 << 18
-"""Objects and lists in one file, more than any record needs: an empty one takes twenty times its two bytes."""
+"""Objects and lists in one file; no record needs as many. An empty one takes twenty times its two bytes in memory."""
 MAX_DEPTH = 64
 
 
@@ -18,7 +18,7 @@ def parse_json(raw: bytes) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: it is no UTF-8 or no JSON, has a key twice, a NaN, half a surrogate pair, or too many or too
+        ValueError: it is no UTF-8 or no JSON, repeats a key, has a NaN or half a surrogate pair, or has too many or too
             deeply nested parts.
     """
     if raw.count(b"{") + raw.count(b"[") > MAX_PARTS:
@@ -37,18 +37,22 @@ def canonical_json(value: Any) -> bytes:
 
 
 def pretty_json(value: Any) -> bytes:
-    """The same for files that people open."""
+    """The same, indented, for files that people open."""
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def in_line(text: object, most: int = 80) -> str:
-    """What someone else's file says, for a message: in one line, of bounded length."""
+    """A stranger's text for a message: one line of bounded length."""
     line = str(text)[:most]
     return line if line.isprintable() else ascii(line)[1:-1]
 
 
 def integer(value: Any) -> int:
-    """An integer that JSON wrote as one."""
+    """A value that JSON wrote as an integer.
+
+    Raises:
+        ValueError: it is none.
+    """
     if type(value) is not int:
         raise ValueError(f"{str(value)[:40]!r} is no integer")
     return value
@@ -60,7 +64,7 @@ def unknown_members(value: Any, known: Collection[str]) -> list[str]:
 
 
 def shortened(value: Any) -> str:
-    """A value in a few words, for a message."""
+    """A value cut to a few words, for a message."""
     text = str(value)
     if len(text) <= 40 or not hasattr(value, "__len__"):
         return in_line(text, 40)
@@ -88,7 +92,7 @@ def _check(value: Any) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("it repeats a key")
     return value
 
 

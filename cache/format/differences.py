@@ -1,4 +1,4 @@
-"""What differs between two JSON values, in words."""
+"""The differences between two JSON values, in words."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from advkd.cache.files.strict_json import in_line, shortened
 
 
 def differences(found: Any, expected: Any) -> list[str]:
-    """Name what differs between two JSON values, as `path: found → expected`.
+    """The differences between two JSON values, as `path: found → expected`.
 
-    What stands nearer the top comes first: the name of a sampler before the many options that follow from it.
+    Shallow ones come first: the name of a sampler before the many options that follow from it.
     """
     return [line for _, line in sorted(_differences(found, expected, ()), key=lambda entry: len(entry[0]))]
 

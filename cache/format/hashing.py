@@ -1,4 +1,4 @@
-"""Hashes of whole numbers: orders, draws and splits that are pure functions of seeds."""
+"""Hashes of integers: orders, draws and splits that are pure functions of seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def mix64(values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
 
 
 def mixed(*parts: int) -> int:
-    """One 64-bit word of some whole numbers, such as (seed, phase, step): each changes all of it."""
+    """One 64-bit hash of several integers, such as (seed, phase, step)."""
     key = mix64(parts[0])
     for part in parts[1:]:
         key = mix64(key ^ np.uint64(part))
@@ -24,6 +24,6 @@ def mixed(*parts: int) -> int:
 
 
 def is_held_out(seeds: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    """Which seeds are never trained on: one in sixteen, a pure function of the seed."""
+    """Which seeds are held out of training: one in sixteen, a pure function of the seed."""
     chosen: npt.NDArray[np.bool_] = mix64(seeds) % np.uint64(16) == np.uint64(0)
     return chosen

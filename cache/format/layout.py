@@ -1,6 +1,6 @@
-"""How a cache's numbers are laid out: which states are kept, how they are stored, in what blocks.
+"""The layout of a cache: which states it holds, in which dtype and encoding, in blocks of how many seeds.
 
-The **layout hash** is apart from the recipe's fingerprint, so that a subset of a cache keeps its identity.
+The **layout hash** is separate from the recipe's fingerprint, so that a subset of a cache keeps its identity.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ENCODINGS = ("raw", *PACKED_ENCODINGS)
 MAX_STATES = 10_001
 MAX_BLOCK_BYTES = 1 << 34
 MAX_BLOCK_SIZE = 1 << 20
-"""Of seeds: a record of a few hundred bytes makes a reader list as many."""
+"""Seeds per block: a record of a few hundred bytes makes a reader list as many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class State:
     step: int
     """Solver steps done: 0 is x_T."""
     timestep: float
-    """The teacher's timestep at which it would look at this state; −1 for the final one."""
+    """The timestep that the teacher would be given with this state; −1 for the final one."""
     alpha: float
     sigma: float
     scale: float
@@ -70,7 +70,7 @@ class State:
         if not all(type(number) is float and math.isfinite(number) for number in floats):
             raise NotACacheError(f"state {shortened(state.step)}: its timestep, alpha, sigma or scale is not finite")
         if state.scale <= 0 or not 0 <= state.step < 1e6:
-            raise NotACacheError(f"state {shortened(state.step)}: impossible scale {state.scale} or step")
+            raise NotACacheError(f"state {shortened(state.step)}: scale {state.scale} or step out of range")
         return state
 
 
@@ -91,7 +91,7 @@ class Layout:
         fitting = self.dtype in DTYPES and 1 <= self.block_size <= MAX_BLOCK_SIZE and len(steps) <= MAX_STATES
         if not fitting or steps != sorted(set(steps)) or steps[:1] != [0]:
             raise NotACacheError(
-                f"impossible layout: dtype {shortened(repr(self.dtype))}, block size {shortened(self.block_size)}, "
+                f"invalid layout: dtype {shortened(repr(self.dtype))}, block size {shortened(self.block_size)}, "
                 f"steps {shortened(steps)}"
             )
         if self.encoding not in ENCODINGS:
@@ -110,7 +110,7 @@ class Layout:
 
     @property
     def max_block_bytes(self) -> int:
-        """What `block_bytes` may be at most."""
+        """Largest allowed `block_bytes`."""
         return MAX_BLOCK_BYTES if self.packing is None else MAX_PACKED_BLOCK_BYTES
 
     def packed(self, packing: Packing | None) -> Self:

@@ -1,8 +1,8 @@
 """The ledger: one sealed JSON record per block, written last. A block without a valid record does not exist.
 
-A record maps each array to its chunk file's size, sha256, a CRC-32C per MiB (so that readers check just the segments
-that they touch), the range of its values, how many of them are not finite, and what rounding to the stored dtype
-cost. It ends with its own hash (`advkd.cache.files.sealed_json`), so that a torn or edited record is recognised.
+A record maps each array to an entry (`advkd.cache.format.array_record`): its chunk file's size and hashes, the range of
+its values and the rounding error. It ends with its own hash (`advkd.cache.files.sealed_json`), so that a torn or edited
+record is detected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from advkd.cache.format.recipe import digest
 from advkd.cache.format.store_paths import record_path
 from advkd.cache.format.zarr_metadata import FORMAT
 
-HOW_TO_MEND = "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
+HOW_TO_FIX = "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
 _ARRAY_NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*")
 
 
@@ -46,8 +46,8 @@ class LedgerRecord(Generic[Entry]):
 
     maker: ClassVar[str]
     """The subcommand that makes a block again."""
-    how_to_mend: ClassVar[str]
-    """What to do about a block that is damaged."""
+    how_to_fix: ClassVar[str]
+    """What to do about a damaged block."""
     block: int
     fingerprint: str
     layout_hash: str
@@ -84,7 +84,7 @@ class LedgerRecord(Generic[Entry]):
 
     @property
     def record_hash(self) -> str:
-        """sha256 over everything the record says."""
+        """sha256 of the record."""
         return digest(self.to_json())
 
     def write(self, store: Path) -> None:
@@ -111,7 +111,7 @@ class LedgerRecord(Generic[Entry]):
                 arrays={name: cls.entry(array) for name, array in value["arrays"].items()},
             )
             if seal(record.to_json()) != raw:
-                raise ValueError("it is not written as records are")
+                raise ValueError("it is no canonical JSON")
             return record
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _torn(where, block, error, cls.maker) from None
@@ -122,7 +122,7 @@ class BlockRecord(LedgerRecord[ArrayRecord]):
 
     __slots__ = ()
     maker = "build"
-    how_to_mend = HOW_TO_MEND
+    how_to_fix = HOW_TO_FIX
 
     @classmethod
     def entry(cls, value: dict[str, Any]) -> ArrayRecord:
@@ -133,7 +133,7 @@ class BlockRecord(LedgerRecord[ArrayRecord]):
 def checked_seal(raw: bytes, block: int, fingerprint: str, layout_hash: str, where: str) -> str:
     """The hash that a record carries, checked against its bytes and its place without parsing them.
 
-    Canonical JSON sorts its keys, so what says where a record belongs stands right before the hash.
+    Canonical JSON sorts its keys, so the members that say where a record belongs stand right before the hash.
 
     Raises:
         DamagedError: the record is torn, edited, or belongs elsewhere.

@@ -23,7 +23,7 @@ from advkd.cache.format.store_paths import states_path
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _PIECE = 1 << 18
 SPARE_BYTES = 1 << 20
-HOW_TO_MEND = "pull the block anew, or run `advkd-cache pack` again where the raw store is"
+HOW_TO_FIX = "pull the block anew, or run `advkd-cache pack` again where the raw store is"
 
 
 def max_packed_bytes(raw_bytes: int) -> int:
@@ -85,7 +85,7 @@ class PackedRecord(LedgerRecord[PackedArray | ArrayRecord]):
 
     __slots__ = ()
     maker = "pack"
-    how_to_mend = HOW_TO_MEND
+    how_to_fix = HOW_TO_FIX
 
     @classmethod
     def entry(cls, value: dict[str, Any]) -> PackedArray | ArrayRecord:

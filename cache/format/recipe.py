@@ -1,7 +1,7 @@
-"""What determines the numbers in a cache.
+"""The recipe: everything that determines the numbers in a cache.
 
-The **fingerprint** hashes the recipe: teacher, sampler, precision, noise. It holds no time, host, path or duration: two
-builds of the same thing are the same bytes.
+The **fingerprint** hashes the recipe, that is teacher, sampler, precision, noise and shape. A recipe holds no time,
+host, path or duration, so two builds of one recipe are the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from advkd.cache.errors import NewerCacheError, NotACacheError
 from advkd.cache.files.strict_json import canonical_json, integer, shortened, unknown_members
 
 MAX_CHANNELS, MAX_SIDE = 64, 8192
-"""What an item can have at most, wherever a shape comes from someone else."""
+"""Largest item shape that a store may claim."""
 
 
 def digest(value: Any) -> str:
@@ -45,7 +45,7 @@ class Recipe:
 
     @property
     def deterministic(self) -> bool:
-        """Whether x_T alone determines x_0, so that paired losses mean something."""
+        """Whether x_T alone determines x_0, as losses on pairs require."""
         return bool(self.sampler["deterministic"])
 
     @property

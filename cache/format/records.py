@@ -74,7 +74,7 @@ class Records(Generic[Record]):
             raise DamagedError(f"{address}: the ledger record of block {block} belongs to another cache")
         if not self._fits(record):
             raise DamagedError(
-                f"{address}: the ledger record of block {block} doesn't fit the layout; {self._kind.how_to_mend}"
+                f"{address}: the ledger record of block {block} doesn't fit the layout; {self._kind.how_to_fix}"
             )
         return record
 

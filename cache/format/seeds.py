@@ -1,4 +1,4 @@
-"""Seeds and blocks: ranges that a person writes, the whole blocks that cover them."""
+"""Seeds and blocks: ranges that a user writes, and the whole blocks that cover them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from advkd.cache.errors import DamagedError
 from advkd.cache.format.array_record import SEGMENT_BYTES, ArrayRecord, crc32c
 from advkd.cache.format.layout import State
-from advkd.cache.format.ledger import HOW_TO_MEND, BlockRecord
+from advkd.cache.format.ledger import HOW_TO_FIX, BlockRecord
 from advkd.cache.format.records import Records
 from advkd.cache.format.source import Source
 from advkd.cache.format.zarr_metadata import CRC_BYTES
@@ -55,11 +55,11 @@ class ChunkFiles:
             else:
                 file = self._source.open(chunk, expected.num_bytes)
         except FileNotFoundError:
-            raise DamagedError(f"{where} is missing, but the ledger has it; {HOW_TO_MEND}") from None
+            raise DamagedError(f"{where} is missing, but the ledger has it; {HOW_TO_FIX}") from None
         size = os.fstat(file.fileno()).st_size
         if size != expected.num_bytes:
             file.close()
-            raise DamagedError(f"{where} has {size} bytes, the ledger says {expected.num_bytes}; {HOW_TO_MEND}")
+            raise DamagedError(f"{where} has {size} bytes, the ledger says {expected.num_bytes}; {HOW_TO_FIX}")
         return file
 
     def path(self, chunk: str, expected: ArrayRecord) -> Path:
@@ -244,6 +244,6 @@ class StateRows:
             if crc32c(body.tobytes()) != crcs[segment]:
                 raise DamagedError(
                     f"{self._files.address}: state {self._state.name} of block {block} is damaged near byte {start}; "
-                    f"{HOW_TO_MEND}"
+                    f"{HOW_TO_FIX}"
                 )
             checked[segment] = True

@@ -23,7 +23,7 @@ from advkd.cache.files.strict_json import in_line
 from advkd.cache.format.array_record import ArrayRecord
 from advkd.cache.format.arrays import ArraySpec, further_names, read_spec, state_spec
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.ledger import HOW_TO_MEND, BlockRecord
+from advkd.cache.format.ledger import HOW_TO_FIX, BlockRecord
 from advkd.cache.format.metadata import read_arrays, read_metadata
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.records import Records
@@ -340,7 +340,7 @@ class TrajectoryCache:
         with self._files.open(chunk, expected) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != expected.sha256:
-            raise DamagedError(f"{self.address}/{chunk} differs from what its ledger says; {HOW_TO_MEND}")
+            raise DamagedError(f"{self.address}/{chunk} differs from what its ledger says; {HOW_TO_FIX}")
         return data
 
     @cached_property

@@ -1,7 +1,7 @@
-"""Stores out of stores: merging what several people built, and cutting out what somebody needs.
+"""Merging stores that several people built, and cutting subsets out of stores.
 
 Files are linked, not copied, where the file system can. Every block is committed like one that was sampled, so a
-killed merge goes on where it stopped, and two of them divide the blocks.
+killed merge resumes where it stopped, and two merges into one store share the blocks.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Combined:
-    """What a merge or subset did."""
+    """Result of a merge or subset."""
 
     store: Path
     num_added: int
     num_present: int
     """Blocks that were in the target already."""
     num_replaced: int
-    """Blocks of the target that gave way to the preferred store's."""
+    """Blocks of the target that the preferred store's replaced."""
     how: dict[str, int]
-    """Files by the way that they came: "hard link", "reflink", "copy"."""
+    """Number of files by the way they were transferred: "hard link", "reflink", "copy"."""
 
 
 def merge(
@@ -61,9 +61,9 @@ def merge(
     Args:
         sources: of the same fingerprint and layout.
         out: the target.
-        prefer: whose block to take where two differ within the recorded tolerance.
-        begin: hears how many blocks there are.
-        advance: hears of each that is done.
+        prefer: the store whose block to take where two differ within the recorded tolerance.
+        begin: called with the number of blocks.
+        advance: called with 1 for each finished block.
 
     Raises:
         MismatchError: the stores don't fit, or hold a block with bytes that differ and nothing is preferred, or
@@ -105,8 +105,8 @@ def subset(
         out: a new store, or one that an earlier call of the same kind began.
         seeds: `A:B`, widened to whole blocks; all if None.
         steps: solver steps done; x_T is always kept. All that are here if None.
-        begin: hears how many blocks there are.
-        advance: hears of each that is done.
+        begin: called with the number of blocks.
+        advance: called with 1 for each finished block.
 
     Raises:
         UsageError: no block lies in the range.

@@ -1,7 +1,7 @@
 """Dividing blocks among everyone who makes them: processes here, a cluster's workers, other hosts with this folder.
 
 A block is made by one sequence, `CacheWriter.make`: claim it, look whether it is committed, make it, commit it. A block
-that somebody else holds is busy, and `divide` asks for it again until it is there:
+that another process holds is busy, and `divide` tries it again until it is there:
 
     def make(block: int) -> Outcome:
         return writer.make(block, lambda claim: writer.commit(block, states_of(block)))
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 POLL_SECONDS = 0.5
-"""How often to look whether a block that somebody else makes is done."""
+"""Pause before trying busy blocks again."""
 Outcome = Literal["made", "present", "busy"]
 Attempt = Callable[[list[int]], Iterable[tuple[int, Outcome]]]
 """Tries each of some blocks once; yields the outcomes in any order."""
@@ -28,7 +28,7 @@ Attempt = Callable[[list[int]], Iterable[tuple[int, Outcome]]]
 def divide(
     blocks: Iterable[int], attempt: Attempt, waiting: Callable[[list[int]], None] = lambda blocks: None
 ) -> Iterator[tuple[int, Outcome]]:
-    """Have blocks made, each by whoever claims it first, and wait for those that others make.
+    """Have blocks made, each by the process that claims it first, and wait for those that others make.
 
     Any number of processes may divide the same blocks at once; each returns when all of them are committed.
 

@@ -1,8 +1,7 @@
 """Writing a cache: whole blocks, each committed by its ledger record, beside other writers.
 
 A block's life: claim it → skip if committed → write each array's chunk whole → read back and hash → fsync → ledger
-record. A crash at any moment loses the block in flight and nothing else. `advkd.cache.files.locks` says which locks
-exclude whom.
+record. A crash at any moment loses the block in flight and nothing else. For the locks see `advkd.cache.files.locks`.
 """
 
 from __future__ import annotations
