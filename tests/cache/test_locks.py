@@ -69,5 +69,5 @@ def test_a_file_system_without_locks_is_named(store: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("advkd.cache.files.locks.fcntl.fcntl", no_locks)
-    with pytest.raises(LockedError, match="gives no locks"), StoreLocks(store).alone():
+    with pytest.raises(LockedError, match="no locks"), StoreLocks(store).alone():
         pass
