@@ -1,6 +1,6 @@
 """A `torch.utils.data` dataset over a cache: (x_T, later states …) of chosen seeds.
 
-The one module of this package that imports torch; nothing else here imports it.
+The only module of `advkd.cache` that imports torch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class TrajectoryDataset(Dataset[tuple[Tensor, ...]]):
     """States of a cache by seed, in the stored units and dtype.
 
     Item i is the tuple of the chosen states of the i-th chosen seed, each of shape (C, H, W). A batch is read at once,
-    sorted by file, so any `DataLoader` with shuffling is fast; workers open the store anew.
+    so any `DataLoader` with shuffling is fast; workers open the store again.
 
     Args:
         cache: the store.
-        steps: solver steps done, in the order wanted; all present states, x_T first, if None.
-        seeds: which seeds; all committed ones if None.
+        steps: solver steps done, in the order of an item's states; all present states, x_T first, if None.
+        seeds: the seeds; all committed ones if None.
 
     Raises:
-        NotCachedError: a state or seed is not here.
+        NotCachedError: a state or seed is absent.
     """
 
     def __init__(
@@ -61,28 +61,28 @@ class TrajectoryDataset(Dataset[tuple[Tensor, ...]]):
 
 
 class BlockShuffle(Sampler[int]):
-    """An order for a `DataLoader` that mixes the seeds of a few blocks at a time, those blocks chosen at random.
+    """An order for a `DataLoader` that mixes the seeds of a few randomly chosen blocks at a time.
 
-    For data that is much larger than memory, on a disk that is slow at random: what a batch needs lies in few files,
-    which are read once an epoch. The price: seeds are independent draws, so a batch strays no further from the whole
-    than with a whole shuffle, but batches of the same blocks follow each other (`benchmarks/cold.py` measures both).
+    For data much larger than memory on a disk with slow random access: a batch needs few files, which are read once per
+    epoch. Because seeds are independent draws, a batch represents the data set as well as after a full shuffle, but
+    consecutive batches come from the same blocks (`benchmarks/cold.py` measures both).
 
     Args:
-        dataset: whose items are ordered.
-        mixed: blocks whose seeds are mixed.
-        seed: of the order; call `set_epoch` before each epoch for another one.
+        dataset: the items to order.
+        mixed: number of blocks to mix at a time.
+        seed: seed of the order; call `set_epoch` before each epoch to change it.
     """
 
     def __init__(self, dataset: TrajectoryDataset, mixed: int, seed: int = 0) -> None:
         if mixed < 1:
-            raise UsageError(f"{mixed} blocks can't be mixed: expected at least 1")
+            raise UsageError(f"mixed = {mixed} blocks: expected at least 1")
         self._blocks = dataset.seeds // dataset.cache.layout.block_size
         self._mixed = mixed
         self._seed = seed
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order: a function of (seed, epoch, the dataset's seeds)."""
+        """Choose the order, a function of (seed, epoch, the dataset's seeds)."""
         self._epoch = epoch
 
     def __len__(self) -> int:

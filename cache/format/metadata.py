@@ -1,4 +1,4 @@
-"""What a store says about itself: recipe, layout and how many seeds its arrays declare, each checked by the others."""
+"""Reading a store's metadata: recipe, layout and the seeds that its arrays declare, checked against each other."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
     """Read and check a store's root metadata.
 
     Raises:
-        CacheNotFoundError: nothing is at that URL.
+        CacheNotFoundError: nothing is at the URL.
         NewerCacheError: an intact store of a newer advkd is there.
         NotACacheError: something else is there.
-        DamagedError: its own hashes disagree.
+        DamagedError: recipe or layout differ from their hashes.
     """
     address = source.address
     try:
@@ -62,17 +62,17 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
 
 
 def read_arrays(source: Source, recipe: Recipe, layout: Layout) -> tuple[dict[int, State], int]:
-    """The recorded states that are present, by solver steps done, and how many seeds all of them declare.
+    """The recorded states that are present, by solver steps done, and the number of seeds that all of them declare.
 
     Raises:
-        DamagedError: an array's metadata is not what the recipe generates, or claims more than any store has.
+        DamagedError: an array's metadata differ from what the recipe generates, or declare too many seeds.
     """
     declared: list[int] = []
     present: dict[int, State] = {}
     paths = [metadata_path(states_path(state)) for state in layout.states]
     for state, path, raw in zip(layout.states, paths, source.read_many(paths), strict=True):
         if raw is None:
-            continue  # a partial pull: that state is not here
+            continue  # a partial copy without that state
         try:
             metadata = parse_json(raw)
             num_seeds = metadata["shape"][0]
@@ -84,5 +84,5 @@ def read_arrays(source: Source, recipe: Recipe, layout: Layout) -> tuple[dict[in
         check_num_blocks(f"{source.address}/{path}", num_seeds, layout.block_size)
         declared.append(num_seeds)
         present[state.step] = state
-    # A crash while growing leaves some arrays larger; the smallest size is the one that all of them have.
+    # A crash while growing leaves some arrays larger; all arrays have the smallest size.
     return present, min(declared, default=0)

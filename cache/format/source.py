@@ -24,7 +24,7 @@ _MAX_NAMED = 3
 
 
 def is_url(address: str | Path) -> bool:
-    """Whether an address is a URL rather than a path."""
+    """Whether an address is a URL, not a path."""
     return bool(_URL.match(str(address)))
 
 
@@ -52,7 +52,7 @@ class Source(Protocol):
 
 
 class WholeFileSource:
-    """What follows for a source that has `read` and no folder."""
+    """A source's other methods, given `read`, if it has no folder."""
 
     address: str
     root: Path | None = None
@@ -129,7 +129,7 @@ class RemoteSource(WholeFileSource):
         self.address = url
         try:
             import fsspec
-        except ImportError:  # pragma: no cover – the library comes with torch and huggingface_hub
+        except ImportError:  # pragma: no cover – torch and huggingface_hub depend on it
             raise UsageError(f"{url}: reading URLs needs fsspec: pip install 'advkd[remote]'") from None
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
@@ -159,7 +159,7 @@ class RemoteSource(WholeFileSource):
                 found: Any = self._fs.cat(names, on_error="return")
             except FileNotFoundError:
                 found = {}
-            except Exception as error:  # whatever a remote's library raises
+            except Exception as error:  # remote libraries raise exceptions of their own
                 raise CacheError(f"{self.address} can't be read ({_line(error)})") from error
             if isinstance(found, bytes):
                 found = {names[0]: found}
@@ -181,8 +181,8 @@ def open_source(address: str | Path) -> Source:
     """The source at a path or URL.
 
     Raises:
-        CacheNotFoundError: a local path where nothing is.
-        UsageError: a URL of a kind that isn't installed.
+        CacheNotFoundError: nothing is at the local path.
+        UsageError: support for this kind of URL isn't installed.
     """
     if is_url(address):
         return RemoteSource(str(address))
@@ -190,14 +190,14 @@ def open_source(address: str | Path) -> Source:
     if not path.exists():
         others = [other.name for other in sorted(path.parent.glob("*.zarr"))[:_MAX_NAMED]]
         raise CacheNotFoundError(
-            f"no cache at {path}: `advkd-cache build --config FILE --out {path}` makes one, `dvc pull {path}` brings "
-            f"one that is shared{'; beside it are ' + ', '.join(others) if others else ''}"
+            f"no cache at {path}: `advkd-cache build --config FILE --out {path}` makes one, `dvc pull {path}` fetches "
+            f"a shared one{'; beside it are ' + ', '.join(others) if others else ''}"
         )
     return LocalSource(path)
 
 
 def check_num_blocks(address: str, num_seeds: int, block_size: int) -> None:
-    """Refuse a header that claims more than any store has.
+    """Refuse a header that declares partial blocks or more blocks than any store has.
 
     Raises:
         DamagedError: it does.

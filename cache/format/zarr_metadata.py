@@ -1,4 +1,4 @@
-"""The Zarr v3 metadata that makes any Zarr reader open a store.
+"""The Zarr v3 metadata with which any Zarr reader opens a store.
 
 Generated here, not by the installed zarr: zarr's own JSON is neither sorted nor ends in a newline, and its members
 differ between versions, while a store's bytes are a function of its recipe.
