@@ -18,7 +18,8 @@ from advkd.cache.errors import CacheError
 Integers = npt.NDArray[np.int32]
 _LARGEST = 2.0**31 - 256
 """Largest float32 that fits int32."""
-_CODEC = PCodec(level=8, mode_spec="classic", delta_spec="none")
+_CODEC = PCodec(level=8, mode_spec="classic", delta_spec="try_consecutive", delta_encoding_order=0)
+"""No differences: residuals are uncorrelated. Not `delta_spec="none"`, which numcodecs 0.17 renames."""
 
 
 class Residual(Protocol):

@@ -352,9 +352,9 @@ class TrajectoryCache:
         """
         import zarr
 
-        from advkd.cache.read.zarr_store import CommittedStore
+        from advkd.cache.read.zarr_store import CommittedFiles, CommittedStore
 
-        return zarr.open_group(CommittedStore(self), mode="r", zarr_format=3)
+        return zarr.open_group(CommittedStore(CommittedFiles(self)), mode="r", zarr_format=3)
 
     def dask_array(self, step: int) -> dask.array.Array:
         """A lazy dask view of one state over all declared seeds, for analysis; one dask chunk per block.
@@ -368,9 +368,9 @@ class TrajectoryCache:
         import dask.array
         import zarr
 
-        from advkd.cache.read.zarr_store import CommittedStore
+        from advkd.cache.read.zarr_store import CommittedFiles, CommittedStore
 
-        store = CommittedStore(self, fill_uncommitted=True)
+        store = CommittedStore(CommittedFiles(self, fill_uncommitted=True))
         return dask.array.from_zarr(zarr.open_array(store, path=states_path(self.state(step)), mode="r"))
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype, cpu
+from zarr.storage import LocalStore, MemoryStore
 
 from advkd.cache.errors import NotCachedError
 from advkd.cache.files.durable import write_verified
@@ -28,7 +28,7 @@ _CHUNK = re.compile(r"(.+)/c/(\d+)(/0)*")
 
 
 class Cache(Protocol):
-    """What a `TrajectoryCache` has that reading it through zarr takes."""
+    """The part of a `TrajectoryCache` that this module needs."""
 
     recipe: Recipe
     layout: Layout
@@ -46,22 +46,17 @@ class Cache(Protocol):
     def array_bytes(self, spec: ArraySpec, block: int) -> bytes: ...  # noqa: D102
 
 
-class CommittedStore(Store):
-    """The raw hierarchy of a cache, read only: local, remote and packed stores look alike.
+class CommittedFiles(Mapping[str, Buffer]):
+    """The files of a cache's raw Zarr hierarchy by path, read when they are asked for.
 
-    Metadata are those of the arrays that are present. Chunks are checked against the ledger.
+    Metadata are those of the arrays that are present.
 
     Args:
-        cache: the store.
-        fill_uncommitted: whether a block that was never committed reads as the fill value, NaN, instead of raising.
+        cache: local, remote or packed.
+        fill_uncommitted: whether blocks that were never committed count as missing chunks, which read as NaN.
     """
 
-    supports_writes = False
-    supports_deletes = False
-    supports_listing = True
-
     def __init__(self, cache: Cache, *, fill_uncommitted: bool = False) -> None:
-        super().__init__(read_only=True)
         self._cache = cache
         self._fill_uncommitted = fill_uncommitted
         self._arrays = {spec.path: spec for spec in cache.arrays}
@@ -72,79 +67,57 @@ class CommittedStore(Store):
         }
         self._metadata = {path: pretty_json(value) for path, value in files.items() if path not in absent}
 
-    def __eq__(self, other: object) -> bool:
-        """Whether it is the same cache, read in the same way."""
-        if not isinstance(other, CommittedStore):
-            return NotImplemented
-        return (self._cache.address, self._fill_uncommitted) == (other._cache.address, other._fill_uncommitted)
-
-    def __repr__(self) -> str:
-        """The address."""
-        return f"CommittedStore({self._cache.address!r})"
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """A `zarr.json`, a chunk, or None for any other key.
+    def __getitem__(self, path: str) -> Buffer:
+        """A file.
 
         Raises:
+            KeyError: the hierarchy has no such file.
             NotCachedError: the chunk's block was never committed.
             DamagedError: the chunk or its ledger record is missing or damaged.
         """
-        data = self._metadata.get(key)
-        if data is None:
-            data = await asyncio.to_thread(self._chunk, key)
-        return None if data is None else prototype.buffer.from_bytes(_part(data, byte_range))
-
-    def _chunk(self, key: str) -> bytes | None:
-        found = _CHUNK.fullmatch(key)
+        if path in self._metadata:
+            return cpu.Buffer.from_bytes(self._metadata[path])
+        found = _CHUNK.fullmatch(path)
         if found is None or found[1] not in self._arrays:
-            return None
+            raise KeyError(path)
         try:
-            return self._cache.array_bytes(self._arrays[found[1]], int(found[2]))
+            return cpu.Buffer.from_bytes(self._cache.array_bytes(self._arrays[found[1]], int(found[2])))
         except NotCachedError:
             if self._fill_uncommitted:
-                return None
+                raise KeyError(path) from None
             raise
 
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        """Parts of some values."""
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+    def __contains__(self, path: object) -> bool:
+        return any(path == found for found in self)
 
-    async def exists(self, key: str) -> bool:
-        """Whether a key is listed."""
-        return key in self._metadata or key in self._chunk_keys()
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Raise ValueError: the store is read only."""
-        self._check_writable()
-
-    async def delete(self, key: str) -> None:
-        """Raise ValueError: the store is read only."""
-        self._check_writable()
-
-    async def list(self) -> AsyncIterator[str]:
-        """Every `zarr.json` and every chunk of a committed block."""
-        async for key in self.list_prefix(""):
-            yield key
-
-    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """The keys that begin with a prefix."""
-        for key in (*self._metadata, *self._chunk_keys()):
-            if key.startswith(prefix):
-                yield key
-
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """Names right below a prefix."""
-        folder = f"{prefix.rstrip('/')}/" if prefix else ""
-        keys = [key async for key in self.list_prefix(folder)]
-        for name in dict.fromkeys(key.removeprefix(folder).split("/")[0] for key in keys):
-            yield name
-
-    def _chunk_keys(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
+        yield from self._metadata
         for spec in self._arrays.values():
             for block in self._cache.blocks:
                 yield spec.chunk_path(block)
+
+    def __len__(self) -> int:
+        return len(self._metadata) + len(self._arrays) * len(self._cache.blocks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CommittedFiles) and self._identity == other._identity
+
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        return self._cache.address, self._fill_uncommitted, self._metadata
+
+
+class CommittedStore(MemoryStore):
+    """A read-only store over `CommittedFiles`."""
+
+    def __init__(self, store_dict: Any, *, read_only: bool = True) -> None:
+        super().__init__(store_dict, read_only=True)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """A file or part of one; raises as `CommittedFiles` does. Others can be read meanwhile."""
+        return await asyncio.to_thread(self.get_sync, key, prototype=prototype, byte_range=byte_range)
 
 
 class DurableStore(LocalStore):
@@ -167,16 +140,3 @@ class DurableStore(LocalStore):
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a value unless there is one."""
         await Store.set_if_not_exists(self, key, value)
-
-
-def _part(data: bytes, byte_range: ByteRequest | None) -> bytes:
-    match byte_range:
-        case None:
-            return data
-        case RangeByteRequest(start, end):
-            return data[start:end]
-        case OffsetByteRequest(offset):
-            return data[offset:]
-        case SuffixByteRequest(suffix):
-            return data[max(0, len(data) - suffix) :]
-    raise TypeError(f"Unexpected byte_range, got {byte_range}.")

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-import os
+import multiprocessing
 import pickle
 import shutil
 import zipfile
@@ -26,7 +26,7 @@ from advkd.cache import TrajectoryCache
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
 from advkd.cache.files import durable
 from advkd.cache.format.encoding import STANDARD, Packing
-from advkd.cache.read.zarr_store import CommittedStore, DurableStore
+from advkd.cache.read.zarr_store import CommittedFiles, CommittedStore, DurableStore
 from advkd.cache.write.pack import unpack
 from tests.cache import golden
 from tests.cache.harm import files_of, flipped, put
@@ -142,7 +142,7 @@ def test_an_absent_state_is_no_member(whole: Path) -> None:
 
 def test_the_committed_store_keeps_the_contract_of_stores(whole: Path) -> None:
     cache = TrajectoryCache.open(whole)
-    store, prototype = CommittedStore(cache), default_buffer_prototype()
+    store, prototype = CommittedStore(CommittedFiles(cache)), default_buffer_prototype()
 
     async def check() -> None:
         listed = {key async for key in store.list()}
@@ -169,8 +169,9 @@ def test_the_committed_store_keeps_the_contract_of_stores(whole: Path) -> None:
                 await act
 
     asyncio.run(check())
-    assert store == CommittedStore(TrajectoryCache.open(whole)) != CommittedStore(cache, fill_uncommitted=True)
-    assert str(whole) in repr(store)
+    assert store == CommittedStore(CommittedFiles(TrajectoryCache.open(whole)))
+    assert store != CommittedStore(CommittedFiles(cache, fill_uncommitted=True))
+    assert len(CommittedFiles(cache)) == len(list(CommittedFiles(cache)))
 
 
 # The codec, by plain zarr.
@@ -261,10 +262,14 @@ def test_many_chunks_at_once_and_a_fork_end_well(whole: Path) -> None:
     expected = np.asarray(array[:])
     with zarr.config.set({"async.concurrency": 64}):
         np.testing.assert_array_equal(array.oindex[list(range(0, 48, 3))], expected[::3])
-    child = os.fork()
-    if not child:
-        os._exit(0 if np.array_equal(np.asarray(array[:]), expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    child = multiprocessing.get_context("fork").Process(target=check_equal, args=(array, expected))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def check_equal(array: zarr.Array[Any], expected: np.ndarray[Any, Any]) -> None:
+    np.testing.assert_array_equal(array[:], expected)
 
 
 # Durable writes.
