@@ -14,12 +14,12 @@ from advkd.pipeline.cli.common import all_or_nothing, example
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", metavar="NAME", type=click.Path(path_type=Path), help="Writes NAME.md and NAME.png as well.")
+@click.option("--out", metavar="NAME", type=click.Path(path_type=Path), help="Also write NAME.md and NAME.png.")
 @all_or_nothing
 def main(runs: tuple[Path, ...], out: Path | None) -> None:
     """Compare evaluated runs of one cache, each with the one before.
 
-    Differences are paired: all students were scored on the same fresh seeds.
+    Differences are paired: all students were scored on the same fresh seeds. `advkd-cache diff` compares caches.
     """
     from advkd.stages.evaluate.compare import read_rungs, table_lines, write_ladder
 

@@ -20,25 +20,31 @@ if TYPE_CHECKING:
     epilog=example("advkd-evaluate --config digits --run runs/digits --cache cache/digits.zarr"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), required=True)
+@click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), required=True, help="The run to score.")
 @click.option("--cache", "store", metavar="STORE", required=True, help="A folder, or a URL that fsspec reads.")
 @config_option("the defaults of its section `evaluate`")
 @click.option(
     "--teacher",
     metavar="PATH_OR_HUB_ID",
-    help="The cache's teacher; the configuration's, or where the cache says, if not given.",
+    help="The cache's teacher (default: the configuration's, then the one that the cache records).",
 )
 @click.option("--no-teacher", is_flag=True, help="Score the student alone: the teacher and its solvers cost the most.")
-@click.option("--features", metavar="NAME|FOLDER", help="`inception`, or the folder of a small classifier.")
-@click.option("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where they can't be fetched.")
+@click.option(
+    "--features",
+    metavar="NAME|FOLDER",
+    help="`inception`, `self` (trained on the cache's own images), or the folder of a small classifier.",
+)
+@click.option("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where they can't be downloaded.")
 @click.option("--real", metavar="NAME|FOLDER", help="Real images to compare with: `digits`, `mnist`, or a folder.")
 @click.option("--full", is_flag=True, help="The whole protocol: five sets of 2,048 seeds, reference of 8,192.")
 @click.option(
     "--sets",
     metavar="N",
     type=click.IntRange(min=2),
-    help="So many sets, to tell samplers apart that are close: the intervals shrink. At least five with --full.",
+    help="Number of sets: more sets shrink the intervals and tell close samplers apart. At least five with --full.",
 )
+@click.option("--seed", metavar="N", type=int, help="Which fresh seeds: those of two values are disjoint.")
+@click.option("--device", help="cpu, cuda or mps (default: the best there is).")
 @all_or_nothing
 def main(
     run: Path,
@@ -52,10 +58,12 @@ def main(
     real: str | None,
     full: bool,
     sets: int | None,
+    seed: int | None,
+    device: str | None,
 ) -> None:
-    """Score a student beside the samplers that one would otherwise use, on the same fresh seeds.
+    """Score a student beside the samplers that you would otherwise use, on the same fresh seeds.
 
-    Writes metrics.json, samplers.csv and pictures to RUN/evaluation.
+    Writes metrics.json, scores.json, samplers.csv and pictures to RUN/evaluation.
     """
     from advkd.cache.errors import UsageError
     from advkd.cache.read.reader import TrajectoryCache
@@ -70,7 +78,7 @@ def main(
     experiment = load_experiment(config, overrides) if config else None
     settings = (experiment or default_settings(overrides)).evaluate
     given: dict[str, Any] = {
-        "features": features, "inception_weights": inception_weights, "real": real, "num_sets": sets,
+        "features": features, "inception_weights": inception_weights, "real": real, "num_sets": sets, "seed": seed,
     }  # fmt: skip
     settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
     from advkd.stages.evaluate.evaluate import evaluate
@@ -81,7 +89,9 @@ def main(
             store,
             settings,
             teachers=[] if no_teacher else _candidates(teacher, experiment, cache),
+            require_teacher=teacher is not None,
             full=full,
+            device=device,
             reporter=reporter,
         )
     pictures = write_report(run / "evaluation", evaluation, cache)
@@ -90,7 +100,7 @@ def main(
 
 
 def _candidates(named: str | None, experiment: Experiment | None, cache: TrajectoryCache) -> list[TeacherConfig]:
-    """Where the teacher may be: where the user says, else where the configuration does, then where the cache does."""
+    """Where the teacher may be: where the user says, or else where the configuration and then the cache say."""
     from advkd.cache.care.summary import origin_of
     from advkd.stages.teacher.config import TeacherConfig
 

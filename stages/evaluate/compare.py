@@ -13,6 +13,7 @@ import numpy as np
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import write_atomically
+from advkd.cache.format.differences import differences
 from advkd.stages.metrics.intervals import Interval
 from advkd.stages.metrics.table import Row, ScoreTable, difference
 from advkd.stages.pictures import save_figure
@@ -34,23 +35,23 @@ class Rung:
     macs: float
     protocol: dict[str, Any]
     gain: Interval | None = None
-    """Its distances minus those of the rung before."""
+    """Its distances minus those of the run before."""
 
 
 def read_rungs(runs: Sequence[Path]) -> list[Rung]:
-    """The scores of evaluated runs, each beside the one before.
+    """Read the scores of evaluated runs, each with its difference from the one before.
 
     Raises:
         TrainingError: a run was not evaluated.
-        UsageError: they were not evaluated alike, so that comparing them says nothing.
+        UsageError: they were not evaluated alike, so that their scores are not comparable; or a path is a cache.
     """
     rungs: list[Rung] = []
     for run in runs:
         rung = _read(run)
         if rungs and rung.protocol != rungs[0].protocol:
             raise UsageError(
-                f"{run} was evaluated otherwise than {runs[0]} ({rung.protocol} against {rungs[0].protocol}): evaluate "
-                "all of them alike"
+                f"{runs[0]} and {run} were evaluated differently "
+                f"({'; '.join(differences(rungs[0].protocol, rung.protocol))}): evaluate all runs alike, on one cache"
             )
         if rungs:
             rung = dataclasses.replace(rung, gain=difference(rung.student, rungs[-1].student, "frechet"))
@@ -60,15 +61,20 @@ def read_rungs(runs: Sequence[Path]) -> list[Rung]:
 
 def _read(run: Path) -> Rung:
     path = run / "evaluation" / "scores.json"
+    if (run / "zarr.json").is_file():
+        raise UsageError(
+            f"{run} is a trajectory cache; expected the folders of runs: `advkd-cache diff` compares two caches"
+        )
     try:
         value = json.loads(path.read_bytes())
         trained = weights_sha256(Run(run).student)
         if trained is not None and value.get("weights_sha256") != trained:
             raise TrainingError(
-                f"{run} has gone on since its scores were taken: `advkd-evaluate --run {run} --cache STORE` again"
+                f"{run} was trained further after its evaluation: run `advkd-evaluate --run {run} --cache STORE` again"
             )
         protocol = {key: value["protocol"][key] for key in ("features", "num_sets", "set_size", "num_reference")}
         protocol["features_sha256"] = value["protocol"].get("features_sha256")
+        protocol["seed"] = value["protocol"].get("seed", 0)
         protocol["cache"] = value["student"]["cache"]["fingerprint"][:12]
         cost = value["cost"]["student"]
         student, *others = ScoreTable.from_json(value["samplers"]).rows
@@ -85,14 +91,18 @@ def _read(run: Path) -> Rung:
         )
     except FileNotFoundError:
         raise TrainingError(
-            f"{run} was not evaluated (no {path}): `advkd-evaluate --run {run} --cache STORE` comes first"
+            f"{run} was not evaluated (no {path}): run `advkd-evaluate --run {run} --cache STORE` first"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is not what advkd-evaluate writes ({type(error).__name__}: {error})") from None
 
 
 def write_ladder(rungs: Sequence[Rung], out: Path) -> list[Path]:
-    """A Markdown table, `out`.md, and a plot, `out`.png; their paths come back."""
+    """Write a Markdown table, `out`.md, and a plot, `out`.png.
+
+    Returns:
+        Their paths.
+    """
     table, plot = out.with_name(out.name + ".md"), out.with_name(out.name + ".png")
     write_atomically(table, ["\n".join([*table_lines(rungs), ""]).encode()])
     _plot(rungs, plot)

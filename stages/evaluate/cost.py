@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from advkd.stages.teacher.load.network import Teacher
 
 LARGE_BATCH = 64
-"""Images that are timed together, beside one alone."""
+"""Images timed together, beside one alone."""
 MIN_REPEATS, MAX_REPEATS = 3, 15
 SECONDS_OF_TIMING = 2.0
 SETTLE_SECONDS = 0.05
-"""Between two evaluations: threads of another library go on looking for work for a while, and hold the cores."""
+"""Between two evaluations: another library's threads spin for a while after their work, and occupy the cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class Cost:
     macs: float
     """Multiply-accumulates of one image: convolutions, matrix products, attention."""
     latency: dict[int, float]
-    """Seconds by batch size, the median of a few runs."""
+    """Seconds by batch size, the median of several runs."""
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -47,7 +47,7 @@ def count_macs(evaluate: Callable[[int], object]) -> float:
 
 @torch.no_grad()
 def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batch: int) -> dict[str, float]:
-    """Median seconds of each evaluation at a batch size, taken in turns so that drift hits all alike."""
+    """Median seconds of each evaluation at a batch size, timed in turns so that drift affects all alike."""
 
     def seconds(name: str) -> float:
         time.sleep(SETTLE_SECONDS)
@@ -65,13 +65,13 @@ def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batc
 def compare_costs(
     student: nn.Module, teacher: Teacher | None, item_shape: tuple[int, ...], large_batch: int = LARGE_BATCH
 ) -> tuple[Cost, Cost | None]:
-    """Cost of one pass of the student and of one evaluation of the teacher, timed in turns.
+    """Cost per pass of the student and per evaluation of the teacher, timed in turns.
 
     Args:
         student: x_T (N, C, H, W) → x_0.
-        teacher: None where it is not here.
+        teacher: None where it was not found.
         item_shape: of an image, (C, H, W).
-        large_batch: how many images to time together, beside one alone.
+        large_batch: images timed together, beside one alone.
     """
     device = next(student.parameters()).device
 

@@ -11,8 +11,8 @@ from advkd.cache.errors import UsageError
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import LARGE_BATCH, interleaved_latency
-from advkd.stages.evaluate.evaluate import cached_batches, check_same_cache
-from advkd.stages.evaluate.measure import Sets, make_reference, measure
+from advkd.stages.evaluate.evaluate import check_same_cache
+from advkd.stages.evaluate.measure import Sets, cached_batches, make_reference, measure
 from advkd.stages.evaluate.samplers import Sampler
 from advkd.stages.metrics.features import FeatureNetwork
 from advkd.stages.metrics.table import ScoreTable

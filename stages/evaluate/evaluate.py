@@ -9,14 +9,13 @@ of at least 8,192; the short form takes what the configuration sets, and the out
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from advkd.cache.errors import UsageError
 from advkd.cache.format.hashing import is_held_out
@@ -32,8 +31,8 @@ from advkd.stages.evaluate.config import (
     EvaluateConfig,
 )
 from advkd.stages.evaluate.cost import LARGE_BATCH, compare_costs
-from advkd.stages.evaluate.measure import ImageDistance, Sets, make_reference, measure, pair_distances
-from advkd.stages.evaluate.networks import load_features
+from advkd.stages.evaluate.measure import ImageDistance, Sets, cached_batches, make_reference, measure, pair_distances
+from advkd.stages.evaluate.networks import load_features, with_own_features
 from advkd.stages.evaluate.samplers import all_samplers, find_teacher, student_sampler
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
 from advkd.stages.images.real import RealImages
@@ -45,7 +44,6 @@ from advkd.stages.metrics.pairs import squared_errors
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.run import Run, seeds_of_run
 from advkd.stages.student.student import generate, load_student, weights_sha256
-from advkd.stages.student.training.data import read_float
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.load.identity import tensors_sha256
 
@@ -58,7 +56,9 @@ def evaluate(
     config: EvaluateConfig,
     *,
     teachers: Sequence[TeacherConfig] = (),
+    require_teacher: bool = False,
     full: bool = False,
+    device: str | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Score a run's student.
@@ -68,12 +68,14 @@ def evaluate(
         cache_path: the cache it was trained from; its last state is the reference.
         config: sets, features, solvers.
         teachers: where the cache's teacher may be; the first match is taken, and without one its rows stay unmeasured.
+        require_teacher: refuse if none of them matches.
         full: the whole protocol instead of the configured short form.
+        device: to compute on; the best there is if not given.
         reporter: reports progress.
 
     Raises:
         TrainingError: there is no student.
-        UsageError: the run is of another cache, or the features do not fit.
+        UsageError: the run is of another cache, the features do not fit, or a required teacher is missing.
         CacheError: the cache can't be read.
     """
     reporter = reporter or SilentReporter()
@@ -84,8 +86,8 @@ def evaluate(
     student, geometry = load_student(run.student)
     identity: dict[str, Any] = run.read()["identity"]
     check_same_cache(identity["cache"]["fingerprint"], cache, str(run.path))
-    device = best_device()
-    student = student.to(device)
+    on = best_device(device)
+    student = student.to(on)
     seeds = cache.seeds()
     if full:
         config = _whole_protocol(config)
@@ -94,14 +96,17 @@ def evaluate(
                 f"--full needs a reference of {FULL_REFERENCE} seeds; {cache_path} has {len(seeds)}: the "
                 f"`advkd-cache build` command that made it extends it, with `--seeds 0:{FULL_REFERENCE}`"
             )
-    network = load_features(config, cache.item_shape, device)
-    distance = None
-    if config.perceptual == LPIPS:
-        distance = Lpips(cache.item_shape, setting="evaluate.perceptual", otherwise=FEATURES).to(device)
-    real = RealImages(config.real, cache.item_shape) if config.real else None
-    teacher, why_not = find_teacher(teachers, cache.recipe, device)
+    teacher, why_not = find_teacher(teachers, cache.recipe, on)
+    if why_not and require_teacher:
+        raise UsageError(f"{why_not}; give the teacher that made {cache.address}, or --no-teacher")
     if why_not:
         reporter.say(f"rows of the teacher are not measured: {why_not}")
+    config = with_own_features(config, cache, run_path / "evaluation" / "features", reporter, on)
+    network = load_features(config, cache.item_shape, on)
+    distance = None
+    if config.perceptual == LPIPS:
+        distance = Lpips(cache.item_shape, setting="evaluate.perceptual", otherwise=FEATURES).to(on)
+    real = RealImages(config.real, cache.item_shape) if config.real else None
     first, last = geometry.steps[0], geometry.steps[-1]
     trained_on = _training_seeds(identity, cache, seeds)
     samplers = all_samplers(
@@ -120,7 +125,7 @@ def evaluate(
         samplers,
         network,
         reference,
-        Sets(num_sets=config.num_sets, set_size=config.set_size, batch_size=config.batch_size),
+        Sets(num_sets=config.num_sets, set_size=config.set_size, batch_size=config.batch_size, seed=config.seed),
         reporter=reporter,
         teacher=samplers[1].name if teacher else None,
         distance=distance,
@@ -134,6 +139,7 @@ def evaluate(
         perceptual=config.perceptual,
         num_sets=config.num_sets,
         set_size=config.set_size,
+        seed=config.seed,
         num_reference=len(seeds),
         num_training=len(trained_on),
         held_out=_held_out(student, network, distance, cache, (first, last), held_out, config.batch_size),
@@ -146,7 +152,7 @@ def evaluate(
         pictures=measured.pictures,
         weights_sha256=weights,
         identity=identity,
-        device=str(device),
+        device=str(on),
     )
 
 
@@ -184,12 +190,6 @@ def _training_seeds(identity: dict[str, Any], cache: TrajectoryCache, seeds: See
     begun = seeds_of_run(identity, cache.layout.block_size)
     chosen: Seeds = seeds[(begun.start <= seeds) & (seeds < begun.stop) & ~is_held_out(seeds)]
     return chosen
-
-
-def cached_batches(cache: TrajectoryCache, step: int, seeds: Seeds, batch_size: int) -> Iterator[Tensor]:
-    """Rows of one cached state, float32, in batches of shape (n, C, H, W)."""
-    for start in range(0, len(seeds), batch_size):
-        yield read_float(cache, step, seeds[start : start + batch_size])
 
 
 def _held_out(

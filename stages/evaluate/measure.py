@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.evaluate.config import MAX_FRESH_SEEDS
 from advkd.stages.evaluate.samplers import Sampler
 from advkd.stages.metrics.base import Floats, Observed, Reference
 from advkd.stages.metrics.classes import class_shares
@@ -19,10 +21,12 @@ from advkd.stages.metrics.pairs import perceptual_distances, squared_errors
 from advkd.stages.metrics.registry import Scorer
 from advkd.stages.metrics.table import Row, ScoreTable
 from advkd.stages.reporter import Reporter
+from advkd.stages.student.training.data import read_float
 
 FIRST_FRESH_SEED = 1 << 40
 """Seeds of caches lie below this one."""
 SEEDS_IN_PICTURES = 16
+Seeds = npt.NDArray[np.int64]
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
 Observations = dict[Observed, list[Floats]]
 """Of one set of one sampler: parts of shape (n, …) that make up the set."""
@@ -37,10 +41,12 @@ class Sets:
     """Seeds per set."""
     batch_size: int
     """Seeds at one time."""
+    seed: int = 0
+    """Which fresh seeds: sets of another `seed` share none."""
 
     def batches(self, index: int) -> Iterable[range]:
         """The seeds of one set, in batches."""
-        first = FIRST_FRESH_SEED + index * self.set_size
+        first = FIRST_FRESH_SEED + self.seed * MAX_FRESH_SEEDS + index * self.set_size
         for start in range(first, first + self.set_size, self.batch_size):
             yield range(start, min(start + self.batch_size, first + self.set_size))
 
@@ -51,6 +57,12 @@ class Measured:
 
     table: ScoreTable
     pictures: dict[str, Tensor]
+
+
+def cached_batches(cache: TrajectoryCache, step: int, seeds: Seeds, batch_size: int) -> Iterator[Tensor]:
+    """Rows of one cached state, float32, in batches of shape (n, C, H, W)."""
+    for start in range(0, len(seeds), batch_size):
+        yield read_float(cache, step, seeds[start : start + batch_size])
 
 
 def make_reference(

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from advkd.cache.errors import UsageError
-from advkd.stages.evaluate.config import EvaluateConfig
-from advkd.stages.metrics import classifier, inception
-from advkd.stages.metrics.features import FeatureNetwork
+from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.evaluate.config import SELF, EvaluateConfig
+from advkd.stages.evaluate.measure import cached_batches
+from advkd.stages.metrics import inception
+from advkd.stages.metrics.classifier import SmallClassifier
+from advkd.stages.metrics.features import FeatureNetwork, clipped
+from advkd.stages.metrics.saved import load_network, save_network
+from advkd.stages.metrics.self_supervised import NUM_STEPS, SelfSupervisedCnn, shrunk, train_self_supervised
+from advkd.stages.reporter import Reporter
+
+ARCHITECTURES = {network.architecture: network for network in (SmallClassifier, SelfSupervisedCnn)}
+MAX_TRAINING = 8192
+"""Cached images that a self-supervised network is trained on, spread evenly."""
+TRAINING_SEED = 0
 
 
 def load_features(
@@ -28,16 +42,54 @@ def load_features(
     """
     device = device or torch.device("cpu")
     shape = "×".join(map(str, item_shape))
+    if config.features == SELF:
+        raise UsageError(
+            "features self: `advkd-evaluate --features self` trains them into RUN/evaluation/features; give that folder"
+        )
     if config.features != inception.NAME:
-        small = classifier.load_classifier(Path(config.features)).to(device)
+        small = load_network(Path(config.features), ARCHITECTURES).to(device)
         channels, size = small.options["channels"], small.options["size"]
         if (channels, size) != tuple(item_shape[:2]):
             raise UsageError(f"features {config.features}: made for {channels}×{size}×{size} images, these are {shape}")
-        return FeatureNetwork(name=classifier.NAME, network=small, look=small.look)
+        return FeatureNetwork(name=small.architecture, network=small, look=small.look)
     if item_shape[0] != 3 or item_shape[1] < inception.MIN_SIDE:
         raise UsageError(
             f"features inception: needs colour images of at least {inception.MIN_SIDE} pixels, these are {shape}; "
-            "give --features FOLDER of a small classifier (docs/evaluation.md says how to make one)"
+            "give `--features self`, or --features FOLDER of a small classifier (docs/evaluation.md explains both)"
         )
     network = inception.load_inception(config.inception_weights).to(device)
     return FeatureNetwork(name=inception.NAME, network=network, look=partial(inception.look_with_inception, network))
+
+
+def with_own_features(
+    config: EvaluateConfig, cache: TrajectoryCache, folder: Path, reporter: Reporter, device: torch.device
+) -> EvaluateConfig:
+    """The configuration with `self` replaced by a folder, where a network trained on the cache's x_0 is or comes to be.
+
+    Args:
+        config: returned as it is if its features are not `self`.
+        cache: whose x_0 to train on.
+        folder: kept if it holds the network of these very images.
+        reporter: reports progress.
+        device: to train on.
+    """
+    if config.features != SELF:
+        return config
+    own = dataclasses.replace(config, features=str(folder))
+    trained_on = {"cache": cache.recipe.fingerprint, "digest": cache.digest, "seed": TRAINING_SEED, "steps": NUM_STEPS}
+    if _trained_on(folder) == trained_on:
+        return own
+    seeds = cache.seeds()
+    chosen = seeds[np.linspace(0, len(seeds) - 1, min(len(seeds), MAX_TRAINING)).round().astype(np.int64)]
+    batches = cached_batches(cache, list(cache.states)[-1], chosen, config.batch_size)
+    images = torch.cat([shrunk(clipped(x_0)) for x_0 in batches])
+    network = train_self_supervised(images, cache.item_shape[1], TRAINING_SEED, reporter, device=device)
+    save_network(folder, network, {"trained_on": trained_on})
+    return own
+
+
+def _trained_on(folder: Path) -> object:
+    try:
+        return json.loads((folder / "config.json").read_bytes())["trained_on"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

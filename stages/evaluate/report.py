@@ -82,6 +82,7 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
             "perceptual": evaluation.perceptual,
             "num_sets": evaluation.num_sets,
             "set_size": evaluation.set_size,
+            "seed": evaluation.seed,
             "num_reference": evaluation.num_reference,
             "num_kid_reference": min(evaluation.num_reference // evaluation.num_sets, MAX_REFERENCE),
             "num_precision_recall": min(evaluation.set_size, evaluation.num_reference),

@@ -36,6 +36,8 @@ class Evaluation:
     perceptual: str
     num_sets: int
     set_size: int
+    seed: int
+    """Which fresh seeds the sets are of."""
     num_reference: int
     num_training: int
     """Cached training images among which nearest neighbours were searched."""

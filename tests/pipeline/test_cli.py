@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ import click
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
@@ -62,7 +64,7 @@ FLAGS = {
     "advkd-sample": {"--run", "--num", "--first-seed", "--out", "--batch-size"},
     "advkd-evaluate": {
         "--run", "--cache", "--config", "--set", "--teacher", "--features", "--inception-weights", "--real", "--full",
-        "--sets", "--no-teacher",
+        "--sets", "--no-teacher", "--seed", "--device",
     },
     "advkd-compare": {"--out"},
     "advkd-config": {"--name", "--small", "--set"},
@@ -124,7 +126,7 @@ def test_an_overridden_run_is_the_run_of_the_edited_file(invoke: Invoke, toy_yam
 
 
 def test_build_train_sample_evaluate(
-    invoke: Invoke, tmp_path: Path, toy_yaml: Path, capfd: pytest.CaptureFixture[str]
+    invoke: Invoke, tmp_path: Path, toy_yaml: Path, pipeline_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 
@@ -155,7 +157,13 @@ def test_build_train_sample_evaluate(
     bare = ("--run", "runs/toy", "--cache", store, "--features", "classifier")
     assert invoke(evaluate_command, *bare).exit_code == 0
     capfd.readouterr()
-    result = invoke(evaluate_command, *bare, "--teacher", "gone/for/good")
+    shutil.copytree(pipeline_folder, "other")
+    weights = Path("other/unet/diffusion_pytorch_model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights)
+    for wrong in ("gone/for/good", "other"):
+        result = invoke(evaluate_command, *bare, "--teacher", wrong)
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1 and str(wrong) in result.stderr
+    result = invoke(evaluate_command, *bare, "--no-teacher")
     assert "not measured" in result.output and "dpmsolver++ 5" not in result.output
     scores = json.loads(Path("runs/toy/evaluation/metrics.json").read_text())
     assert scores["frechet"]["ddim 5"] is None and scores["frechet"]["student"] > 0

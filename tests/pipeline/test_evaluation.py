@@ -72,7 +72,7 @@ def test_the_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) ->
     print_evaluation(
         Evaluation(
             table=ScoreTable(rows=rows), features="small-cnn", features_sha256="", perceptual="features",
-            num_sets=5, set_size=2048, num_reference=1_000_000, num_training=937_500, held_out=None,
+            num_sets=5, set_size=2048, seed=0, num_reference=1_000_000, num_training=937_500, held_out=None,
             student=cost, teacher=cost,
             deployed_parameters=1, without_teacher="", real=None, reference_shares=None, pictures={},
             weights_sha256=None, identity={}, device="cpu",

@@ -53,20 +53,31 @@ def test_differences_are_paired(tmp_path: Path, invoke: Invoke) -> None:
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     one = write_scores(tmp_path / "one", [1.0, 2.0, 3.0])
     other = write_scores(tmp_path / "other", [1.0, 2.0, 3.0], set_size=128)
-    with pytest.raises(UsageError, match=r"other was evaluated otherwise than .*one .*128.* against .*64"):
+    with pytest.raises(UsageError, match=r"one and .*other .*\(set_size: 64 → 128\)"):
         read_rungs([one, other])
     otherwise = write_scores(tmp_path / "otherwise", [1.0, 2.0, 3.0], features_sha256="ab" * 32)
-    with pytest.raises(UsageError, match="otherwise was evaluated otherwise than"):
+    with pytest.raises(UsageError, match="features_sha256: "):
         read_rungs([one, otherwise])
     (other / "student").mkdir()
     (other / "student/model.safetensors").write_bytes(b"weights of a later step")
-    with pytest.raises(TrainingError, match=r"other has gone on since its scores were taken: `advkd-evaluate --run"):
+    with pytest.raises(TrainingError, match=r"other .*`advkd-evaluate --run .*other"):
         read_rungs([other])
     with pytest.raises(TrainingError, match=r"none was not evaluated .*`advkd-evaluate --run"):
         read_rungs([tmp_path / "none"])
+    again = write_scores(tmp_path / "again", [1.0, 2.0, 3.0], seed=1)
+    with pytest.raises(UsageError, match="seed: 0 → 1"):
+        read_rungs([one, again])
     (one / "evaluation/scores.json").write_text('{"protocol": 3}')
     with pytest.raises(TrainingError, match="is not what advkd-evaluate writes"):
         read_rungs([one])
+
+
+def test_caches_are_compared_by_another_command(tmp_path: Path, invoke: Invoke) -> None:
+    for name in ("a.zarr", "b.zarr"):
+        write_store(tmp_path / name, "0:16")
+    result = invoke(compare_command, "a.zarr", "b.zarr")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "a.zarr is a trajectory cache" in result.stderr and "advkd-cache diff" in result.stderr
 
 
 def test_every_rung_of_the_ladder_trains(tmp_path: Path) -> None:

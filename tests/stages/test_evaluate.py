@@ -1,6 +1,7 @@
 """Scores: against closed forms, against pytorch-fid, and honest about what was not measured."""
 
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 
@@ -9,23 +10,27 @@ import pytest
 import torch
 from PIL import Image
 
-from advkd.cache.errors import UsageError
+from advkd.cache.errors import ConfigError, UsageError
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate import evaluate as evaluating
-from advkd.stages.evaluate.config import EvaluateConfig
+from advkd.stages.evaluate import networks
+from advkd.stages.evaluate.config import MAX_SEED, EvaluateConfig
 from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
+from advkd.stages.evaluate.measure import Sets
 from advkd.stages.evaluate.networks import load_features
 from advkd.stages.evaluate.report import write_report
 from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.metrics.features import see
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
+from advkd.stages.metrics.self_supervised import train_self_supervised
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.run import Run, split_seeds
+from advkd.stages.student.sharing.export import FIRST_CHECK_SEED
 from advkd.stages.student.student import load_student, weights_sha256
 from advkd.stages.student.train import train
 from tests.conftest import save_random_inception
-from tests.stores import tree
+from tests.stores import tree, write_store
 
 
 def test_distance_of_known_gaussians() -> None:
@@ -152,7 +157,7 @@ def test_a_classifier_comes_back_from_its_folder(tmp_path: Path) -> None:
     np.testing.assert_allclose(probabilities, classifier(shown).softmax(1).detach().numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="made for 1×16×16 images, these are 1×8×8"):
         load_features(EvaluateConfig(features=str(tmp_path)), (1, 8, 8))
-    with pytest.raises(UsageError, match="no classifier that advkd can load"):
+    with pytest.raises(UsageError, match=r"none: no network that advkd can load"):
         load_features(EvaluateConfig(features=str(tmp_path / "none")), (1, 16, 16))
 
 
@@ -236,3 +241,52 @@ def test_a_report_tells_what_was_measured_and_harms_no_linked_file(
     assert tree(tmp_path / "linked") == before
     assert tree(evaluation)["scores.png"] != before["scores.png"]
     assert not any(path.name.endswith(".partial") for path in evaluation.iterdir())
+
+
+def test_any_cache_can_be_scored_by_features_of_its_own(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained once, kept beside the scores, and trained anew for another cache."""
+    monkeypatch.setattr(networks, "train_self_supervised", functools.partial(train_self_supervised, num_steps=2))
+    train(store, CONFIG, tmp_path / "run", max_steps=2)
+    config = EvaluateConfig(features="self", num_sets=2, set_size=8, solver_steps=[])
+    first = evaluating.evaluate(tmp_path / "run", store, config)
+    assert first.features == "self-supervised-cnn" and first.table.student.values["frechet"][0] > 0.0
+    assert not {"confidence", "class_overlap"} & first.table.student.values.keys()
+    folder = tmp_path / "run/evaluation/features"
+    kept = (folder / "model.safetensors").stat().st_mtime_ns
+    again = evaluating.evaluate(tmp_path / "run", store, config)
+    assert again.features_sha256 == first.features_sha256 and again.table == first.table
+    named = evaluating.evaluate(tmp_path / "run", store, dataclasses.replace(config, features=str(folder)))
+    assert named.table == first.table and (folder / "model.safetensors").stat().st_mtime_ns == kept
+    write_store(tmp_path / "toy.zarr", "0:512")
+    grown = evaluating.evaluate(tmp_path / "run", store, config)
+    assert grown.features_sha256 != first.features_sha256
+    with pytest.raises(UsageError, match="RUN/evaluation/features"):
+        load_features(config, (1, 8, 8))
+
+
+def test_another_seed_gives_other_sets_and_the_same_seed_the_same(
+    store: Path, tmp_path: Path, protocol: EvaluateConfig
+) -> None:
+    train(store, CONFIG, tmp_path / "run", max_steps=2)
+    one, same, other = (
+        evaluating.evaluate(tmp_path / "run", store, dataclasses.replace(protocol, seed=seed), device="cpu")
+        for seed in (0, 0, 1)
+    )
+    assert one.table == same.table and one.table.student.values["frechet"] != other.table.student.values["frechet"]
+    with pytest.raises(UsageError, match="no-such-device"):
+        evaluating.evaluate(tmp_path / "run", store, protocol, device="no-such-device")
+
+
+def test_fresh_seeds_of_all_evaluations_are_disjoint() -> None:
+    """At the bounds: the longest evaluation of one seed ends where the next begins, the last where others do."""
+    sets = Sets(num_sets=1 << 13, set_size=1 << 11, batch_size=1 << 11)
+    last = [*sets.batches(sets.num_sets - 1)][-1]
+    following = next(iter(dataclasses.replace(sets, seed=1).batches(0)))
+    assert last.stop == following.start
+    final = dataclasses.replace(sets, seed=MAX_SEED)
+    assert [*final.batches(sets.num_sets - 1)][-1].stop == FIRST_CHECK_SEED
+    for wrong in ({"seed": MAX_SEED + 1}, {"seed": -1}, {"num_sets": (1 << 13) + 1, "set_size": 1 << 11}):
+        with pytest.raises(ConfigError):
+            EvaluateConfig(**wrong)
