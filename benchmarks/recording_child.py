@@ -45,7 +45,7 @@ def main() -> None:
         for start in range(0, block_size, batch):
             seeds = range(start, min(start + batch, block_size))
             noise = initial_noise(0, seeds, plan.recipe.item_shape, "float16")
-            sample(plan.teacher, plan.sampler, noise, seeds=seeds, root_seed=0, record=[])
+            sample(plan.teacher, plan.path, noise, seeds=seeds, root_seed=0, record=[])
     else:
         found = {
             "waited": timed(background.Background, "wait"),

@@ -20,6 +20,7 @@ from advkd.stages.student.student import build_student
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
+from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.sample.sampling import sample
 from benchmarks.comparison import Comparison, Target, ratio_between, rows_of
 from benchmarks.harness import Benchmark, Method, interleaved, missing, run, wait_for
@@ -90,8 +91,9 @@ def _evaluation(teacher: Teacher, images: torch.Tensor, device: str) -> Method:
 
 
 def _solver(teacher: Teacher, name: str, steps: int, noise: Any) -> Method:
-    seeds, config = range(len(noise)), SamplerConfig(name=name, steps=steps)
-    return lambda: sample(teacher, config, noise, seeds=seeds, root_seed=0, record=[steps])
+    path = SolverPath.of(teacher.scheduler_config, SamplerConfig(name=name, steps=steps))
+    seeds = range(len(noise))
+    return lambda: sample(teacher, path, noise, seeds=seeds, root_seed=0, record=[steps])
 
 
 def _agreement(student: Any, compiled: Any, sessions: dict[str, OnnxStudent], noise: torch.Tensor) -> str:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import ConfigError, TeacherError
+from advkd.cache.format.equivalence import equivalent_teachers
 from advkd.cache.format.recipe import Recipe
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.student import noise_of
-from advkd.stages.teacher.build.plan import sampler_of
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
+from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import find_solver
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
@@ -29,9 +30,11 @@ class Sampler:
 
     name: str
     evaluations: int
-    """Network evaluations of one image: the teacher's, or passes of the student."""
+    """Network evaluations per image: the teacher's, or passes of the student."""
     generate: Generate | None
     """Seeds → x_0, float32 in about [−1, 1], shape (N, C, H, W); None where it can't be measured."""
+    x0: str | None = None
+    """What the solver does to the predicted image, such as "x̂_0 clipped to ±1"; None if nothing."""
 
 
 def student_sampler(student: nn.Module, geometry: Geometry) -> Sampler:
@@ -46,30 +49,40 @@ def student_sampler(student: nn.Module, geometry: Geometry) -> Sampler:
     return Sampler(name="student", evaluations=1, generate=generate)
 
 
-def teacher_sampler(name: str, teacher: Teacher | None, sampler: SamplerConfig, recipe: Recipe, dtype: str) -> Sampler:
+def teacher_sampler(name: str, teacher: Teacher, path: SolverPath, recipe: Recipe, dtype: str) -> Sampler:
     """A solver with the cache's teacher, from the very noise that the cache's seeds would have."""
+    steps = path.sampler.steps
 
     def generate(seeds: range) -> Tensor:
-        assert teacher is not None
         noise = initial_noise(recipe.root_seed, seeds, recipe.item_shape, dtype)
-        kept = sample(teacher, sampler, noise, seeds=seeds, root_seed=recipe.root_seed, record=[sampler.steps])
-        return kept[sampler.steps]
+        return sample(teacher, path, noise, seeds=seeds, root_seed=recipe.root_seed, record=[steps])[steps]
 
-    evaluations = find_solver(sampler.name).num_evaluations(sampler.steps)
-    return Sampler(name=name, evaluations=evaluations, generate=generate if teacher is not None else None)
+    x0 = None if path.x0 is None else str(path.x0)
+    return Sampler(name=name, evaluations=path.evaluations, generate=generate, x0=x0)
 
 
 def all_samplers(
     student: Sampler, teacher: Teacher | None, recipe: Recipe, dtype: str, solver_steps: list[int]
 ) -> list[Sampler]:
-    """The table's rows: student, teacher, then each fast solver at each number of steps."""
-    own = sampler_of(recipe)
-    rows = [student, teacher_sampler(f"teacher ({own.name} {own.steps})", teacher, own, recipe, dtype)]
+    """The table's rows: student, teacher, then each fast solver at each number of steps.
+
+    The teacher's own row follows the rules that its cache was made by, the others what its scheduler asks for.
+    """
+    recorded = SolverPath.recorded(recipe)
+    own = recorded.sampler
+    wanted = {f"teacher ({own.name} {own.steps})": own}
     for name in FAST_SOLVERS:
         for steps in solver_steps:
             if (name, steps) != (own.name, own.steps):
-                config = SamplerConfig(name=name, steps=steps, spacing=own.spacing)
-                rows.append(teacher_sampler(f"{name} {steps}", teacher, config, recipe, dtype))
+                wanted[f"{name} {steps}"] = SamplerConfig(name=name, steps=steps, spacing=own.spacing)
+    rows = [student]
+    for name, config in wanted.items():
+        if teacher is None:
+            evaluations = find_solver(config.name).num_evaluations(config.steps)
+            rows.append(Sampler(name=name, evaluations=evaluations, generate=None))
+        else:
+            path = recorded if config is own else SolverPath.of(teacher.scheduler_config, config)
+            rows.append(teacher_sampler(name, teacher, path, recipe, dtype))
     return rows
 
 
@@ -84,7 +97,7 @@ def find_teacher(
         except (TeacherError, ConfigError) as error:
             reasons.append(str(error))
             continue
-        if teacher.identity() == recipe.teacher:
+        if equivalent_teachers(teacher.identity(), recipe.teacher):
             return teacher, ""
         reasons.append(f"{candidate.source} is not the teacher that made this cache")
     return None, "; ".join(reasons) or "no teacher was named"

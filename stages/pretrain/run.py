@@ -35,6 +35,7 @@ from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
+from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
 HALVINGS = 10
@@ -142,13 +143,13 @@ def sample_pipeline(
     """x_0 of some seeds by DDIM 50, shape (count, C, H, W), clipped to [−1, 1] as a picture would be."""
     teacher = load_teacher(TeacherConfig(source=str(pipeline)), device)
     reporter.start("samples", count, "images")
-    parts = []
+    path, parts = SolverPath.of(teacher.scheduler_config, REPORT_SAMPLER), []
     for start in range(0, count, batch_size):
         seeds = range(start, min(start + batch_size, count))
         noise = initial_noise(REPORT_ROOT_SEED, seeds, teacher.item_shape, "float32")
         states = sample(
             teacher,
-            REPORT_SAMPLER,
+            path,
             noise,
             seeds=seeds,
             root_seed=REPORT_ROOT_SEED,

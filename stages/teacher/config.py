@@ -12,6 +12,7 @@ PARTS = ("unet", "variant", "scheduler")
 """Keys of `TeacherConfig` that say which files of a pipeline to load."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 SPACINGS = ("trailing", "leading", "linspace")
+"""How diffusers chooses the timesteps (Lin et al. 2024, table 2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +47,14 @@ class SamplerConfig:
     eta: float = 0.0
     """Only for ddim: 0 is the deterministic ODE solver, 1 as noisy as DDPM (Song et al. 2021, eq. 16)."""
     spacing: str = "trailing"
-    """How timesteps are chosen (Lin et al. 2024, table 2); trailing starts at pure noise."""
+    """How timesteps are chosen: trailing, leading or linspace (Lin et al. 2024, table 2), or teacher, which is what the
+    teacher's own scheduler has. Trailing starts at pure noise."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"sampler.steps: {self.steps} is not a positive number of steps")
-        if self.spacing not in SPACINGS:
-            raise ConfigError(f"sampler.spacing: {self.spacing!r} is none of {', '.join(SPACINGS)}")
+        if self.spacing not in (*SPACINGS, "teacher"):
+            raise ConfigError(f"sampler.spacing: {self.spacing!r} is none of {', '.join(SPACINGS)}, teacher")
         if self.eta < 0 or (self.eta and self.name != "ddim"):
             raise ConfigError(f"sampler.eta: {self.eta} (it is a number ≥ 0, and of ddim only)")
 

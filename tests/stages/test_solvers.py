@@ -1,5 +1,6 @@
 """Recorded states are what diffusers' own loop passes through, at the noise levels that the table says."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +18,15 @@ from advkd.stages.teacher.config import SamplerConfig, TeacherConfig, recorded_s
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.levels import alpha_bars, sigmas
-from advkd.stages.teacher.path.schedulers import make_scheduler
-from advkd.stages.teacher.path.solvers import SOLVERS, is_deterministic, trajectory_states
+from advkd.stages.teacher.path.solver_path import SolverPath
+from advkd.stages.teacher.path.solvers import SOLVERS, is_deterministic
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
 SAMPLERS = [
     SamplerConfig(name="ddim", steps=10),
     SamplerConfig(name="ddim", steps=7, spacing="leading"),
+    SamplerConfig(name="ddim", steps=7),
+    SamplerConfig(name="ddim", steps=6, spacing="linspace"),
     SamplerConfig(name="ddim", steps=8, eta=1.0),
     SamplerConfig(name="ddpm", steps=10),
     SamplerConfig(name="dpmsolver++", steps=10),
@@ -34,6 +37,9 @@ SAMPLERS = [
     SamplerConfig(name="heun", steps=10),
     SamplerConfig(name="heun", steps=1),
 ]
+BETWEEN = SAMPLERS[2:4]
+"""Where diffusers' steps of T // n don't end at the next timestep of the list."""
+AS_DIFFUSERS = [sampler for sampler in SAMPLERS if sampler not in BETWEEN]
 DETERMINISTIC = [sampler for sampler in SAMPLERS if is_deterministic(sampler)]
 
 
@@ -48,17 +54,27 @@ def teacher(pipeline_folder: Path) -> Teacher:
 
 def run(teacher: Teacher, sampler: SamplerConfig, seeds: range, root_seed: int = 3) -> dict[int, Tensor]:
     noise = initial_noise(root_seed, seeds, teacher.item_shape, "float16")
-    every = range(sampler.steps + 1)
-    return sample(teacher, sampler, noise, seeds=seeds, root_seed=root_seed, record=every)
+    path = SolverPath.of(teacher.scheduler_config, sampler)
+    return sample(teacher, path, noise, seeds=seeds, root_seed=root_seed, record=range(sampler.steps + 1))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+def with_options(teacher: Teacher, **options: object) -> Teacher:
+    return dataclasses.replace(teacher, scheduler_config=teacher.scheduler_config | options)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rule"),
+    [(sampler, rule) for rule in ("none", "clip", "threshold") for sampler in AS_DIFFUSERS
+     if rule == "none" or rule in SOLVERS[sampler.name].own_x0_rules],
+    ids=lambda value: value if isinstance(value, str) else label(value),
+)  # fmt: skip
 @torch.no_grad()
 def test_states_equal_diffusers_own_loop(
-    teacher: Teacher, sampler: SamplerConfig, monkeypatch: pytest.MonkeyPatch
+    teacher: Teacher, sampler: SamplerConfig, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop of diffusers' documentation, from the cached noise, with nothing of ours in it."""
     seeds = range(4)
+    teacher = with_options(teacher, clip_sample=rule == "clip", thresholding=rule == "threshold", sample_max_value=1.5)
     ours = run(teacher, sampler, seeds)
     scheduler = getattr(diffusers, SOLVERS[sampler.name].scheduler).from_config(
         teacher.scheduler_config, timestep_spacing=sampler.spacing
@@ -78,7 +94,7 @@ def test_states_equal_diffusers_own_loop(
         x = scheduler.step(prediction, timestep, x, **options).prev_sample
         calls.append(x)
     per_step = [calls[0], *calls[2::2], calls[-1]] if sampler.name == "heun" else calls
-    states = trajectory_states(sampler, make_scheduler(teacher.scheduler_config, sampler))
+    states = SolverPath.of(teacher.scheduler_config, sampler).states
     assert len(per_step) == len(states) == sampler.steps + 1
     for state, expected in zip(states, per_step, strict=True):
         torch.testing.assert_close(ours[state.step] * state.scale, expected, rtol=1e-5, atol=1e-5)
@@ -112,7 +128,7 @@ def test_every_state_lies_at_the_recorded_level(sampler: SamplerConfig) -> None:
     """For a single image every ODE solver is exact: x = alpha · μ + sigma · ε, with one ε along the whole path."""
     teacher, mu = point_mass_teacher()
     kept = run(teacher, sampler, range(3))
-    states = trajectory_states(sampler, make_scheduler(teacher.scheduler_config, sampler))
+    states = SolverPath.of(teacher.scheduler_config, sampler).states
     first = states[0]
     epsilon = (kept[0] * first.scale - first.alpha * mu) / first.sigma
     for state in states:
@@ -123,7 +139,7 @@ def test_every_state_lies_at_the_recorded_level(sampler: SamplerConfig) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
 def test_noise_only_falls_and_stored_states_have_unit_variance(teacher: Teacher, sampler: SamplerConfig) -> None:
-    states = trajectory_states(sampler, make_scheduler(teacher.scheduler_config, sampler))
+    states = SolverPath.of(teacher.scheduler_config, sampler).states
     ratios = [state.sigma / state.alpha for state in states]
     assert ratios == sorted(ratios, reverse=True)
     assert len(set(ratios)) == len(ratios)
@@ -143,9 +159,9 @@ BETAS: dict[str, dict[str, Any]] = {
 
 
 def has_levels(sampler: SamplerConfig, betas: str) -> bool:
-    """diffusers has the sigmoid for DDPM only; without any signal in x_T its sigma is not finite."""
+    """diffusers has the sigmoid for DDPM only, and no x_T without any signal for Heun."""
     if betas == "zero_snr":
-        return sampler.name in ("ddim", "ddpm")
+        return sampler.name != "heun"
     return betas != "sigmoid" or sampler.name == "ddpm"
 
 
@@ -155,11 +171,11 @@ def has_levels(sampler: SamplerConfig, betas: str) -> bool:
     ids=lambda value: value if isinstance(value, str) else label(value),
 )
 def test_levels_are_diffusers_own_and_the_same_on_every_machine(
-    teacher: Teacher, sampler: SamplerConfig, betas: str
+    teacher: Teacher, sampler: SamplerConfig, betas: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another CPU's torch rounds the levels otherwise, and what identifies a store must not notice."""
-    scheduler = make_scheduler(dict(teacher.scheduler_config) | BETAS[betas], sampler)
-    states = trajectory_states(sampler, scheduler)
+    path = SolverPath.of(teacher.scheduler_config | BETAS[betas], sampler)
+    scheduler, states = path.plain_scheduler(), path.states
     np.testing.assert_allclose(alpha_bars(scheduler), scheduler.alphas_cumprod, rtol=1e-3)
     if hasattr(scheduler, "sigmas"):
         np.testing.assert_allclose(sigmas(scheduler), scheduler.sigmas, rtol=1e-3)
@@ -171,13 +187,14 @@ def test_levels_are_diffusers_own_and_the_same_on_every_machine(
                 values = getattr(scheduler, name)
                 noise = torch.rand(values.shape, generator=generator) - 0.5
                 setattr(scheduler, name, values * (1 + 3e-7 * noise))
-        assert trajectory_states(sampler, scheduler) == states
+        monkeypatch.setattr(SolverPath, "plain_scheduler", lambda path: scheduler)
+        assert dataclasses.replace(path).states == states
 
 
 def test_levels_keep_their_golden_values(teacher: Teacher) -> None:
     """√ᾱ of plain DDPM betas by exact decimal arithmetic; a change here would be another layout of every store."""
     sampler = SamplerConfig(name="ddim", steps=4)
-    states = trajectory_states(sampler, make_scheduler(teacher.scheduler_config, sampler))
+    states = SolverPath.of(teacher.scheduler_config, sampler).states
     assert [state.alpha for state in states] == [0.006352818088, 0.05788393939, 0.2803341629, 0.7239374102, 1.0]
 
 
@@ -208,13 +225,14 @@ def test_evaluations_are_counted_as_they_happen(teacher: Teacher) -> None:
             calls += 1
 
         noise = initial_noise(0, range(1), teacher.item_shape, "float32")
-        sample(teacher, sampler, noise, seeds=range(1), root_seed=0, record=[], evaluated=count)
+        path = SolverPath.of(teacher.scheduler_config, sampler)
+        sample(teacher, path, noise, seeds=range(1), root_seed=0, record=[], evaluated=count)
         assert calls == SOLVERS[sampler.name].num_evaluations(sampler.steps)
 
 
 def test_an_unknown_sampler_is_refused_by_name(teacher: Teacher) -> None:
     with pytest.raises(ConfigError, match=r"'pndm' is unknown; advkd has tables for: ddim, ddpm"):
-        make_scheduler(teacher.scheduler_config, SamplerConfig(name="pndm", steps=5))
+        SolverPath.of(teacher.scheduler_config, SamplerConfig(name="pndm", steps=5))
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
         states[0][part] = initial_noise(plan.recipe.root_seed, seeds[part], plan.recipe.item_shape, plan.layout.dtype)
         kept = sample(
             plan.teacher,
-            plan.sampler,
+            plan.path,
             states[0][part],
             seeds=seeds[part],
             root_seed=plan.recipe.root_seed,

@@ -21,7 +21,7 @@ from advkd.stages.pictures import save_trajectories
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.background import Background
 from advkd.stages.teacher.build.block import SampledBlock, check_images, commit_block, sample_block
-from advkd.stages.teacher.build.plan import Plan, check_disk, origin
+from advkd.stages.teacher.build.plan import Plan, check_disk, origin, say_older_rules
 from advkd.stages.teacher.build.tolerance import record_tolerance
 
 
@@ -57,6 +57,7 @@ def build(
         LockedError: the store is being moved or repaired.
     """
     reporter = reporter or SilentReporter()
+    say_older_rules(plan, reporter)
     writer, work = plan.writer, plan.evaluations_per_block
     continues = writer.continues(on_mismatch)
     todo = start(plan, reporter)

@@ -21,11 +21,13 @@ from advkd.cache.format.source import LocalSource
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS
 from advkd.cache.write.writer import CacheWriter
 from advkd.stages.device import best_device
+from advkd.stages.reporter import Reporter
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig, recorded_steps
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
-from advkd.stages.teacher.path.schedulers import make_scheduler, sampler_identity
-from advkd.stages.teacher.path.solvers import find_solver, is_deterministic, trajectory_states
+from advkd.stages.teacher.path.older_rules import older_rules
+from advkd.stages.teacher.path.solver_path import SolverPath
+from advkd.stages.teacher.path.solvers import find_solver
 
 SPARE_DISK = 64 << 20
 
@@ -35,10 +37,17 @@ class Plan:
     """A build that was checked but has not begun."""
 
     teacher: Teacher
-    sampler: SamplerConfig
+    path: SolverPath
     config: CacheConfig
     writer: CacheWriter
     """Of the store, which need not exist yet."""
+    older_rules: tuple[str, ...] = ()
+    """The rules of the existing store that have changed since and that it keeps, a line each."""
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """The sampler, with its spacing resolved."""
+        return self.path.sampler
 
     @property
     def recipe(self) -> Recipe:
@@ -68,7 +77,7 @@ class Plan:
     @property
     def evaluations_per_seed(self) -> int:
         """Network evaluations of one trajectory."""
-        return find_solver(self.sampler.name).num_evaluations(self.sampler.steps)
+        return self.path.evaluations
 
     @property
     def evaluations_per_block(self) -> int:
@@ -115,18 +124,34 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
     """
     recorded = check_request(sampler, config, store)
     loaded = load_teacher(teacher, best_device(config.device), config.precision)
-    scheduler = make_scheduler(loaded.scheduler_config, sampler)
-    check_timesteps(loaded, sampler, scheduler.timesteps)
-    states = trajectory_states(sampler, scheduler)
+    path = SolverPath.of(loaded.scheduler_config, sampler)
+    check_timesteps(loaded, path.sampler, path.timesteps)
     recipe = Recipe(
         teacher=loaded.identity(),
-        sampler=sampler_identity(sampler, scheduler, is_deterministic(sampler)),
+        sampler=path.identity(),
         precision={"compute": config.precision, "tf32": False},
         noise={"rule": NOISE_RULE, "root_seed": config.root_seed},
         item_shape=loaded.item_shape,
     )
-    layout = Layout(states=tuple(states[step] for step in recorded), dtype=config.dtype, block_size=config.block_size)
-    return Plan(teacher=loaded, sampler=sampler, config=config, writer=CacheWriter(store, recipe, layout))
+    older: tuple[str, ...] = ()
+    if holds_something(store):
+        found, _ = read_metadata(LocalSource(store))
+        rules = older_rules(found, recipe)
+        if rules is not None:
+            older, recipe, path = rules, found, SolverPath.recorded(found)
+    states = tuple(path.states[step] for step in recorded)
+    layout = Layout(states=states, dtype=config.dtype, block_size=config.block_size)
+    writer = CacheWriter(store, recipe, layout)
+    return Plan(teacher=loaded, path=path, config=config, writer=writer, older_rules=older)
+
+
+def say_older_rules(plan: Plan, reporter: Reporter) -> None:
+    """Warn of rules that the store keeps although they have changed since."""
+    for rule in plan.older_rules:
+        reporter.say(
+            f"warning: {plan.store} was made by an older rule, which it keeps: {rule}; "
+            "another --out builds by the present one"
+        )
 
 
 def check_timesteps(teacher: Teacher, sampler: SamplerConfig, timesteps: torch.Tensor) -> None:
@@ -173,19 +198,6 @@ def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
             float(plan.teacher.predict(x, timestep).sum())  # reading a value waits for the device
         times.append(time.perf_counter() - begin)
     return sorted(times[1:])[repeats // 2]
-
-
-def sampler_of(recipe: Recipe) -> SamplerConfig:
-    """The sampler that made a cache.
-
-    Raises:
-        ConfigError: advkd has no such sampler.
-    """
-    sampler = recipe.sampler
-    spacing = str(sampler["config"].get("timestep_spacing", SamplerConfig().spacing))
-    return SamplerConfig(
-        name=str(sampler["name"]), steps=int(sampler["steps"]), eta=float(sampler["eta"]), spacing=spacing
-    )
 
 
 def recorded_list(layout: Layout) -> list[int]:

@@ -16,8 +16,9 @@ from advkd.cache.read.compare import distance, tolerance_of
 from advkd.cache.read.reader import TrajectoryCache, local_root
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.block import sample_block
-from advkd.stages.teacher.build.plan import Plan, make_plan, recorded_list, sampler_of
+from advkd.stages.teacher.build.plan import Plan, make_plan, recorded_list, say_older_rules
 from advkd.stages.teacher.config import CacheConfig, TeacherConfig
+from advkd.stages.teacher.path.solver_path import SolverPath
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ def plan_of(cache: TrajectoryCache, teacher: TeacherConfig | None, batch_size: i
         if "source" not in known:
             raise UsageError(f"{cache.address} doesn't say where its teacher came from: give --teacher")
         teacher = TeacherConfig.recorded(known)
-    sampler = sampler_of(recipe)
+    sampler = SolverPath.recorded(recipe).sampler
     config = CacheConfig(
         seeds=f"0:{layout.block_size}",
         record=recorded_list(layout),
@@ -85,6 +86,7 @@ def recompute(
         TeacherError: x_0 is not finite.
     """
     reporter = reporter or SilentReporter()
+    say_older_rules(plan, reporter)
     reporter.start("recompute", len(blocks) * plan.evaluations_per_block, "evaluations")
     tolerance, results = tolerance_of(cache), []
     for block in blocks:

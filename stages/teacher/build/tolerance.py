@@ -59,7 +59,7 @@ def measure_tolerance(plan: Plan) -> dict[int, float]:
     disturbed = _Disturbed(plan.teacher.unet, RELATIVE_ERROR[plan.config.precision])
     kept = sample(
         dataclasses.replace(plan.teacher, unet=disturbed),
-        plan.sampler,
+        plan.path,
         noise,
         seeds=seeds,
         root_seed=plan.recipe.root_seed,

@@ -1,21 +1,29 @@
-"""The supported samplers: for each diffusers scheduler, at what level of noise its states are.
+"""The supported samplers: for each diffusers scheduler, at what level of noise its states are, and how it steps.
 
 A solver's state after j steps is x = alpha · x_0 + sigma · ε. Which (alpha, sigma) that is differs between
-schedulers and can't be guessed: DDIM jumps to `t − T // n` whatever its next timestep is, Euler and Heun work with
-alpha = 1 and sigma up to 157, Heun evaluates the network twice a step. So each class has an explicit entry here, and
-an unknown one is refused by name. This module holds the tables; it imports no diffusers.
+schedulers and can't be derived from their options: Euler and Heun work with alpha = 1 and sigma up to 157, Heun
+evaluates the network twice per step. So each class has an explicit entry here, and an unknown one is refused by name.
+A new solver is one entry of `SOLVERS`, and its class's options in `advkd.cache.format.equivalence`. This module imports
+no diffusers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from advkd.cache.errors import ConfigError
-from advkd.cache.format.layout import State
 from advkd.stages.teacher.config import SamplerConfig
-from advkd.stages.teacher.path.levels import Scheduler, alpha_bars, rounded, sigmas
+from advkd.stages.teacher.path.levels import Scheduler, alpha_bars, sigmas
+
+Level = tuple[float, float]
+"""(alpha, sigma)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +32,17 @@ class Solver:
 
     scheduler: str
     """Name of the class in diffusers."""
-    levels: Callable[[Scheduler, int], list[tuple[float, float]]]
-    """(scheduler, steps) → (alpha, sigma) of the states after 0, 1, …, `steps` steps."""
+    levels: Callable[[Scheduler, Sequence[int]], list[Level]]
+    """(scheduler, landing) → levels of the states after 0, 1, …, `steps` steps. `landing` holds the timestep that each
+    step ends at, −1 for x_0."""
     ancestral: bool = False
     """Whether each step draws fresh noise."""
     evaluations_per_step: int = 1
-    """Network evaluations of a step; the last step takes one less where this is two."""
+    """Network evaluations per step; the last step takes one less where this is two."""
+    own_x0_rules: tuple[str, ...] = ()
+    """Kinds of `X0Rule` that the class applies itself; the others are applied to the prediction that it is given."""
+    strides: bool = False
+    """Whether a step of the class ends at t − T // n, whatever its next timestep is."""
 
     def num_evaluations(self, steps: int) -> int:
         """Network evaluations of a whole trajectory."""
@@ -42,50 +55,72 @@ class Solver:
         steps_done, inside = divmod(evaluations, self.evaluations_per_step)
         return None if inside else steps_done
 
+    def step(
+        self, scheduler: Scheduler, call: int, prediction: Tensor, x: Tensor, eta: float, fresh: Tensor | None
+    ) -> Tensor:
+        """The state after one more evaluation.
 
-def _variance_preserving(alpha_bar: float) -> tuple[float, float]:
+        Args:
+            scheduler: in the middle of a trajectory.
+            call: evaluations before this one.
+            prediction: the network's, shape (B, C, H, W).
+            x: the state that it was made from, in the solver's own units, the same shape.
+            eta: of DDIM.
+            fresh: the noise that the step adds, the same shape; None for a deterministic one.
+        """
+        timestep = scheduler.timesteps[call]
+        if self.strides:
+            return scheduler.step(prediction, timestep, x, eta=eta, variance_noise=fresh).prev_sample  # type: ignore[no-any-return]
+        if fresh is None:
+            return scheduler.step(prediction, timestep, x).prev_sample  # type: ignore[no-any-return]
+        with _drawing(scheduler, fresh):
+            return scheduler.step(prediction, timestep, x).prev_sample  # type: ignore[no-any-return]
+
+
+def _variance_preserving(alpha_bar: float) -> Level:
     return alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
 
 
-def _ddim_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
-    """DDIM (Song et al. 2021, eq. 12) lands at t − T // n, and after the last step at `final_alpha_cumprod`."""
-    stride = scheduler.config.num_train_timesteps // steps
+def _ddim_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
+    """DDIM (Song et al. 2021, eq. 12) ends at `final_alpha_cumprod`: ᾱ of x_0, or of timestep 0."""
     bars = alpha_bars(scheduler)
     last = 1.0 if scheduler.config.set_alpha_to_one else bars[0]
-    landing = [int(t) - stride for t in scheduler.timesteps]
-    after = [bars[t] if t >= 0 else last for t in landing]
-    start = bars[int(scheduler.timesteps[0])]
-    return [_variance_preserving(float(alpha_bar)) for alpha_bar in [start, *after]]
+    visited = [bars[int(scheduler.timesteps[0])], *(bars[t] if t >= 0 else last for t in landing)]
+    return [_variance_preserving(float(alpha_bar)) for alpha_bar in visited]
 
 
-def _ddpm_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
+def _ddpm_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
     """DDPM (Ho et al. 2020, eq. 7) lands at the next timestep, and after the last one at x_0."""
     bars = alpha_bars(scheduler)
     return [_variance_preserving(alpha_bar) for alpha_bar in [*(float(bars[int(t)]) for t in scheduler.timesteps), 1.0]]
 
 
-def _vp_sigma_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
+def _vp_sigma_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
     """DPM-Solver++ (Lu et al. 2022) keeps sigma/alpha ratios; its states are variance preserving."""
     return [_variance_preserving(1.0 / (1.0 + float(ratio) ** 2)) for ratio in sigmas(scheduler)]
 
 
-def _euler_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
+def _euler_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
     """Euler's method on the variance-exploding ODE (Karras et al. 2022, eq. 1): x = x_0 + sigma · ε."""
     return [(1.0, float(sigma)) for sigma in sigmas(scheduler)]
 
 
-def _heun_levels(scheduler: Scheduler, steps: int) -> list[tuple[float, float]]:
+def _heun_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
     """Heun (Karras et al. 2022, algorithm 1): as Euler, each inner sigma held twice, once for either evaluation."""
     first, *twice, last = (float(sigma) for sigma in sigmas(scheduler))
     return [(1.0, sigma) for sigma in [first, *twice[::2], last]]
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddim": Solver(scheduler="DDIMScheduler", levels=_ddim_levels),
-    "ddpm": Solver(scheduler="DDPMScheduler", levels=_ddpm_levels, ancestral=True),
-    "dpmsolver++": Solver(scheduler="DPMSolverMultistepScheduler", levels=_vp_sigma_levels),
+    "ddim": Solver(scheduler="DDIMScheduler", levels=_ddim_levels, own_x0_rules=("clip", "threshold"), strides=True),
+    "ddpm": Solver(scheduler="DDPMScheduler", levels=_ddpm_levels, ancestral=True, own_x0_rules=("clip", "threshold")),
+    "dpmsolver++": Solver(
+        scheduler="DPMSolverMultistepScheduler", levels=_vp_sigma_levels, own_x0_rules=("threshold",)
+    ),
     "euler": Solver(scheduler="EulerDiscreteScheduler", levels=_euler_levels),
-    "heun": Solver(scheduler="HeunDiscreteScheduler", levels=_heun_levels, evaluations_per_step=2),
+    "heun": Solver(
+        scheduler="HeunDiscreteScheduler", levels=_heun_levels, evaluations_per_step=2, own_x0_rules=("clip",)
+    ),
 }
 
 
@@ -105,34 +140,17 @@ def is_deterministic(sampler: SamplerConfig) -> bool:
     return not find_solver(sampler.name).ancestral and sampler.eta == 0.0
 
 
-def trajectory_states(sampler: SamplerConfig, scheduler: Scheduler) -> tuple[State, ...]:
-    """Every state that the solver passes through, x_T first.
-
-    The scale of x_T is the scheduler's `init_noise_sigma`; the solver starts from stored noise · scale.
-    """
-    solver = find_solver(sampler.name)
-    levels = solver.levels(scheduler, sampler.steps)
-    evaluated = [float(t) for t in scheduler.timesteps]
-    # Where a step takes two evaluations, every later timestep stands twice.
-    evaluated = [*evaluated[:1], *evaluated[1 :: solver.evaluations_per_step]]
-    timesteps = [*evaluated, -1.0]
-    if len(levels) != sampler.steps + 1 or len(timesteps) != sampler.steps + 1:
-        raise ConfigError(
-            f"sampler {sampler.name!r}: diffusers made {len(evaluated)} timesteps for steps {sampler.steps} "
-            f"with spacing {sampler.spacing!r}; choose another number of steps or spacing"
-        )
-    if not all(math.isfinite(value) for level in levels for value in level) or any(a == s == 0 for a, s in levels):
-        raise ConfigError(f"sampler {sampler.name!r}: the teacher's betas give noise levels that are not finite")
-    states = []
-    for step, (timestep, (alpha, sigma)) in enumerate(zip(timesteps, levels, strict=True)):
-        scale = _initial_scale(scheduler, sigma) if step == 0 else (alpha**2 + sigma**2) ** 0.5
-        numbers = {"alpha": rounded(alpha), "sigma": rounded(sigma), "scale": rounded(scale)}
-        states.append(State(step=step, timestep=timestep, **numbers))
-    return tuple(states)
+_replacing = threading.Lock()
 
 
-def _initial_scale(scheduler: Scheduler, sigma: float) -> float:
-    """The scheduler's `init_noise_sigma`: 1, σ or √(σ² + 1), whichever it is to float32's rounding."""
-    theirs = float(scheduler.init_noise_sigma)
-    ours = min((1.0, sigma, (sigma**2 + 1.0) ** 0.5), key=lambda value: abs(value - theirs))
-    return ours if math.isclose(ours, theirs, rel_tol=1e-4) else theirs
+@contextmanager
+def _drawing(scheduler: Any, fresh: Tensor) -> Iterator[None]:
+    """Let an ancestral scheduler add this noise: its `step` takes a generator, but no noise."""
+    module: Any = sys.modules[type(scheduler).__module__]
+    with _replacing:  # another thread that samples would draw this one's noise
+        original = module.randn_tensor
+        module.randn_tensor = lambda shape, **_: fresh.reshape(shape)
+        try:
+            yield
+        finally:
+            module.randn_tensor = original

@@ -6,10 +6,7 @@ it is in, the order of batches, or the machine that draws it.
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +16,8 @@ from torch import Tensor
 
 from advkd.cache.errors import TeacherError
 from advkd.cache.format.noise import standard_normal
-from advkd.stages.teacher.config import SamplerConfig
 from advkd.stages.teacher.load.network import Teacher
-from advkd.stages.teacher.path.schedulers import make_scheduler
-from advkd.stages.teacher.path.solvers import find_solver, trajectory_states
+from advkd.stages.teacher.path.solver_path import SolverPath
 
 Evaluated = Callable[[], None]
 
@@ -37,7 +32,7 @@ def initial_noise(
 @torch.inference_mode()
 def sample(
     teacher: Teacher,
-    sampler: SamplerConfig,
+    path: SolverPath,
     noise: npt.NDArray[Any],
     *,
     seeds: Sequence[int] | range,
@@ -48,8 +43,8 @@ def sample(
     """Denoise one batch and keep the states after some solver steps.
 
     Args:
-        teacher: the network and its scheduler's configuration.
-        sampler: which solver, how many steps.
+        teacher: the network.
+        path: the solver, set up for this teacher's diffusion.
         noise: x_T in stored units, shape (B, C, H, W).
         seeds: the batch's seeds, for the noise that ancestral samplers add.
         root_seed: the recipe's.
@@ -62,63 +57,29 @@ def sample(
     Raises:
         TeacherError: x_0 is not finite.
     """
-    solver = find_solver(sampler.name)
-    scheduler = make_scheduler(teacher.scheduler_config, sampler)
-    states = trajectory_states(sampler, scheduler)
-    device = teacher.device
-    timesteps = scheduler.timesteps.to(device)  # at once: a copy per step would make the host wait for the device
+    scheduler, device = path.new_scheduler(), teacher.device
+    timesteps = path.timesteps.to(device)  # at once: a copy per step would make the host wait for the device
     x = torch.from_numpy(noise.astype(np.float32)).to(device, memory_format=teacher.memory_format)
     kept = {0: x} if 0 in record else {}
     x = x * float(scheduler.init_noise_sigma)  # as diffusers rounds it; the state's scale is the same to ten digits
-    stochastic = solver.ancestral or sampler.eta > 0.0
-    for call, timestep in enumerate(scheduler.timesteps):
-        prediction = teacher.predict(scheduler.scale_model_input(x, timestep), timesteps[call])
+    for call in range(path.evaluations):
+        seen = scheduler.scale_model_input(x, scheduler.timesteps[call])
+        prediction = teacher.predict(seen, timesteps[call])
+        if path.applied_x0 is not None:
+            ratio = float(scheduler.sigmas[call])
+            prediction = path.applied_x0.constrain(prediction, seen, ratio, path.prediction_type)
         fresh = None
-        if stochastic:
+        if path.stochastic:
             drawn = standard_normal(root_seed, seeds, teacher.item_shape, stream=1 + call)
             fresh = torch.from_numpy(drawn).to(device)
-        x = _step(scheduler, sampler, prediction, timestep, x, fresh)
+        x = path.solver.step(scheduler, call, prediction, x, path.sampler.eta, fresh)
         evaluated()
-        done = solver.steps_done(call + 1, sampler.steps)
+        done = path.solver.steps_done(call + 1, path.sampler.steps)
         if done in record and done is not None:
-            kept[done] = x / states[done].scale  # stays on the device: fetching it would make the host wait
+            kept[done] = x / path.states[done].scale  # stays on the device: fetching it would make the host wait
     if not bool(torch.isfinite(x).all()):
         raise TeacherError(
             f"teacher {teacher.source}: x_0 of seeds {seeds[0]}:{seeds[-1] + 1} is not finite (NaN or infinite); "
             "try float32 precision, or check the checkpoint"
         )
     return {done: values.cpu() for done, values in kept.items()}
-
-
-def _step(
-    scheduler: Any,
-    sampler: SamplerConfig,
-    prediction: Tensor,
-    timestep: Tensor,
-    x: Tensor,
-    fresh: Tensor | None,
-) -> Tensor:
-    options: dict[str, Any] = {}
-    drawing = nullcontext()
-    if sampler.name == "ddim":
-        options = {"eta": sampler.eta, "variance_noise": fresh if sampler.eta > 0.0 else None}
-    elif fresh is not None:
-        drawing = _drawing(scheduler, fresh)  # type: ignore[assignment]
-    with drawing:
-        return scheduler.step(prediction, timestep, x, **options).prev_sample  # type: ignore[no-any-return]
-
-
-_replacing = threading.Lock()
-
-
-@contextmanager
-def _drawing(scheduler: Any, fresh: Tensor) -> Iterator[None]:
-    """Let an ancestral scheduler draw this noise: its `step` takes a generator, but no noise."""
-    module: Any = sys.modules[type(scheduler).__module__]
-    with _replacing:  # another thread that samples would draw this one's noise
-        original = module.randn_tensor
-        module.randn_tensor = lambda shape, **_: fresh.reshape(shape)
-        try:
-            yield
-        finally:
-            module.randn_tensor = original
