@@ -63,11 +63,10 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
 
 def _load_unet(config: Mapping[str, Any], weights: tuple[Path, ...], source: str) -> nn.Module:
     """The network in the precision in which it was saved."""
-    from accelerate import init_empty_weights
     from safetensors.torch import load_file
 
     try:
-        with init_empty_weights():  # random weights would only take time
+        with torch.device("meta"):  # random weights would only take time; this thread's alone
             unet: nn.Module = diffusers().UNet2DModel.from_config(dict(config))
         # Copied: a file that changes while it is mapped would change the network.
         tensors = {name: tensor.clone() for path in weights for name, tensor in load_file(path).items()}
