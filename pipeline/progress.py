@@ -1,8 +1,10 @@
-"""Progress for a person at a terminal; nothing but plain lines elsewhere."""
+"""Progress: a bar on a terminal, a line per minute elsewhere (`dvc repro`, SLURM, CI)."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -20,22 +22,37 @@ from rich.progress import (
 )
 from rich.text import Text
 
+SECONDS_PER_LINE = 60.0
+"""Often enough to see that a job is alive, seldom enough for the log of a day."""
+
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed and speed >= 10 else _slow(speed, task))
+        return Text(_rate(speed, task.fields["unit"]) if speed else "")
 
 
-def _slow(speed: float | None, task: Task) -> str:
-    return f"{speed:.2f} {task.fields['unit']}/s" if speed else ""
+def _rate(speed: float, unit: str) -> str:
+    return f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2g} {unit}/s"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class TerminalReporter:
-    """A bar with rate and time left on stderr where that is a terminal; `say` prints lines anywhere."""
+    """Reports to stderr, as a `advkd.stages.reporter.Reporter`; off a terminal every `SECONDS_PER_LINE` at most.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._on_terminal = sys.stderr.isatty()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -45,9 +62,12 @@ class TerminalReporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=self._console,
-            disable=not sys.stderr.isatty(),
+            disable=not self._on_terminal,
         )
         self._task: TaskID | None = None
+        self._clock = clock
+        self._started = self._last_line = clock()
+        self._done_before = 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -59,13 +79,26 @@ class TerminalReporter:
         self._progress.stop()
 
     def start(self, description: str, total: int, unit: str, done: int = 0) -> None:
-        """A task begins; the rate counts from here, not from what was done earlier."""
+        """Begin a task; its rate counts from here, without what was done earlier."""
         self._task = self._progress.add_task(description, total=total, completed=done, unit=unit, note="")
+        self._started = self._last_line = self._clock()
+        self._done_before = done
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Move the bar."""
-        if self._task is not None:
-            self._progress.update(self._task, advance=amount, note=note)
+        """Count finished units; an empty note leaves the last one standing."""
+        if self._task is None:
+            return
+        self._progress.update(self._task, advance=amount, **({"note": note} if note else {}))
+        now = self._clock()
+        if not self._on_terminal and now - self._last_line >= SECONDS_PER_LINE:
+            self._last_line = now
+            self.say(self._line(self._progress.tasks[self._task], now - self._started))
+
+    def _line(self, task: Task, seconds: float) -> str:
+        done, total, unit, note = int(task.completed), int(task.total or 0), task.fields["unit"], task.fields["note"]
+        speed = (done - self._done_before) / seconds
+        left = f", about {duration((total - done) / speed)} left" if speed and total > done else ""
+        return f"{task.description}: {done:,} of {total:,} {unit}, {_rate(speed, unit)}{left}{note and f'; {note}'}"
 
     def finish(self) -> None:
         """Leave the finished bar standing."""
@@ -73,5 +106,5 @@ class TerminalReporter:
         self._task = None
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line, above the bar on a terminal."""
         self._console.print(text, markup=False)
