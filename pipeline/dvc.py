@@ -1,9 +1,9 @@
-"""What dvc.lock says was made before: so that DVC is never tempted into making something expensive again.
+"""Guards for stages that DVC starts: nothing expensive runs twice because its output is missing here.
 
-On a clone that pulled only part of what a team shares, DVC finds outputs missing or changed and runs the stages that
-made them: hours of sampling, again. A stage whose output was made before by a request that means the same says how to
-fetch it instead. `rebuild: true` in the experiment's configuration is the yes that lets it go on; a request that
-differs from the recorded one needs none.
+On a clone that pulled only part of what a team shares, DVC finds outputs missing or changed and reruns the stages that
+made them: hours of sampling. If dvc.lock records an output for an equivalent request, the stage stops and says how to
+fetch it. `rebuild: true` in the experiment's configuration overrides this; a request that differs from the recorded one
+runs as usual.
 """
 
 from __future__ import annotations
@@ -31,31 +31,50 @@ def runs_under_dvc() -> bool:
     return {"DVC_ROOT", "DVC_STAGE"} <= os.environ.keys()
 
 
-def check_teacher_not_again(folder: Path, experiment: Experiment) -> None:
-    """Refuse to train a teacher that was made before by the same request, whether it is here or not.
+def check_name(experiment: Experiment) -> None:
+    """Refuse an experiment if dvc.yaml expects its files under another name.
 
     Raises:
-        UsageError: it was, and nobody said yes.
+        ConfigError: the `name` in dvc.yaml's first lines differs from the one in the experiment's file.
+    """
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    for variables in _read_yaml(root / "dvc.yaml").get("vars") or []:
+        selected = variables.get("experiment") if isinstance(variables, dict) else None
+        if isinstance(selected, dict) and selected.get("name", experiment.name) != experiment.name:
+            raise ConfigError(
+                f"dvc.yaml selects name: {selected['name']}, but configs/{selected.get('config')}.yaml says "
+                f"name: {experiment.name}; write `name: {experiment.name}` in the first lines of dvc.yaml"
+            )
+
+
+def check_teacher_not_again(folder: Path, experiment: Experiment) -> None:
+    """Refuse to retrain a teacher that dvc.lock records for an equivalent request, whether it is here or not.
+
+    Raises:
+        UsageError: dvc.lock records it, and the experiment doesn't set `rebuild`.
     """
     made = _made_before(folder, experiment)
     if made is None:
         return
     _check_here(made, made.lacks_files(folder))
     raise UsageError(
-        f"dvc.lock says that {made.path} was made before; it is here: `dvc checkout {made.path}` brings back what was "
-        f"recorded, `dvc commit --force {made.path}` keeps what was changed since, or {YES}"
+        f"dvc.lock says that {made.path} was made before; it is here: `dvc checkout {made.path}` restores the "
+        f"recorded version, `dvc commit --force {made.path}` keeps later changes, or {YES}"
     )
 
 
 def check_cache_not_again(store: Path, experiment: Experiment) -> bool:
-    """Refuse to sample a cache that was made before by the same request and isn't wholly here.
+    """Refuse to sample a cache that dvc.lock records for an equivalent request and that is not complete here.
 
     Returns:
-        Whether it was made before and is here: seeds may be added, but another recipe isn't what DVC was asked for.
+        Whether dvc.lock records the cache and it is here. Seeds may be added to it; a store of another recipe in its
+        place must not be replaced.
 
     Raises:
-        UsageError: it isn't here, and nobody said yes.
+        UsageError: it is not complete here, and the experiment doesn't set `rebuild`.
+        ConfigError: as `check_name`.
     """
+    check_name(experiment)
     made = _made_before(store, experiment)
     if made is None:
         return False
@@ -65,29 +84,29 @@ def check_cache_not_again(store: Path, experiment: Experiment) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Made:
-    """An output that dvc.lock records, made by a request that means the same as now."""
+    """An output that dvc.lock records for a request equivalent to the present one."""
 
     path: str
     num_files: int
     request: Experiment
 
     def lacks_files(self, out: Path) -> str | None:
-        """In words, what of it isn't here, as DVC counts files."""
+        """What is missing here, in words, by DVC's count of files; None if nothing is."""
         present = _num_files(out)
         if present == 0:
-            return "it is merely not here"
+            return "it is not here"
         absent = self.num_files - present
-        return f"{absent} of its {self.num_files} files are merely not here" if absent > 0 else None
+        return f"{absent} of its {self.num_files} files are not here" if absent > 0 else None
 
     def lacks_blocks(self, store: Path) -> str | None:
-        """In words, which of its seeds aren't in the store that is here, which may be another extension of it."""
+        """Which of its blocks the store here lacks, in words; it may be another extension of the recorded one."""
         cache = self.request.cache
         blocks = blocks_of(parse_seed_range(cache.seeds), cache.block_size)
         absent = [block for block in blocks if not (store / record_path(block)).is_file()]
         if not absent:
             return None
         first = seeds_of(absent[0], cache.block_size)
-        return f"{len(absent)} of its blocks (the first: seeds {first.start}:{first.stop}) are merely not here"
+        return f"{len(absent)} of its blocks (the first: seeds {first.start}:{first.stop}) are not here"
 
 
 def _check_here(made: _Made, lack: str | None) -> None:
@@ -99,7 +118,7 @@ def _check_here(made: _Made, lack: str | None) -> None:
 
 
 def _made_before(out: Path, experiment: Experiment) -> _Made | None:
-    """What dvc.lock says of an output; None where nothing was recorded, the request differs, or somebody said yes."""
+    """dvc.lock's record of an output; None without one, if the request differs, or if the experiment sets `rebuild`."""
     if experiment.rebuild:
         return None
     root = Path(os.environ.get("DVC_ROOT", "."))
@@ -123,7 +142,7 @@ def _dependency_was_remade(stages: list[dict[str, Any]], made: dict[str, Any]) -
 
 
 def _request(made: dict[str, Any], experiment: Experiment) -> Experiment | None:
-    """The experiment with the parameters that a stage ran with, if that means the same teacher or store."""
+    """The experiment with the parameters that a stage ran with, if teacher and store are the same."""
     known = {item.name for item in dataclasses.fields(Experiment)}
     recorded = {
         key: value for values in (made.get("params") or {}).values() for key, value in values.items() if key in known
@@ -136,7 +155,7 @@ def _request(made: dict[str, Any], experiment: Experiment) -> Experiment | None:
 
 
 def _identity(experiment: Experiment) -> tuple[Any, ...]:
-    """What an experiment says of its teacher and store, but for how many seeds and how they are computed."""
+    """What determines teacher and store, without the number of seeds and how they are computed."""
     cache = experiment.cache
     return (
         experiment.pretrain,
@@ -148,7 +167,7 @@ def _identity(experiment: Experiment) -> tuple[Any, ...]:
 
 
 def _num_files(out: Path) -> int:
-    """Files of an output, without those that .dvcignore leaves out and links that lead nowhere."""
+    """Number of an output's files, without those that .dvcignore excludes and without broken links."""
     if not out.is_dir():
         return int(out.exists())
     return sum(
@@ -159,8 +178,14 @@ def _num_files(out: Path) -> int:
 
 
 def _stages(lock: Path) -> list[dict[str, Any]]:
+    stages = _read_yaml(lock).get("stages")
+    return [stage for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The content of one of DVC's files; empty if it is missing or malformed."""
     try:
-        stages = yaml.safe_load(lock.read_text())["stages"]
-        return [stage for stage in stages.values() if isinstance(stage, dict)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        return []
+        value = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}

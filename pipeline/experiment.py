@@ -1,4 +1,4 @@
-"""How flags change an experiment, and what that does to the names of its files."""
+"""Applies the flags of `advkd-cache build` to an experiment, and names the store accordingly."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ _SECTIONS = {
     "device": ("cache", "device"),
 }
 _NAMING = ("teacher", "sampler", "steps", "record", "block_size", "dtype", "precision")
-"""Flags that change the recipe or layout, so that the store must not collide with the configured one."""
+"""Flags that change the recipe or layout; the store's name gets a suffix for each, or it would collide with the
+configured store."""
 
 
 def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experiment, str]:
-    """An experiment with some values replaced, and the suffix that its store's name gets for it.
+    """Replace the values that flags give.
 
     Args:
         experiment: as configured.
-        flags: by flag name; None where a flag was not given.
+        flags: value by flag name; None if a flag was not given.
+
+    Returns:
+        The changed experiment, and the suffix of its store's name.
     """
     suffix = ""
     for flag, (section_name, key) in _SECTIONS.items():
@@ -71,6 +75,6 @@ def parse_record(text: str) -> int | list[int]:
 
 
 def needs_pretraining(experiment: Experiment) -> bool:
-    """Whether the teacher is the one that stage 0 makes, and isn't there."""
+    """Whether stage 0 makes the teacher and has not run yet."""
     source = Path(experiment.teacher.source)
     return experiment.pretrain is not None and experiment.teacher_folder in source.parents and not source.is_dir()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that a loop asks between steps, so that it can stop at a good place."""
+"""Turns Ctrl-C and SIGTERM into a flag that a loop polls between steps, so that it stops at a consistent state."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 PASSED_ON = 1.0
-"""Seconds within which a second Ctrl-C is the same one: the terminal sends it to all processes of a command, and a
-launcher such as `accelerate launch` passes on to its processes what it got itself."""
+"""Seconds within which a second Ctrl-C counts as the same one: the terminal sends it to every process of a command, and
+a launcher such as `torchrun` forwards its own copy."""
 
 
 class StopRequest:
-    """While active, the first signal sets `requested`. A second Ctrl-C interrupts at once; a second SIGTERM, which
-    cluster managers send to every process and launchers pass on, is the same request again."""
+    """While active, the first signal sets `requested`.
+
+    A second Ctrl-C interrupts at once. A second SIGTERM changes nothing: cluster managers send it to every process, and
+    launchers forward it too.
+    """
 
     def __init__(self) -> None:
         self.requested = False

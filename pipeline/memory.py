@@ -1,8 +1,8 @@
-"""Keep freed memory for the next step instead of giving it back to the operating system.
+"""Keeps freed memory in the process for the next step, instead of returning it to the operating system.
 
-A sampling or training step frees buffers of many megabytes that the next one allocates again. glibc returns each to
-the kernel, which clears new pages every time: a fifth of the teacher's time on two cores (100 → 80 ms for a batch of
-256 digits).
+Each sampling or training step frees buffers of many megabytes that the next step allocates again. By default glibc
+returns them to the kernel, which zeroes new pages every time. Keeping them saves a fifth of the teacher's time on two
+cores (100 → 80 ms for a batch of 256 digits).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MMAP_BYTES = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Raise glibc's thresholds for this process; False where there is no glibc."""
+    """Raise glibc's thresholds for this process; return False without glibc."""
     if not sys.platform.startswith("linux"):
         return False
     try:

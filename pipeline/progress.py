@@ -88,7 +88,9 @@ class TerminalReporter:
         """Count finished units; an empty note leaves the last one standing."""
         if self._task is None:
             return
-        self._progress.update(self._task, advance=amount, **({"note": note} if note else {}))
+        self._progress.update(self._task, advance=amount)
+        if note:
+            self._progress.update(self._task, note=note)
         now = self._clock()
         if not self._on_terminal and now - self._last_line >= SECONDS_PER_LINE:
             self._last_line = now

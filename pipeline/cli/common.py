@@ -1,4 +1,4 @@
-"""What all commands share: errors to exit codes, signals to a clean stop, the command that goes on."""
+"""What all commands share: exit codes for errors, a clean stop on signals, common options."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def command_line() -> str:
-    """The command as it was typed, to record and to suggest."""
+    """The command as typed, for records and suggestions."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P, None]:
-    """Turn errors into one line and an exit code: 2 for a wrong request, 1 for a failure, 130 when interrupted.
+    """Turn errors into one line and an exit code: 2 for a usage error, 1 for a failure, 130 when interrupted.
+
+    Also adds `--version`.
 
     Args:
-        function: a command's.
-        resumes: whether the same command goes on where it was interrupted.
+        function: the command's function.
+        resumes: whether the same command resumes after an interruption.
     """
-    again = "; what was committed is kept. To go on" if resumes else ". To begin again"
+    again = "; what was committed is kept. To resume" if resumes else ". To start again"
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -68,7 +70,7 @@ def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P,
 
 
 all_or_nothing = functools.partial(guarded, resumes=False)
-"""The same for commands that keep nothing before their end."""
+"""`guarded` for commands that keep nothing before they finish."""
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -77,20 +79,20 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def printable(text: object) -> str:
-    """Text that may come from someone else's file, with control characters escaped: they could rule the terminal."""
+    """Text from a file that may be hostile, with the control characters escaped that could take over the terminal."""
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(text))
 
 
 def store_name(address: str) -> str:
-    """The name that files made from a store get: the last part of its path or URL, without `.zarr`."""
+    """Name for files derived from a store: the last part of its path or URL, without `.zarr`."""
     return PurePosixPath(address.split("?")[0].rstrip("/")).name.removesuffix(".zarr") or "cache"
 
 
 def parse_steps(flag: str, text: str) -> list[int]:
-    """Read a list of solver steps such as 0,10,50.
+    """Parse a list of solver steps such as 0,10,50.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not such a list.
     """
     try:
         return [int(part) for part in text.split(",")]
@@ -99,7 +101,7 @@ def parse_steps(flag: str, text: str) -> list[int]:
 
 
 def example(text: str) -> str:
-    """An epilog with an example that click leaves as it is."""
+    """Help epilog with an example, which click does not rewrap."""
     return f"\b\nExample:\n  {text}"
 
 

@@ -25,7 +25,7 @@ def main(config: str | None, overrides: tuple[str, ...], out: Path | None) -> No
     """
     from advkd.cache.files.durable import write_json
     from advkd.pipeline.config import load_experiment
-    from advkd.pipeline.dvc import check_teacher_not_again, runs_under_dvc
+    from advkd.pipeline.dvc import check_name, check_teacher_not_again, runs_under_dvc
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.pretrain.config import SOURCE_NOTE
     from advkd.stages.teacher.config import PARTS
@@ -33,6 +33,7 @@ def main(config: str | None, overrides: tuple[str, ...], out: Path | None) -> No
     experiment = load_experiment(config, overrides)
     folder = out or experiment.teacher_folder
     if runs_under_dvc():
+        check_name(experiment)
         check_teacher_not_again(folder, experiment)
     if experiment.pretrain is None:
         known = dataclasses.asdict(experiment.teacher)

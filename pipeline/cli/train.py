@@ -79,7 +79,7 @@ def main(
         )
     if stop.requested and not trained.complete:
         if trained.is_main:
-            click.echo(f"stopped at step {trained.step}, checkpoint saved. To go on: {command_line()}", err=True)
+            click.echo(f"stopped at step {trained.step}, checkpoint saved. To resume: {command_line()}", err=True)
         sys.exit(INTERRUPTED)
     if not trained.is_main:
         return

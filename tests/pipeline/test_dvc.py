@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.pipeline.clones import edit_config, new_clone, repro, run, select_experiment
+from tests.pipeline.clones import edit_config, new_clone, refused, repro, run, select_experiment
 from tests.stores import tree
 
 
@@ -72,6 +72,16 @@ def test_an_experiment_whose_teacher_comes_from_elsewhere(clone: Path) -> None:
         assert repro(clone) == []
     finally:
         select_experiment(clone, "smoke", "smoke")
+
+
+def test_a_name_that_differs_from_the_files_is_said_at_once(clone: Path) -> None:
+    select_experiment(clone, "smoke", "smoky")
+    try:
+        line = refused(clone, "dvc", "repro")
+    finally:
+        select_experiment(clone, "smoke", "smoke")
+    assert "name: smoky" in line and "configs/smoke.yaml" in line and "`name: smoke`" in line
+    assert not (clone / "teachers/smoky").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -135,7 +135,7 @@ def test_interrupted_it_leaves_nothing(trained: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     _, errors = process.communicate(timeout=50)
     assert process.returncode == 130 and time.monotonic() - started < 50, errors
-    assert errors.strip().startswith("stopped. To begin again: advkd-export")
+    assert errors.strip().startswith("stopped. To start again: advkd-export")
     assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
     assert not [path for path in temporary.iterdir() if path.is_file() or any(path.rglob("*.onnx"))]
 

@@ -41,5 +41,5 @@ def test_who_is_stopped_is_told_whether_the_command_goes_on(
     scoring = invoke(evaluate.main, "--run", tmp_path, "--cache", tmp_path)
     looking = invoke(cache_look.info, tmp_path)
     assert scoring.exit_code == looking.exit_code == 130
-    assert "stopped. To begin again: " in scoring.output
-    assert "what was committed is kept. To go on: " in looking.output
+    assert "stopped. To start again: " in scoring.output
+    assert "what was committed is kept. To resume: " in looking.output

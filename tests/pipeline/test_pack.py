@@ -112,7 +112,7 @@ def test_an_interrupted_unpack_goes_on(tmp_path: Path) -> None:
     wait_until(lambda: len(committed(tmp_path / "again.zarr")) >= 3, process)
     code, said = stop(process, signal.SIGINT)
     wait_until_gone(process)
-    assert code in (130, 0) and (code == 0 or "To go on: advkd-cache unpack packed.zarr" in said)
+    assert code in (130, 0) and (code == 0 or "To resume: advkd-cache unpack packed.zarr" in said)
     finish(start(tmp_path, *line))
     assert tree(tmp_path / "again.zarr") == tree(tmp_path / "store.zarr")
 

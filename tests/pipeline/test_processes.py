@@ -145,7 +145,7 @@ def test_stopped_and_killed_builds_resume_to_the_same_bytes(tmp_path: Path, pipe
             assert code == -signal.SIGKILL
         else:
             assert code == 130
-            assert "what was committed is kept. To go on: advkd-cache build --teacher" in error
+            assert "what was committed is kept. To resume: advkd-cache build --teacher" in error
         check_survivor(builds.store, builds.whole, builds.resume)
     kept = len(TrajectoryCache.open(builds.store).blocks)
     output, _ = finish(builds.start())
@@ -312,7 +312,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     wait_until(lambda: _logged(tmp_path) > 60, process)
     code, error = stop(process, signal.SIGTERM)
     assert code == 130
-    assert "checkpoint saved. To go on: advkd-train --cache toy.zarr --config toy.yaml" in error
+    assert "checkpoint saved. To resume: advkd-train --cache toy.zarr --config toy.yaml" in error
     process = start(tmp_path, *command, "--resume")
     output, error = finish(process)
     assert "step 300 of 300" in output

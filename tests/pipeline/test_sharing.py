@@ -179,7 +179,7 @@ def test_nothing_is_made_again_on_a_clone_that_has(what: str, team: Team, tmp_pa
     for target in ([], ["train"]) if "and a part" not in what else ([],):
         line = refused(clone, "dvc", "repro", *target)
         assert line.startswith(f"error: dvc.lock says that {expected} was made before; ")
-        assert f"merely not here: `dvc pull {expected}` fetches it" in line
+        assert f"not here: `dvc pull {expected}` fetches it" in line
         if what == "only the teacher":
             assert line.startswith(shown.replace("digits", "smoke"))
     assert {name: whole_tree(clone / name) for name in ("cache", "teachers")} == before
@@ -263,7 +263,7 @@ def test_a_partial_cache_is_not_extended(
     assert whole_tree(clone / STORE) == before
     shutil.rmtree(clone / TEACHER)
     result = invoke(cache_command, *BUILD, "--seeds", "192:256")
-    assert result.exit_code == 2 and f"{TEACHER} was made before; it is merely not here" in result.stderr
+    assert result.exit_code == 2 and f"{TEACHER} was made before; it is not here" in result.stderr
     assert not (clone / TEACHER).exists()
 
 

@@ -45,7 +45,7 @@ def test_ctrl_c_and_a_killed_worker_cost_only_blocks_in_flight(tmp_path: Path, p
     assert time.monotonic() - began < 10
     first, blank, stopped = error.splitlines()
     assert first.startswith("first block, seeds 0:4: x_0 mean") and not blank
-    assert stopped.startswith("stopped; what was committed is kept. To go on: advkd-cache build --teacher")
+    assert stopped.startswith("stopped; what was committed is kept. To resume: advkd-cache build --teacher")
     kept = committed(store)
     assert 2 <= len(kept) < 8
 
