@@ -1,4 +1,4 @@
-"""`advkd-cache`: everything about trajectory caches."""
+"""`advkd-cache`: the group of commands on trajectory caches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from advkd.pipeline.cli.cache_verify import verify
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="advkd", message="%(prog)s %(version)s")
 def main() -> None:
-    """Trajectory caches: build them, look at them, check, merge and cut them."""
+    """Build, inspect, verify, merge, cut and pack trajectory caches."""
 
 
 for _command in (build, info, verify, merge, subset, pack, unpack, preview, diff):
