@@ -78,9 +78,9 @@ def _read_ledger(cache: TrajectoryCache, sampled: Sequence[int]) -> tuple[str, l
     """The content digest, and the records of some blocks: each file is read once."""
     chosen, seals, records = set(sampled), [], []
     for block, raw in cache.records.raw(cache.blocks):
-        seals.append((block, cache.records.seal(block, raw)))
+        seals.append((block, cache.records.hash_of(block, raw)))
         if block in chosen:
-            records.append(cache.records.parse(block, raw))
+            records.append(cache.records.decode(block, raw))
     return content_digest(seals), records
 
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from advkd.cache.codec import standard
 from advkd.cache.errors import DamagedError, NeedsDamagedError
 from advkd.cache.files.paths import MAX_METADATA_BYTES
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.files.strict_json import pretty_json
-from advkd.cache.format.array_record import crc32c
+from advkd.cache.format.array_record import with_crc
 from advkd.cache.format.encoding import Packing
 from advkd.cache.format.layout import Layout, State
 from advkd.cache.format.packed_ledger import HOW_TO_FIX, PackedArray, PackedRecord
@@ -109,7 +107,7 @@ class UnpackedSource(WholeFileSource):
                 break
             record = records.of(state)
             if index == 0:
-                chunk = _with_crc(codec.draw_initial())
+                chunk = with_crc(codec.draw_initial().tobytes())
                 if hashlib.sha256(chunk).hexdigest() != record.raw.sha256:
                     raise DamagedError(f"{self.address}: x_T of block {block}, drawn again, differs from the ledger")
             else:
@@ -118,7 +116,7 @@ class UnpackedSource(WholeFileSource):
                     values = codec.decode(data)
                 except ValueError as error:
                     raise self._damaged(state, block, f"can't be decoded ({error})") from None
-                chunk = _with_crc(values) if state.step in steps else b""
+                chunk = with_crc(values.tobytes()) if state.step in steps else b""
             if state.step in steps:
                 yield state, chunk
 
@@ -152,7 +150,7 @@ class UnpackedSource(WholeFileSource):
             values = standard.decode(data, self.packing, np.dtype(self.layout.dtype).newbyteorder("<"), shape)
         except ValueError as error:
             raise self._damaged(state, block, f"can't be decoded ({error})") from None
-        return _with_crc(values)
+        return with_crc(values.tobytes())
 
     def _packed_file(self, state: State, block: int, record: PackedArray) -> bytes:
         """A packed chunk file without its CRC, checked against the ledger."""
@@ -164,16 +162,10 @@ class UnpackedSource(WholeFileSource):
         if len(data) != record.num_bytes:
             raise self._damaged(state, block, f"has {len(data)} bytes, the ledger says {record.num_bytes}")
         body = data[:-CRC_BYTES]
-        if hashlib.sha256(data).hexdigest() != record.sha256 or data != _with_crc(body):
+        if hashlib.sha256(data).hexdigest() != record.sha256 or data != with_crc(body):
             raise self._damaged(state, block, "differs from what the ledger says")
         return body
 
     def _damaged(self, state: State, block: int, problem: str) -> DamagedError:
         path = chunk_path(states_path(state), block, len(self.recipe.item_shape))
         return DamagedError(f"{self.address}/{path} {problem}; {HOW_TO_FIX}")
-
-
-def _with_crc(values: npt.NDArray[Any] | bytes) -> bytes:
-    """The bytes of values, or bytes, with their CRC at the end, as in a chunk file."""
-    body = values if isinstance(values, bytes) else values.tobytes()
-    return body + crc32c(body).to_bytes(CRC_BYTES, "little")

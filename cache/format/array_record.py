@@ -25,6 +25,11 @@ def crc32c(data: bytes | memoryview) -> int:
     return int(google_crc32c.value(bytes(data)))
 
 
+def with_crc(body: bytes) -> bytes:
+    """A chunk's bytes with their CRC at the end, as in its file."""
+    return body + crc32c(body).to_bytes(CRC_BYTES, "little")
+
+
 def num_segments(body_bytes: int) -> int:
     """How many segments a chunk's values have."""
     return -(-body_bytes // SEGMENT_BYTES)

@@ -27,12 +27,12 @@ HOW_TO_FIX = "pull the block anew, or run `advkd-cache pack` again where the raw
 
 
 def max_packed_bytes(raw_bytes: int) -> int:
-    """What a packed chunk can have at most, whatever its record says: no codec here doubles anything."""
+    """Upper bound of a packed chunk's size, whatever its record says: no codec here doubles the size."""
     return 2 * raw_bytes + SPARE_BYTES
 
 
 def error_of(decoded: npt.NDArray[Any], stored: npt.NDArray[Any]) -> tuple[float, float]:
-    """Root mean square and largest absolute difference of two arrays, in pieces."""
+    """Root mean square and largest absolute difference of two arrays, computed piecewise to bound memory."""
     squares, largest = 0.0, 0.0
     one, other = decoded.reshape(-1), stored.reshape(-1)
     for start in range(0, one.size, _PIECE):
@@ -45,12 +45,12 @@ def error_of(decoded: npt.NDArray[Any], stored: npt.NDArray[Any]) -> tuple[float
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedArray:
-    """What one block of one state must look like, packed and unpacked."""
+    """The ledger's entry for one block of one state, packed and unpacked."""
 
     num_bytes: int
-    """Size of the packed chunk file, its trailing CRC included; 0 where x_T is drawn again and there is none."""
+    """Size of the packed chunk file with its trailing CRC; 0 if x_T is drawn again and has no file."""
     sha256: str
-    """Of that file; of nothing where there is none."""
+    """Of that file, or of no bytes."""
     packed_from: str
     """sha256 of the raw chunk file that was packed."""
     error_rms: float
@@ -65,7 +65,7 @@ class PackedArray:
         """Read what `asdict` wrote.
 
         Raises:
-            ValueError: a part can't be.
+            ValueError: a part is invalid.
         """
         record = cls(**{**value, "raw": ArrayRecord.from_json(value["raw"])})
         fitting = type(record.num_bytes) is int and 0 <= record.num_bytes <= max_packed_bytes(record.raw.num_bytes)

@@ -17,7 +17,7 @@ from advkd.cache.format.store_paths import chunk_path, record_path, states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES
 
 MAX_RECORDS = 512
-"""Kept in memory; one is some kilobytes."""
+"""Kept in memory, a few kilobytes each."""
 MAX_FURTHER_ARRAYS = 64
 """Arrays besides the states."""
 _OWN_FOLDERS = ("states", "blocks", "provenance")
@@ -29,9 +29,9 @@ class Records(Generic[Record]):
 
     Args:
         source: where the store's files come from.
-        recipe: of the store.
-        layout: of the store.
-        kind: what its records are.
+        recipe: the store's recipe.
+        layout: the store's layout.
+        kind: class of the records.
     """
 
     def __init__(self, source: Source, recipe: Recipe, layout: Layout, kind: type[Record]) -> None:
@@ -55,15 +55,15 @@ class Records(Generic[Record]):
             raw = self._source.read(record_path(block))
         except FileNotFoundError:
             raise self._not_committed(block) from None
-        return self.parse(block, raw)
+        return self.decode(block, raw)
 
     def chunk(self, state: State, block: int) -> tuple[str, ArrayRecord]:
         """Path and ledger entry of one block of one state, as a raw store has it."""
         array = states_path(state)
         return chunk_path(array, block, len(self._recipe.item_shape)), self[block].arrays[array].raw
 
-    def parse(self, block: int, raw: bytes) -> Record:
-        """Read a block's record.
+    def decode(self, block: int, raw: bytes) -> Record:
+        """A block's record from the bytes of its file.
 
         Raises:
             DamagedError: it is torn, altered or of another block or cache.
@@ -111,7 +111,7 @@ class Records(Generic[Record]):
                 raise self._not_committed(block)
             yield block, raw
 
-    def seal(self, block: int, raw: bytes) -> str:
+    def hash_of(self, block: int, raw: bytes) -> str:
         """The hash that a block's record carries, checked without parsing it.
 
         Raises:
@@ -127,7 +127,7 @@ class Records(Generic[Record]):
             NotCachedError: a block was never committed.
             DamagedError: a record is torn or altered.
         """
-        return content_digest([(block, self.seal(block, raw)) for block, raw in self.raw(blocks)])
+        return content_digest([(block, self.hash_of(block, raw)) for block, raw in self.raw(blocks)])
 
     def _not_committed(self, block: int) -> NotCachedError:
         seeds = seeds_of(block, self._layout.block_size)

@@ -20,7 +20,7 @@ from advkd.cache.format.encoding import MAX_PACKED_BLOCK_BYTES, Packing
 from advkd.cache.format.layout import Layout
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import carry, check_whole
-from advkd.cache.write.divide import divide
+from advkd.cache.write.divide import Outcome, divide
 from advkd.cache.write.pack_block import pack_block, packed_source, unpack_block
 from advkd.cache.write.writer import CacheWriter
 
@@ -49,7 +49,7 @@ def pack(
     packing: Packing,
     *,
     num_workers: int = 1,
-    begin: Callable[[int], None] = lambda num_bytes: None,
+    begin: Advance = lambda num_bytes: None,
     advance: Advance = lambda num_bytes: None,
 ) -> Packed:
     """Write a packed copy of a store, or extend one.
@@ -79,16 +79,8 @@ def pack(
     existing = CacheWriter(out, cache.recipe, cache.layout.packed(first_written), cache.further)
     if existing.exists() and existing.mismatch() is None:
         packing = first_written  # extend an older store in its own encoding
-    writer = _open(out, cache, cache.layout.packed(packing))
-    begin(len(cache.blocks) * len(cache.layout.states) * block_bytes)
-    with writer.writing():
-        writer.grow(range(cache.num_seeds))
-        task = functools.partial(pack_block, cache.address, uuid.uuid4().hex, out, packing)
-        num_added = 0
-        for _, outcome in divide(cache.blocks, functools.partial(in_processes, task, num_workers=num_workers)):
-            num_added += outcome == "made"
-            advance(len(cache.layout.states) * block_bytes)
-    carry([cache], out)
+    task = functools.partial(pack_block, cache.address, uuid.uuid4().hex, out, packing)
+    num_added = _make_blocks(task, out, cache, cache.layout.packed(packing), num_workers, begin, advance)
     return _sum_up(out, cache, packed_source(TrajectoryCache.open(out)), num_added)
 
 
@@ -97,7 +89,7 @@ def unpack(
     out: Path,
     *,
     num_workers: int = 1,
-    begin: Callable[[int], None] = lambda num_bytes: None,
+    begin: Advance = lambda num_bytes: None,
     advance: Advance = lambda num_bytes: None,
 ) -> Packed:
     """Write the raw store that a packed one unpacks to, or the blocks of it that are missing.
@@ -109,28 +101,35 @@ def unpack(
     """
     source = packed_source(cache)
     check_whole(cache)
-    writer = _open(out, cache, cache.layout)
-    block_bytes = cache.layout.block_bytes(cache.item_shape)
-    begin(len(cache.blocks) * len(cache.layout.states) * block_bytes)
-    with writer.writing():
-        if cache.num_seeds:
-            writer.grow(range(cache.num_seeds))
-        task = functools.partial(unpack_block, cache.address, uuid.uuid4().hex, out)
-        num_added = 0
-        for _, outcome in divide(cache.blocks, functools.partial(in_processes, task, num_workers=num_workers)):
-            num_added += outcome == "made"
-            advance(len(cache.layout.states) * block_bytes)
-    carry([cache], out)
-    return _sum_up(out, cache, source, num_added)
+    task = functools.partial(unpack_block, cache.address, uuid.uuid4().hex, out)
+    return _sum_up(out, cache, source, _make_blocks(task, out, cache, cache.layout, num_workers, begin, advance))
 
 
-def _open(out: Path, cache: TrajectoryCache, layout: Layout) -> CacheWriter:
+def _make_blocks(
+    task: Callable[[int], Outcome],
+    out: Path,
+    cache: TrajectoryCache,
+    layout: Layout,
+    num_workers: int,
+    begin: Advance,
+    advance: Advance,
+) -> int:
+    """Run a task for each block of a cache; the number of blocks that it made."""
     writer = CacheWriter(out, cache.recipe, layout, cache.further)
     problem = writer.mismatch()
     if problem:
         raise MismatchError(f"{out} holds another store ({problem}): choose another --out")
     writer.begin()
-    return writer
+    num_bytes, num_made = len(layout.states) * layout.block_bytes(cache.item_shape), 0
+    begin(len(cache.blocks) * num_bytes)
+    with writer.writing():
+        if cache.num_seeds:
+            writer.grow(range(cache.num_seeds))
+        for _, outcome in divide(cache.blocks, functools.partial(in_processes, task, num_workers=num_workers)):
+            num_made += outcome == "made"
+            advance(num_bytes)
+    carry([cache], out)
+    return num_made
 
 
 def _sum_up(out: Path, cache: TrajectoryCache, packed: UnpackedSource, num_added: int) -> Packed:

@@ -18,12 +18,11 @@ from advkd.cache.codec import standard
 from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
 from advkd.cache.files.durable import link_or_copy, write_verified
-from advkd.cache.format.array_record import ArrayRecord, crc32c
+from advkd.cache.format.array_record import ArrayRecord, with_crc
 from advkd.cache.format.encoding import Packing
 from advkd.cache.format.layout import State
 from advkd.cache.format.packed_ledger import PackedArray, PackedRecord, error_of
 from advkd.cache.format.store_paths import chunk_path, provenance_path, states_path
-from advkd.cache.format.zarr_metadata import CRC_BYTES
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.divide import Outcome
 from advkd.cache.write.writer import CacheWriter
@@ -113,7 +112,7 @@ class _PackedWriter(CacheWriter):
                 arrays[states_path(state)] = self._drawn(block, cache, encode(values), entry)
                 continue
             body = encode(values)
-            data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
+            data = with_crc(body)
             write_verified(self._target(chunk_path(states_path(state), block, len(cache.item_shape))), data)
             decoded = decode(body)
             arrays[states_path(state)] = _describe(state, block, data, decoded, values, entry, packing)
@@ -127,7 +126,7 @@ class _PackedWriter(CacheWriter):
         record.write(self.path)
 
     def _drawn(self, block: int, cache: TrajectoryCache, drawn: bytes, entry: ArrayRecord) -> PackedArray:
-        if hashlib.sha256(drawn + crc32c(drawn).to_bytes(CRC_BYTES, "little")).hexdigest() != entry.sha256:
+        if hashlib.sha256(with_crc(drawn)).hexdigest() != entry.sha256:
             raise DamagedError(
                 f"{cache.address}: x_T of block {block} is not what its seeds draw, so it can't be left out: "
                 "`advkd-cache verify` the store, or choose --codec pcodec"
@@ -194,8 +193,7 @@ def _describe(
             f"state {state.name} of block {block}, decoded again, is off by {largest:.3g}, more than {packing} allows; "
             "nothing of the block was kept: use `--codec lossless`"
         )
-    body = decoded.tobytes()
-    chunk = body + crc32c(body).to_bytes(CRC_BYTES, "little")
+    chunk = with_crc(decoded.tobytes())
     if hashlib.sha256(chunk).hexdigest() != entry.sha256:
         if bound == 0.0:
             raise CacheError(f"state {state.name} of block {block} decodes to other bytes, which lossless must not")
