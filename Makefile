@@ -1,5 +1,7 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
+# Processes that run tests; each computes with one thread.
+JOBS ?= 2
 BIN := .venv/bin
 # The newest Python at hand, for the cache room alone, which must not need what the stages need.
 NEWEST ?= $(firstword $(foreach python,python3.15 python3.14 python3.13 python3.12, \
@@ -13,7 +15,7 @@ demo: install  ## install, then run the default experiment: teacher, cache, stud
 	dvc repro
 
 test: install-dev  ## install, then run the tests
-	pytest
+	pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 test-light: .venv-light/.installed  ## the cache room's tests without torch and diffusers, on the newest Python
 	.venv-light/bin/python -m pytest tests/cache

@@ -20,8 +20,22 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # other processes run tests on the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("pipeline", "benchmarks", "stages", "cache")
+"""Rooms of tests, those of long modules first: pytest-xdist hands out whole modules in this order."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start long modules first, so that no process is left with one at the end."""
+
+    def place(item: pytest.Item) -> int:
+        room = item.path.relative_to(ROOT / "tests").parts[0]
+        return ROOMS.index(room) if room in ROOMS else len(ROOMS)
+
+    items.sort(key=place)
 
 
 @pytest.fixture

@@ -60,11 +60,11 @@ def test_make_targets_do_what_the_readme_says() -> None:
     (commands,) = readme_commands("Two commands")
     assert commands == ["make demo", "make test"]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    for command, last in zip(commands, ("dvc repro", "pytest"), strict=True):
+    for command, last in zip(commands, ("dvc repro", "pytest -n 2"), strict=True):
         plan = subprocess.run(
             [*shlex.split(command), "-n"], cwd=ROOT, env=outside, capture_output=True, text=True, check=True
         )
-        assert plan.stdout.strip().splitlines()[-1] == last
+        assert plan.stdout.strip().splitlines()[-1].startswith(last)
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 

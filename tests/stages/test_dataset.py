@@ -26,6 +26,7 @@ def test_items_are_the_chosen_states_of_the_chosen_seeds(store: Path) -> None:
     assert len(TrajectoryDataset(cache)) == 256 and len(TrajectoryDataset(cache)[0]) == 3
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where this process may use one core alone
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_gives_every_seed_once(store: Path, num_workers: int) -> None:
     dataset = TrajectoryDataset(TrajectoryCache.open(store), steps=[0])
