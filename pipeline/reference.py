@@ -29,7 +29,7 @@ that takes `--config`, `--set KEY=VALUE` changes a key as editing the file would
 
 This page is generated: `python -m advkd.pipeline.reference > docs/configuration.md`.
 """
-_TYPES = {"str": "text", "float": "number", "bool": "true or false", "None": "null", " | ": " or "}
+_TYPES = {"str": "text", "float": "number", "bool": "true or false", "None": "null"}
 _WIDTH = 110
 
 
@@ -57,9 +57,8 @@ def _key(item: dataclasses.Field[Any], hint: Any, meaning: str) -> Key:
     options = typing.get_args(hint) or (hint,)
     sections = (option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option))
     section = next(sections, None)
-    words = re.sub(r"list\[(\w+)\]", r"list of \1", str(item.type))
-    for python, word in _TYPES.items():
-        words = re.sub(rf"(?<!\w){re.escape(python)}(?!\w)", word, words)
+    words = re.sub(r"list\[(\w+)\]", r"list of \1", str(item.type)).replace(" | ", " or ")
+    words = re.sub("|".join(rf"\b{python}\b" for python in _TYPES), lambda match: _TYPES[match[0]], words)
     default = "" if section else _yaml(item.default) if item.default is not dataclasses.MISSING else ""
     if not section and item.default_factory is not dataclasses.MISSING:
         default = _yaml(item.default_factory())
@@ -67,11 +66,13 @@ def _key(item: dataclasses.Field[Any], hint: Any, meaning: str) -> Key:
 
 
 def _docstrings(section: type) -> dict[str, str]:
-    """The string literal below each attribute."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    assert isinstance(definition, ast.ClassDef)
+    """The string literal below each attribute, inherited ones included."""
+    classes = [base for base in reversed(section.__mro__) if dataclasses.is_dataclass(base)]
+    bodies = [ast.parse(textwrap.dedent(inspect.getsource(base))).body[0] for base in classes]
     return {
         above.target.id: " ".join(below.value.value.split())
+        for definition in bodies
+        if isinstance(definition, ast.ClassDef)
         for above, below in zip(definition.body, definition.body[1:], strict=False)
         if isinstance(above, ast.AnnAssign) and isinstance(above.target, ast.Name)
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)

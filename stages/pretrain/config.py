@@ -19,8 +19,11 @@ class ClassifierConfig:
     """The small classifier whose features score samples; no training loss uses it."""
 
     epochs: int = 25
+    """Passes over the real images."""
     batch_size: int = 64
+    """Images per step."""
     learning_rate: float = 2e-3
+    """Learning rate of AdamW."""
     held_out: int = 360
     """Real images kept aside, stratified by label, to measure its accuracy on."""
 
@@ -42,17 +45,27 @@ class PretrainConfig:
     channels: list[int] = field(default_factory=lambda: [16, 32, 48])
     """Widths of the UNet's resolutions."""
     layers_per_block: int = 1
+    """Residual blocks per resolution."""
     beta_schedule: str = "squaredcos_cap_v2"
+    """Noise schedule, by its name in diffusers: `linear`, `scaled_linear` or `squaredcos_cap_v2`."""
     prediction_type: str = "v_prediction"
+    """What the network predicts: `epsilon`, `sample` or `v_prediction`."""
     steps: int = 3000
+    """Optimizer steps."""
     batch_size: int = 64
+    """Images per step."""
     learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
     warmup: float = 0.1
+    """Fraction of the steps over which the learning rate rises linearly; a decay follows."""
     ema: float = 0.998
+    """Decay per step of the exponential moving average of the weights, which is the teacher."""
     seed: int = 0
+    """Seed of the initial weights and all random draws."""
     report_samples: int = 2048
     """Teacher's samples for its Fréchet distance to the real images."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """The classifier that scores samples."""
 
     def __post_init__(self) -> None:
         check_dataset(self.data, self.size)

@@ -42,8 +42,9 @@ class SamplerConfig:
     """Which diffusers scheduler denoises, in how many steps."""
 
     name: str = "ddim"
-    """One of `advkd.stages.teacher.path.solvers.SOLVERS`."""
+    """`ddim`, `ddpm`, `dpmsolver++`, `euler` or `heun`."""
     steps: int = 50
+    """Solver steps from x_T to x_0."""
     eta: float = 0.0
     """Only for ddim: 0 is the deterministic ODE solver, 1 as noisy as DDPM (Song et al. 2021, eq. 16)."""
     spacing: str = "trailing"
@@ -72,9 +73,11 @@ class CacheConfig:
     batch_size: int = 256
     """Seeds in one evaluation of the teacher."""
     dtype: str = "float16"
+    """What states are stored as: `float16` or `float32`."""
     precision: str = "float32"
     """What the teacher computes in; states between its evaluations are always float32."""
     root_seed: int = 0
+    """Seed of all noise: with another one, the same seed numbers give other noise."""
     device: str | None = None
     """`cuda`, `cuda:1`, `mps`, `cpu`; the best that is there if not given. Not part of the recipe."""
 

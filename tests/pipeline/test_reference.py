@@ -19,13 +19,14 @@ def test_the_page_is_up_to_date() -> None:
     assert (ROOT / "docs/configuration.md").read_text() == markdown()
 
 
-def test_every_key_stands_on_the_page() -> None:
+def test_every_key_stands_on_the_page_with_its_meaning() -> None:
     pending, page = [("", Experiment)], markdown()
     while pending:
         path, section = pending.pop()
         assert not path or f"\n## {path}\n" in page
         for item, key in zip(dataclasses.fields(section), keys_of(section), strict=True):
             assert item.name == key.name and f"| `{key.name}` | " in page
+            assert key.meaning and "|" not in key.kind + key.meaning, f"{path}.{key.name} has no docstring for a table"
             if key.section is not None:
                 pending.append((f"{path}.{key.name}".lstrip("."), key.section))
 
