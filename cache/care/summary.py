@@ -8,6 +8,7 @@ from typing import Any
 from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.format.array_record import ArrayRecord
+from advkd.cache.format.arrays import further_names
 from advkd.cache.format.ledger import BlockRecord, content_digest
 from advkd.cache.format.store_paths import states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES, FORMAT
@@ -27,9 +28,11 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
     size, recipe, blocks = cache.layout.block_size, cache.recipe, cache.blocks
     sampled = blocks[:: max(1, -(-len(blocks) // MAX_BLOCKS_FOR_STATISTICS))]
     chunk_bytes = cache.layout.block_bytes(cache.item_shape) + CRC_BYTES
-    further_bytes = sum(spec.block_bytes + CRC_BYTES for spec in cache.further)
     origin = origin_of(cache)
     content, records = _read_ledger(cache, sampled)
+    if records:
+        cache.further_names = further_names(records[:1], cache.layout, [0])  # so that no record is read twice
+    further_bytes = sum(spec.block_bytes + CRC_BYTES for spec in cache.further)
     return {
         "store": cache.address,
         "format": FORMAT,

@@ -9,7 +9,7 @@ resizes a store handles every array through `ArraySpec`, so that a new kind of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from advkd.cache.errors import DamagedError, NotCachedError
 from advkd.cache.files.strict_json import integer, parse_json
 from advkd.cache.format.array_record import ArrayRecord, num_segments
 from advkd.cache.format.layout import MAX_BLOCK_BYTES, Layout, State
+from advkd.cache.format.ledger import LedgerRecord
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.records import Records
 from advkd.cache.format.source import Source, check_num_blocks
@@ -129,7 +130,9 @@ def _expected(value: dict[str, Any], spec: ArraySpec, num_seeds: int) -> dict[st
     }
 
 
-def further_names(records: Records[Any], layout: Layout, blocks: Iterable[int]) -> tuple[str, ...]:
+def further_names(
+    records: Records[Any] | Sequence[LedgerRecord[Any]], layout: Layout, blocks: Iterable[int]
+) -> tuple[str, ...]:
     """Paths of the arrays besides the states: those that the first valid record names, as all blocks have the same."""
     for block in blocks:
         with suppress(DamagedError, NotCachedError):

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_said_before_anything_comes(store: Path, monkeypatc
     usage = shutil.disk_usage(store)
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     with plain_http(store.parent) as (address, requested):
-        with pytest.raises(UsageError, match=r"the chosen states take .* are free"):
+        with pytest.raises(UsageError, match=r"the chosen states need .* are free"):
             TrajectoryCache.open(f"{address}/toy.zarr").fetch([0], range(16))
         assert not any("/c/" in path for path in requested)
 
