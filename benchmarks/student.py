@@ -127,7 +127,7 @@ def _comparison(times: dict[str, list[float]], name: str, batch: int, agreement:
             found=ratio_between(times, EAGER, best),
             limit=2,
             at_most=False,
-            headline="Exporting the student: times faster than in PyTorch" if first else "",
+            headline="Generating an image from the best exported file: times faster than in PyTorch" if first else "",
         ),
     ]
     for other, words, limit in ((SOLVER, "DPM-Solver++ 10", 6), (FULL, "1000 steps", 600)):
