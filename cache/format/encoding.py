@@ -22,8 +22,8 @@ STANDARD = ("zstd", "blosc", "pcodec")
 CODECS = (*PREDICTIVE, *STANDARD)
 _PREFIX = "packed-"
 PACKED_ENCODINGS = (*(_PREFIX + codec for codec in PREDICTIVE), *STANDARD, *PREDICTIVE)
-"""Values of a packed layout's `encoding`. Those without a prefix that predict are read and extended, but not begun:
-their arrays name the codec `advkd.chain`, which needs earlier states that Zarr gives no codec of its kind."""
+"""Values of a packed layout's `encoding`. Older stores have `lossless` and `archive` without the prefix and are read
+and extended: their arrays list a codec, `advkd.chain`, to which Zarr can't give the earlier states that it needs."""
 DEFAULT_LEVELS = {"zstd": 9, "blosc": 9, "pcodec": 8}
 MAX_LEVELS = {"zstd": 22, "blosc": 9, "pcodec": 12}
 MIN_ERROR, MAX_ERROR = 2.0**-20, 0.5

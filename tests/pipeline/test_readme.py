@@ -120,9 +120,13 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_store(tmp_path / "cache/digits.zarr", "0:64")
     (example,) = python_blocks(below(CACHES, "From Python"))
     names: dict[str, object] = {}
-    exec(example.replace("rows(50,", "rows(4,").replace("[0, 50]", "[0, 4]"), names)
+    for there, here in (("(50", "(4"), ("states/0050", "states/0004"), ("[0, 50]", "[0, 4]")):
+        example = example.replace(there, here)
+    exec(example, names)
     assert isinstance(names["cache"], TrajectoryCache)
     assert names["x_T"].shape == names["x_0"].shape == (64, 1, 8, 8)  # type: ignore[attr-defined]
+    assert names["first"].shape == (8, 1, 8, 8)  # type: ignore[attr-defined]
+    assert names["mean"].compute().shape == (1, 8, 8)  # type: ignore[attr-defined]
     assert len(names["dataset"]) == 64  # type: ignore[arg-type]
 
 
