@@ -18,7 +18,9 @@ from advkd.cache.read.reader import TrajectoryCache
 
 
 class TrajectoryDataset(Dataset[tuple[Tensor, ...]]):
-    """States of a cache by seed, in the stored units and dtype.
+    """States of a cache by seed, as stored: float16 (or the store's float32) in stored units, x_t / scale.
+
+    For x_t convert to float32 and multiply by `cache.states[step].scale`.
 
     Item i is the tuple of the chosen states of the i-th chosen seed, each of shape (C, H, W). A batch is read at once,
     so any `DataLoader` with shuffling is fast; workers open the store again.

@@ -10,6 +10,7 @@ from advkd.cache.files.sealed_json import unseal
 from advkd.cache.format.array_record import ArrayRecord
 from advkd.cache.format.arrays import further_names
 from advkd.cache.format.ledger import BlockRecord, content_digest
+from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.store_paths import states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES, FORMAT
 from advkd.cache.read.compare import tolerance_of
@@ -44,7 +45,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "encoding": cache.stored_layout.encoding,
         "block_size": size,
         "teacher": {"tensors_sha256": recipe.teacher["tensors_sha256"], **origin},
-        "sampler": {key: recipe.sampler[key] for key in ("name", "steps", "eta", "deterministic")},
+        "sampler": _sampler(recipe),
         "precision": recipe.precision,
         "noise": recipe.noise,
         "num_seeds": len(blocks) * size,
@@ -58,6 +59,22 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "states": _states(cache, records),
         "arrays": _arrays(cache, records),
     }
+
+
+def _sampler(recipe: Recipe) -> dict[str, Any]:
+    """The sampler and, as far as the recipe says them, its spacing, its offset and what it does to x̂_0."""
+    sampler, config = recipe.sampler, recipe.sampler["config"]
+    clips = config.get("clip_sample") or sampler.get("x0") == "clip"
+    thresholds = config.get("thresholding") or sampler.get("x0") == "threshold"
+    options = {
+        "spacing": config.get("timestep_spacing"),
+        "steps_offset": config.get("steps_offset"),
+        "landing": sampler.get("landing"),
+        "clips_x0": config.get("clip_sample_range", 1.0) if clips and not thresholds else None,
+        "thresholds_x0": config.get("sample_max_value", 1.0) if thresholds else None,
+    }
+    known = {key: sampler[key] for key in ("name", "steps", "eta", "deterministic")}
+    return known | {key: value for key, value in options.items() if value is not None}
 
 
 def runs(blocks: Sequence[int]) -> list[tuple[int, int]]:

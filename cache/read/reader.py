@@ -44,6 +44,13 @@ Values = npt.NDArray[Any]
 class TrajectoryCache:
     """A trajectory cache opened for reading.
 
+    `rows` gives float16 (or float32, as the store's `dtype` is) in **stored units**, x_t / scale at unit variance. The
+    solver's own state, x_t = alpha · x_0 + sigma · ε, of some seeds:
+
+        x_t = cache.rows(step, seeds).astype(np.float32) * cache.states[step].scale
+
+    Images have scale 1, so that x_0 is in [−1, 1] up to what the sampler overshoots.
+
     Attributes:
         source: the files of the raw store.
         recipe: what determines its numbers.
@@ -314,8 +321,9 @@ class TrajectoryCache:
             out: destination, such as pinned memory: stored dtype, C-contiguous, of the shape below.
 
         Returns:
-            Stored dtype, shape (len(seeds), *item_shape), in the order of `seeds`. Multiply by the state's `scale`
-            for the solver's own x_t.
+            Stored dtype, float16 unless the store says float32, and stored units x_t / scale; shape
+            (len(seeds), *item_shape), in the order of `seeds`. For x_t convert to float32 and multiply by the state's
+            `scale`.
 
         Raises:
             NotCachedError: a seed or state is absent.

@@ -46,7 +46,7 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("items", f"{'×'.join(map(str, summary['item_shape']))}, {summary['dtype']}, {summary['encoding']}; "
                   f"{summary['num_bytes'] / 1e9:.3f} GB {'unpacked' if 'packed' in summary else 'here'}"),
         *([("packed", _packed(summary["packed"]))] if "packed" in summary else []),
-        ("sampler", f"{sampler['name']}, {sampler['steps']} steps, {paired}"),
+        ("sampler", f"{sampler['name']}, {sampler['steps']} steps, {paired}{_options(sampler)}"),
         ("teacher", origin),
         *([("licence", str(teacher["license"]))] if "license" in teacher else []),
         ("precision", f"teacher in {summary['precision']['compute']}"),
@@ -54,8 +54,23 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("fingerprint", summary["fingerprint"]),
         ("digest", summary["digest"]),
     ]  # fmt: skip
+    last = summary["states"][-1]
+    if "minimum" in last and last["timestep"] == -1:
+        lines.append(
+            ("x_0", f"values {last['minimum'] * last['scale']:+.2f} to {last['maximum'] * last['scale']:+.2f}")
+        )
     lines += [(f"state {state['step']:04d}", _state(state)) for state in summary["states"]]
     return lines + [("array", _array(array)) for array in summary["arrays"]]
+
+
+def _options(sampler: dict[str, Any]) -> str:
+    """Eta, spacing, offset and clipping, as far as they are known and not 0."""
+    from advkd.cache.files.strict_json import shortened
+
+    names = {"eta": "eta", "spacing": "spacing", "steps_offset": "steps_offset", "landing": "landing",
+             "clips_x0": "x_0 clipped to ±", "thresholds_x0": "x_0 thresholded at"}  # fmt: skip
+    said = [f"{name} {shortened(sampler[key])}" for key, name in names.items() if sampler.get(key)]
+    return f"; {', '.join(said)}".replace("± ", "±") if said else ""
 
 
 def _array(array: dict[str, Any]) -> str:

@@ -204,3 +204,18 @@ def test_what_is_no_cache_is_said_in_one_line_and_left_alone(invoke: Invoke, tmp
         assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
         assert result.stderr.startswith("error: ")
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["folder", "notes.txt"]
+
+
+def test_info_shows_what_the_sampler_did_and_the_range_of_x_0(invoke: Invoke, tmp_path: Path) -> None:
+    config = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": True, "clip_sample_range": 2.0}
+    sampler = {**make_recipe().sampler, "eta": 0.5, "config": config, "landing": "next"}
+    write_store(tmp_path / "a.zarr", "0:16", sampler=sampler)
+    text = invoke(command, "info", tmp_path / "a.zarr").output
+    assert "eta 0.5, spacing leading, steps_offset 1, landing next, x_0 clipped to ±2.0" in text
+    x_0 = TrajectoryCache.open(tmp_path / "a.zarr").rows(4, range(16))
+    assert f"x_0           values {x_0.min():+.2f} to {x_0.max():+.2f}\n" in text
+    summary = json.loads(invoke(command, "info", tmp_path / "a.zarr", "--json").output)
+    assert (summary["sampler"]["spacing"], summary["sampler"]["clips_x0"]) == ("leading", 2.0)
+    write_store(tmp_path / "b.zarr", "0:16", sampler={**sampler, "config": {"thresholding": True}, "eta": 10**400})
+    text = invoke(command, "info", tmp_path / "b.zarr").output
+    assert "x_0 thresholded at 1.0" in text and "spacing" not in text
