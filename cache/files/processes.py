@@ -11,8 +11,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
+
+from advkd.cache.errors import CacheError
 
 T = TypeVar("T")
 
@@ -34,6 +37,9 @@ def in_processes(
 
     Yields:
         Each block and its result, as they come.
+
+    Raises:
+        CacheError: a worker process was killed.
     """
     blocks = list(blocks)
     if min(num_workers, len(blocks)) <= 1:
@@ -52,6 +58,11 @@ def in_processes(
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise CacheError(
+                "a worker process was killed (out of memory?); what was committed is kept: run the command again, with "
+                "fewer --workers"
+            ) from None
         finally:
             for future in running:
                 future.cancel()

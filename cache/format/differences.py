@@ -21,5 +21,10 @@ def _differences(found: Any, expected: Any, path: tuple[str, ...]) -> list[tuple
         return [entry for key in keys for entry in _differences(found.get(key), expected.get(key), (*path, str(key)))]
     if found == expected:
         return []
+    if isinstance(found, list) and isinstance(expected, list) and any(isinstance(v, dict) for v in found + expected):
+        if len(found) != len(expected):
+            return [(path, f"{in_line('.'.join(path), 120)}: {len(found)} → {len(expected)} entries")]
+        pairs = enumerate(zip(found, expected, strict=True))
+        return [entry for index, (a, b) in pairs for entry in _differences(a, b, (*path, str(index)))]
     short_found, short_expected = (shortened(value) for value in (found, expected))
     return [(path, f"{in_line('.'.join(path), 120)}: {short_found} → {short_expected}")]

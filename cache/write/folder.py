@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from advkd.cache.errors import DamagedError, MismatchError, NotACacheError
+from advkd.cache.errors import DamagedError, MismatchError, NotACacheError, UsageError
 from advkd.cache.files.durable import PARTIAL_SUFFIX, fsync_folder, holds_something, write_atomically, write_json
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target, walk
@@ -75,6 +75,7 @@ class StoreFolder:
         Raises:
             MismatchError: a cache of another recipe or layout is there, and `on_mismatch` is "stop".
             NotACacheError: something that is no cache is there.
+            UsageError: no store can be created there.
             LockedError: the store is to be set aside, but another process writes to it.
         """
         if not self.continues(on_mismatch) and self.exists():
@@ -93,8 +94,8 @@ class StoreFolder:
         problem = self.mismatch()
         if problem and on_mismatch == "stop":
             raise MismatchError(
-                f"{self.path} was built otherwise ({problem}): choose another --out, "
-                "or --on-mismatch set-aside renames it"
+                f"{self.path} was built otherwise ({problem}): choose another --out, or `advkd-cache build` renames it "
+                "with --on-mismatch set-aside"
             )
         return problem is None and self.exists()
 
@@ -136,6 +137,7 @@ class StoreFolder:
         return lines
 
     def _create(self) -> None:
+        self._check_place()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
         try:
@@ -154,6 +156,20 @@ class StoreFolder:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         fsync_folder(self.path.parent)
+
+    def _check_place(self) -> None:
+        """Refuse a place where no store can be.
+
+        Raises:
+            UsageError: it is inside another store, a dangling symlink, or below a file.
+        """
+        if self.path.is_symlink():
+            raise UsageError(f"{self.path} is a symlink to nothing: remove it, or choose another --out")
+        for folder in self.path.absolute().parents:
+            if folder.exists() and not folder.is_dir():
+                raise UsageError(f"{self.path}: {folder} is a file: choose another --out")
+            if (folder / "zarr.json").is_file() and (folder / "states").is_dir() and (folder / "blocks").is_dir():
+                raise UsageError(f"{self.path} is inside the cache {folder}: choose another --out")
 
     def _metadata(self, num_seeds: int) -> dict[str, dict[str, Any]]:
         return store_metadata(self.recipe, self.layout, self.further, num_seeds)

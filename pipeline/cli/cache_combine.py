@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from advkd.pipeline.cli.common import example, guarded, parse_steps
+from advkd.pipeline.cli.common import example, guarded, parse_steps, printable
 
 if TYPE_CHECKING:
     from advkd.cache.write.combine import Combined
@@ -78,4 +78,4 @@ def _tell(combined: Combined) -> None:
     if combined.num_replaced:
         parts.append(f"{combined.num_replaced} replaced")
     how = ", ".join(f"{count} as {way}" for way, count in sorted(combined.how.items()))
-    click.echo(f"{combined.store}: {', '.join(parts)}{f' (files: {how})' if how else ''}")
+    click.echo(printable(f"{combined.store}: {', '.join(parts)}{f' (files: {how})' if how else ''}"))

@@ -198,6 +198,18 @@ def test_a_block_that_appears_during_a_merge_is_settled_like_one_that_was_there(
     assert tree(tmp_path / "out") == tree(tmp_path / "a")
 
 
+def test_a_store_is_not_created_where_none_can_be(store: Path, tmp_path: Path) -> None:
+    before = tree(store)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling.zarr").symlink_to(tmp_path / "nothing")
+    places = [store / "inner.zarr", store / "states/inner.zarr", tmp_path / "file/a.zarr", tmp_path / "dangling.zarr"]
+    for place in places:
+        with pytest.raises(UsageError, match=r"--out"):
+            subset(TrajectoryCache.open(store), place)
+    assert tree(store) == before
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nothing").exists()
+
+
 def test_a_subset_keeps_its_identity_and_its_bytes(store: Path, tmp_path: Path) -> None:
     whole = TrajectoryCache.open(store)
     combined = subset(whole, tmp_path / "part", seeds="20:60", steps=[4])

@@ -122,6 +122,15 @@ def test_what_differs_at_the_top_is_named_first() -> None:
     ]
 
 
+def test_lists_of_objects_are_compared_by_their_entries() -> None:
+    states = [{"step": 0, "sigma": 1.0}, {"step": 2, "sigma": 0.5}]
+    assert differences({"states": states}, {"states": states[:1]}) == ["states: 2 → 1 entries"]
+    assert differences({"states": states}, {"states": [states[0], {"step": 2, "sigma": 0.4}]}) == [
+        "states.1.sigma: 0.5 → 0.4"
+    ]
+    assert differences([1, 2], [1, 3]) == [": [1, 2] → [1, 3]"]
+
+
 def test_set_aside_renames_and_never_deletes(store: Path) -> None:
     before = tree(store)
     changed = make_recipe(noise={"rule": "philox4x64-as241-v1", "root_seed": 1})
