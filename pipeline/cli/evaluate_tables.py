@@ -51,16 +51,17 @@ def _samplers(evaluation: Evaluation) -> Table:
     measures = [name for name, measure in MEASURES.items() if measure.column_decimals is not None]
     form = "the whole protocol" if evaluation.full else "a short form of the protocol: see --full"
     teacher = evaluation.table.rows[1].name
+    treatments = "".join(f"\n{mark}: {treatment}" for mark, treatment in evaluation.table.marks().items())
     table = _table(
         f"Against the teacher's cached x_0 of {evaluation.num_reference:,} seeds, in {evaluation.features} features "
         f"({form}).\nMean ± sd over {evaluation.num_sets} sets of {evaluation.set_size:,} fresh seeds "
         "(KID: ± standard error; precision, recall: %)\n",
-        "student minus this: Fréchet distance, 95 % interval; ahead or behind where it excludes 0; "
-        f"{TEACHER}: {teacher.removeprefix('teacher ').strip('()')}\n",
+        "student minus this: Fréchet distance, 95 % interval; ahead or behind where it excludes 0\n"
+        f"{TEACHER}: {teacher.removeprefix('teacher ').strip('()')}{treatments}\n",
         ["sampler", "evals", *(MEASURES[name].title for name in measures), "student minus this", "student"],
     )
     for name, *cells in evaluation.table.cells(measures):  # rows without scores are explained below the tables
-        table.add_row(TEACHER if name == teacher else name, *cells)
+        table.add_row(name.replace(teacher, TEACHER), *cells)
     return table
 
 

@@ -12,7 +12,7 @@ from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import LARGE_BATCH, interleaved_latency
 from advkd.stages.evaluate.evaluate import check_same_cache
-from advkd.stages.evaluate.measure import Sets, cached_batches, make_reference, measure
+from advkd.stages.evaluate.measure import Sets, cached_batches, make_reference, measure, reported
 from advkd.stages.evaluate.samplers import Sampler
 from advkd.stages.metrics.features import FeatureNetwork
 from advkd.stages.metrics.table import ScoreTable
@@ -50,10 +50,11 @@ def score_forms(
     """
     check_cache_of(student, cache)
     samplers = [_sampler(name, form, student) for name, form in forms.items()]
-    cached = cached_batches(cache, student.geometry.steps[-1], cache.seeds(), config.batch_size)
-    reference = make_reference(network, cached, None, config.num_sets)
+    reporter, seeds = reporter or SilentReporter(), cache.seeds()
+    cached = cached_batches(cache, student.geometry.steps[-1], seeds, config.batch_size)
+    reference = make_reference(network, reported(cached, "reference", len(seeds), reporter), None, config.num_sets)
     sets = Sets(num_sets=config.num_sets, set_size=config.set_size, batch_size=config.batch_size)
-    return measure(samplers, network, reference, sets, reporter=reporter or SilentReporter()).table
+    return measure(samplers, network, reference, sets, reporter=reporter).table
 
 
 def _sampler(name: str, form: Form, student: Student) -> Sampler:

@@ -31,7 +31,15 @@ from advkd.stages.evaluate.config import (
     EvaluateConfig,
 )
 from advkd.stages.evaluate.cost import LARGE_BATCH, compare_costs
-from advkd.stages.evaluate.measure import ImageDistance, Sets, cached_batches, make_reference, measure, pair_distances
+from advkd.stages.evaluate.measure import (
+    ImageDistance,
+    Sets,
+    cached_batches,
+    make_reference,
+    measure,
+    pair_distances,
+    reported,
+)
 from advkd.stages.evaluate.networks import load_features, with_own_features
 from advkd.stages.evaluate.samplers import all_samplers, find_teacher, student_sampler
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
@@ -114,8 +122,8 @@ def evaluate(
     )
     reference = make_reference(
         network,
-        cached_batches(cache, last, seeds, config.batch_size),
-        real.batches(config.batch_size) if real else None,
+        reported(cached_batches(cache, last, seeds, config.batch_size), "reference", len(seeds), reporter),
+        reported(real.batches(config.batch_size), "real images", real.num_images, reporter) if real else None,
         config.num_sets,
     )
     if real and real.note():

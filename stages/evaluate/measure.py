@@ -65,6 +65,15 @@ def cached_batches(cache: TrajectoryCache, step: int, seeds: Seeds, batch_size: 
         yield read_float(cache, step, seeds[start : start + batch_size])
 
 
+def reported(batches: Iterable[Tensor], what: str, total: int, reporter: Reporter) -> Iterator[Tensor]:
+    """The same batches, with progress."""
+    reporter.start(what, total, "images")
+    for batch in batches:
+        yield batch
+        reporter.advance(len(batch))
+    reporter.finish()
+
+
 def make_reference(
     network: FeatureNetwork, cached: Iterable[Tensor], real: Iterable[Tensor] | None, num_sets: int
 ) -> Reference:
@@ -111,7 +120,9 @@ def measure(
     """
     scorer = Scorer(reference)
     measurable = [sampler for sampler in samplers if sampler.generate]
-    rows = {sampler.name: Row(name=sampler.name, evaluations=sampler.evaluations) for sampler in samplers}
+    rows = {
+        sampler.name: Row(name=sampler.name, evaluations=sampler.evaluations, x0=sampler.x0) for sampler in samplers
+    }
     beside = [sampler.name for sampler in samplers[:2] if sampler.generate and training]
     near: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in beside}
     probabilities: dict[str, list[Floats]] = defaultdict(list)

@@ -32,7 +32,7 @@ MAX_SIDE = 32
 """Larger images are averaged down to it: training takes a minute on two cores."""
 GRID = 4
 """Height and width of the last map."""
-NUM_STEPS = 300
+NUM_STEPS = 200
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 20

@@ -22,6 +22,8 @@ NOT_MEASURED = "–"
 DIGITS = 3
 """Significant digits shown, so that an interval fits its column."""
 MOST_DECIMALS = 4
+MARKS = "†‡§¶"
+"""Behind the names of rows whose solver changes x̂_0, one per way to do so."""
 
 
 @dataclass(kw_only=True)
@@ -31,6 +33,8 @@ class Row:
     name: str
     evaluations: int
     """Network evaluations per image."""
+    x0: str | None = None
+    """What its solver does to each predicted x̂_0, such as clipping it; None if nothing."""
     values: dict[str, list[float]] = field(default_factory=dict)
     """By measure, one value per set; absent where it was not measured."""
     class_shares: list[float] | None = None
@@ -70,6 +74,7 @@ class Row:
         """Everything that was measured; the most used scores once more on top."""
         return {
             "evaluations": self.evaluations,
+            "x0": self.x0,
             "frechet": self.values.get("frechet"),
             "frechet_mean": self.mean("frechet"),
             "frechet_sd": self.deviation("frechet"),
@@ -104,6 +109,7 @@ class Row:
         return cls(
             name=name,
             evaluations=int(value.get("evaluations", 1)),
+            x0=None if value.get("x0") is None else str(value["x0"]),
             values=values,
             class_shares=value.get("class_shares"),
         )
@@ -150,6 +156,11 @@ class ScoreTable:
         """The student's scores minus a row's, over the same sets; None for the student itself."""
         return difference(self.student, row, measure)
 
+    def marks(self) -> dict[str, str]:
+        """A mark for each treatment of x̂_0 that a row has: the treatment by its mark."""
+        treatments = dict.fromkeys(row.x0 for row in self.rows if row.x0)
+        return dict(zip(MARKS, treatments, strict=False))
+
     def cells(self, measures: Sequence[str]) -> list[list[str]]:
         """Rows that were measured, as text.
 
@@ -157,16 +168,23 @@ class ScoreTable:
             measures: to show; the paired difference is that of the first.
 
         Returns:
-            Per row: name, network evaluations, each measure, student minus this with its 95 % interval, and `ahead`
-            or `behind` where that interval excludes zero.
+            Per row: name with its mark, network evaluations, each measure, student minus this with its 95 % interval,
+            and `ahead` or `behind` where that interval excludes zero.
         """
+        first, marks = MEASURES[measures[0]], {x0: f" {mark}" for mark, x0 in self.marks().items()}
         lines = []
         for row in self.rows:
             if row.values:
-                gap = self.student_minus(row, measures[0])
-                scores = [row.text(measure, MEASURES[measure].column_decimals) for measure in measures]
-                shown = difference_text(gap, measures[0], MEASURES[measures[0]].column_decimals)
-                lines.append([row.name, str(row.evaluations), *scores, shown, MEASURES[measures[0]].verdict(gap)])
+                gap = self.student_minus(row, first.name)
+                lines.append(
+                    [
+                        row.name + marks.get(row.x0 or "", ""),
+                        str(row.evaluations),
+                        *(row.text(measure, MEASURES[measure].column_decimals) for measure in measures),
+                        difference_text(gap, first.name, first.column_decimals),
+                        first.verdict(gap),
+                    ]
+                )
         return lines
 
     def to_csv(self, **constants: object) -> str:

@@ -275,6 +275,16 @@ def test_every_view_of_a_table_has_the_same_numbers() -> None:
     assert saved["student_minus_this"]["mean"] == pytest.approx(-1.0)
 
 
+def test_rows_tell_what_their_solver_does_to_x0() -> None:
+    table = make_table()
+    assert table.marks() == {}
+    table.rows[1].x0 = table.rows[2].x0 = "x̂_0 clipped to ±1"
+    (mark,) = table.marks()
+    names = [line[0] for line in table.cells(["frechet"])]
+    assert names == ["student", f"teacher (ddim 50) {mark}"]
+    assert ScoreTable.from_json(table.to_json()) == table
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_the_verdict_knows_which_value_is_better(name: str) -> None:
     below, chance = Interval(mean=-1.0, low=-2.0, high=-0.5), Interval(mean=-1.0, low=-2.0, high=0.5)

@@ -115,7 +115,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_it_ranks_known_degradations() -> None:
-    """In its short form: trained for a quarter of its steps."""
+    """In its short form: trained for fewer steps."""
     reference, images, labels = digits()
     network = as_features(train_self_supervised(reference, 16, 0, SilentReporter(), num_steps=75))
     for name, sets in degradations(images, labels).items():
