@@ -115,7 +115,7 @@ def test_a_store_too_large_to_sweep_is_swept_block_by_block(tmp_path: Path, monk
     (store / "blocks/000002.json").unlink()
     left = store / "states/0002/c/2/0/0/0.0123456789ab.partial"
     left.write_bytes(b"half")
-    monkeypatch.setattr("advkd.cache.write.writer.SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr("advkd.cache.write.folder.SWEEP_SECONDS", 0.0)
     with writer.writing():
         assert left.exists()
         writer.commit(2, block_states(writer.layout, 2))
