@@ -26,17 +26,24 @@ from advkd.pipeline.cli.common import (
 )
 @click.option("--cache", "store", metavar="STORE", required=True, help="A folder, or a URL that fsspec reads.")
 @config_option("settings for 32×32 colour images")
-@click.option("--run", metavar="FOLDER", type=click.Path(path_type=Path), help="runs/NAME of the store if not given.")
+@click.option(
+    "--run",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Default: runs/NAME of the store.",
+)
 @click.option("--states", metavar="LIST", help="Learn from these recorded states only, such as 0,50.")
-@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many steps in all; goes on later.")
-@click.option("--resume", is_flag=True, help="Insist that the run is there already, and go on with it.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop at this step; the same command resumes.")
+@click.option("--resume", is_flag=True, help="Fail unless the run exists already.")
 @click.option(
     "--on-mismatch",
     type=click.Choice(["stop", "set-aside"]),
     default="stop",
     show_default=True,
-    help="Where the folder holds another run: stop, or rename it out of the way.",
+    help="If the folder holds another run: stop, or rename it and start anew.",
 )
+@click.option("--seed", type=click.IntRange(min=0, max=(1 << 31) - 1), help="Replaces train.seed.")
+@click.option("--device", help="cuda, cuda:1, mps or cpu; the best of this machine if not given.")
 @guarded
 def main(
     store: str,
@@ -47,16 +54,19 @@ def main(
     max_steps: int | None,
     resume: bool,
     on_mismatch: Any,
+    seed: int | None,
+    device: str | None,
 ) -> None:
     """Train a one-pass student from a trajectory cache alone.
 
-    Item shape, recorded states and noise schedule come from the cache. Run the same command again to go on after an
-    interruption.
+    Item shape, recorded states and noise schedule come from the cache. The same command resumes an interrupted run,
+    also with another number of processes; more train.steps prolong a finished one. Several processes: torchrun
+    --nproc-per-node N -- "$(which advkd-train)" …
     """
     from advkd.cache.format.metadata import read_metadata
     from advkd.cache.format.source import open_source
 
-    read_metadata(open_source(store))  # a wrong path is said at once, before anything heavy is imported
+    read_metadata(open_source(store))  # a wrong path fails before anything slow is imported
     from advkd.pipeline.config import default_settings, load_experiment
     from advkd.pipeline.interrupts import StopRequest
     from advkd.pipeline.progress import TerminalReporter
@@ -65,6 +75,8 @@ def main(
     settings = (load_experiment(config, overrides) if config else default_settings(overrides)).train
     if states is not None:
         settings = dataclasses.replace(settings, states=parse_steps("--states", states))
+    if seed is not None:
+        settings = dataclasses.replace(settings, seed=seed)
     folder = run or Path("runs") / store_name(store)
     with StopRequest() as stop, TerminalReporter() as reporter:
         trained = train(
@@ -75,6 +87,7 @@ def main(
             resume=resume,
             on_mismatch=on_mismatch,
             reporter=reporter,
+            device=device,
             should_stop=stop,
         )
     if stop.requested and not trained.complete:
@@ -83,7 +96,7 @@ def main(
         sys.exit(INTERRUPTED)
     if not trained.is_main:
         return
-    where = f"; look: {trained.preview}" if trained.preview else ""
+    where = f"; preview: {trained.preview}" if trained.preview else ""
     click.echo(
         f"{folder}: step {trained.step} of {trained.num_steps}, "
         f"mean squared error on held-out seeds {trained.held_out_mse:.4f}{where}"

@@ -69,6 +69,13 @@ class Kind(Protocol):
             TrainingError: the geometry doesn't allow this kind.
         """
 
+    def divided(self, config: TrainConfig, num_processes: int, world_size: int) -> TrainConfig:
+        """Settings for `world_size` processes that keep the global batch of a run started by `num_processes`.
+
+        Raises:
+            UsageError: the global batch doesn't divide among so many.
+        """
+
     def program(
         self,
         config: TrainConfig,

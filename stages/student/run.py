@@ -1,18 +1,21 @@
 """A run's folder: its configuration, the seeds and the cache that it trains on, and its progress.
 
 runs/NAME/
-  run.json        identity (configuration, cache, seeds), status, versions
+  run.json        identity (configuration, cache, seeds), global batch, segments, status, versions
   student/        config.json and model.safetensors: the averaged weights at the last step
   best/           the same at the step with the smallest error on held-out seeds
   checkpoint/     last.safetensors, from which training resumes
   log/            DVCLive's metrics.json and plots
   preview/        teacher beside student, on the same held-out seeds every time
+
+A run keeps its seeds and its global batch: another number of processes may resume it, also after its cache has grown. A
+finished run is prolonged by more `train.steps`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.files.durable import fsync_folder, write_json
 from advkd.cache.format.differences import differences
 from advkd.cache.format.hashing import is_held_out
+from advkd.cache.format.recipe import digest
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.provenance import versions
@@ -36,6 +40,28 @@ LOCK_FILE = "run.lock"
 Seeds = npt.NDArray[np.int64]
 OnMismatch = Literal["stop", "set-aside"]
 Status = Literal["new", "resume", "complete"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A part of a run that one number of processes trained, under one identity."""
+
+    step: int
+    """The first step, counted from 0."""
+    processes: int
+    steps: int
+    """Number of steps of the whole run, as then configured."""
+    identity: str
+    """Digest of the run's identity, which its checkpoints carry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What the folder of a claimed run holds."""
+
+    status: Status
+    segments: tuple[Segment, ...]
+    """The run so far, in order; empty for a new run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +104,7 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
 
 
 def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_processes: int = 1) -> dict[str, Any]:
-    """What identifies a run: its configuration, number of processes and the content of its blocks."""
+    """What identifies a run: its configuration, the number of processes it started with, the content of its blocks."""
     return {
         "config": asdict(config),
         "processes": num_processes,
@@ -135,6 +161,7 @@ class Run:
             fitting = fitting and value["status"] in ("training", "complete") and isinstance(cache["fingerprint"], str)
             if not fitting or [type(block) for block in first_last] != [int, int]:
                 raise ValueError("not written by advkd")
+            _segments_of(value)
         except (FileNotFoundError, NotADirectoryError):
             raise TrainingError(
                 f"{self.path} is no run (no run.json): start one with `advkd-train --cache STORE --run {self.path}`, "
@@ -144,25 +171,36 @@ class Run:
             raise TrainingError(f"{self.path} is no run (run.json: {error})") from None
         return value
 
-    def write(self, wanted: dict[str, Any], status: Literal["training", "complete"]) -> None:
+    def write(
+        self, wanted: dict[str, Any], status: Literal["training", "complete"], segments: Sequence[Segment] = ()
+    ) -> None:
         """Write run.json."""
-        write_json(
-            self._file, {"format": FORMAT, "identity": wanted, "status": status, "versions": versions("accelerate")}
-        )
+        value = {
+            "format": FORMAT,
+            "identity": wanted,
+            "global_batch": wanted["config"]["batch_size"] * wanted["processes"],
+            "segments": [asdict(segment) for segment in segments],
+            "status": status,
+            "versions": versions("accelerate"),
+        }
+        write_json(self._file, value)
 
-    def seeds_in_progress(self, cache: TrajectoryCache, on_mismatch: str) -> str | None:
-        """The seeds that an unfinished run started with: it finishes on them even if the cache has grown since."""
+    def started_with(self, cache: TrajectoryCache, on_mismatch: OnMismatch) -> tuple[str, int] | None:
+        """Seeds and number of processes of the run in the folder, if it is of this cache; it keeps both.
+
+        With "set-aside", as `dvc repro` has it, results must not depend on what the folder holds: nothing is kept.
+        """
         if on_mismatch != "stop" or not self._file.is_file():
             return None
-        value = self.read()
-        if value["status"] == "complete" or value["identity"]["cache"]["fingerprint"] != cache.recipe.fingerprint:
+        found = self.read()["identity"]
+        if found["cache"]["fingerprint"] != cache.recipe.fingerprint:
             return None
-        seeds = seeds_of_run(value["identity"], cache.layout.block_size)
-        return f"{seeds.start}:{seeds.stop}"
+        seeds = seeds_of_run(found, cache.layout.block_size)
+        return f"{seeds.start}:{seeds.stop}", int(found["processes"])
 
     @contextmanager
-    def claimed(self, wanted: dict[str, Any], *, resume: bool, on_mismatch: OnMismatch) -> Iterator[Status]:
-        """Lock the folder for this run; the lock ends with the process. Yields "new", "resume" or "complete".
+    def claimed(self, wanted: dict[str, Any], *, resume: bool, on_mismatch: OnMismatch) -> Iterator[Claim]:
+        """Lock the folder for this run; the lock ends with the process.
 
         Raises:
             UsageError: the folder holds another run, or there is nothing to resume.
@@ -177,15 +215,24 @@ class Run:
         with self._held():
             if not self._file.is_file():
                 self.write(wanted, "training")
-                yield "new"
-            elif self.read()["status"] == "complete":
-                yield "complete"
-            else:
-                yield "resume" if self.checkpoint.is_file() else "new"
+                yield Claim(status="new", segments=())
+                return
+            found = self.read()
+            status: Status = "resume" if self.checkpoint.is_file() else "new"
+            if found["status"] == "complete":
+                if found["identity"] == wanted:
+                    status = "complete"
+                elif status == "new":
+                    raise TrainingError(
+                        f"{self.path} is complete and can't be prolonged: {self.checkpoint} is missing (`dvc pull` "
+                        "doesn't bring it); train in another --run"
+                    )
+            yield Claim(status=status, segments=() if status == "new" else _segments_of(found))
 
     def _make_room(self, wanted: dict[str, Any], on_mismatch: OnMismatch) -> None:
-        lines = differences(self.read()["identity"], wanted)
-        if not lines:
+        found = self.read()
+        lines = differences(found["identity"], wanted)
+        if not lines or (on_mismatch == "stop" and _prolongs(found, wanted)):
             return
         if on_mismatch == "set-aside":
             with self._held():
@@ -215,3 +262,23 @@ class Run:
             number += 1
         self.path.rename(target)
         fsync_folder(target.parent)
+
+
+def _prolongs(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a run is the finished one with more steps."""
+    before, now = found["identity"]["config"].get("steps"), wanted["config"]["steps"]
+    same = {**found["identity"], "config": {**found["identity"]["config"], "steps": now}} == wanted
+    return found["status"] == "complete" and same and isinstance(before, int) and before < now
+
+
+def _segments_of(value: dict[str, Any]) -> tuple[Segment, ...]:
+    """The segments in run.json, or the one of a run from before they were recorded.
+
+    Raises:
+        KeyError, TypeError: they are malformed.
+    """
+    found = value["identity"]
+    if segments := value.get("segments"):
+        return tuple(Segment(**segment) for segment in segments)
+    steps = found["config"].get("steps", 0)
+    return (Segment(step=0, processes=found["processes"], steps=steps, identity=digest(found)),)

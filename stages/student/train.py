@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from advkd.cache.errors import UsageError
-from advkd.cache.format.recipe import digest
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.config import KINDS, TrainConfig
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.run import Run, identity, split_seeds
+from advkd.stages.student.run import Run, SeedSplit, identity, split_seeds
 from advkd.stages.student.student import build_student, load_student
 from advkd.stages.student.trainer import Trainer
 from advkd.stages.student.training.data import fetch_states
@@ -56,6 +55,7 @@ def train(
     on_mismatch: Literal["stop", "set-aside"] = "stop",
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    device: str | None = None,
 ) -> Trained:
     """Train a student from a cache, or resume where an earlier call stopped.
 
@@ -68,28 +68,32 @@ def train(
         on_mismatch: if the folder holds another run, stop or rename it.
         reporter: shows progress.
         should_stop: called after every step; True saves a checkpoint and returns.
+        device: such as cuda:1; the best of this machine if None.
 
     Raises:
         CacheError: the cache is missing, partial or damaged.
         UsageError: the request doesn't fit the cache, the folder or the number of processes.
         TrainingError: training diverged; the last checkpoint stays.
     """
-    processes = ProcessGroup(config.mixed_precision)
+    processes = ProcessGroup(config.mixed_precision, device)
     reporter = reporter if reporter and processes.is_main else SilentReporter()
     cache = TrajectoryCache.open(cache_path)
     run = Run(run_path)
-    in_progress = processes.broadcast(run.seeds_in_progress(cache, on_mismatch) if processes.is_main else None)
-    split = split_seeds(cache, config.seeds or in_progress)
+    started = processes.broadcast(run.started_with(cache, on_mismatch) if processes.is_main else None)
+    seeds, num_processes = started or (None, processes.world_size)
+    split = split_seeds(cache, config.seeds or seeds)
     _check_kind(cache, config, processes.world_size)
     torch.manual_seed(config.seed)
     geometry = Geometry.of(cache, config.states)
     student = build_student(config.student, geometry).to(processes.accelerator.device)
     kind = KINDS[config.student.kind]
-    program = kind.program(config, student, geometry, processes.accelerator, len(split.training))
+    # The global batch stays that of the start, divided among the processes of now.
+    divided = kind.divided(config, num_processes, processes.world_size)
+    program = kind.program(divided, student, geometry, processes.accelerator, len(split.training))
     steps = sorted({step for phase in program.phases for step in phase.states} | {geometry.steps[-1]})
     for step in steps:
         cache.state(step)  # raises now if a partial copy lacks it
-    wanted = identity(config, cache, split, processes.world_size)
+    wanted = identity(config, cache, split, num_processes)
     trainer = Trainer(
         cache=cache,
         config=config,
@@ -100,21 +104,32 @@ def train(
         processes=processes,
         reporter=reporter,
         identity=wanted,
-        identity_digest=digest(wanted),
     )
     claim = run.claimed(wanted, resume=resume, on_mismatch=on_mismatch)
-    with processes.entered_by_main(claim) as status:
-        if status == "complete":
-            reporter.say(f"{run_path} is already complete; nothing to do")
+    with processes.entered_by_main(claim) as claimed:
+        if claimed.status == "complete":
+            reporter.say(f"{run_path} is already complete; nothing to do{_grown(cache, config, split)}")
             return _trained(trainer, load_student(run.student)[0], trainer.num_steps)
         fetch_states(cache, steps, split.blocks, reporter)
-        if status == "resume":
-            trainer.resume()
+        if claimed.status == "resume":
+            trainer.resume(claimed.segments)
         elif processes.is_main:
             shutil.rmtree(run.log, ignore_errors=True)
+        trainer.record_segment(claimed.segments)
         trainer.run_to(min(trainer.num_steps, max_steps or trainer.num_steps), should_stop)
         processes.accelerator.wait_for_everyone()
         return _trained(trainer, trainer.average.model, trainer.step)
+
+
+def _grown(cache: TrajectoryCache, config: TrainConfig, split: SeedSplit) -> str:
+    """A note if the cache has seeds that a finished run wasn't offered."""
+    seeds = sorted([*split.training, *split.held_out])
+    if config.seeds or cache.num_seeds <= seeds[-1] + 1:
+        return ""
+    return (
+        f". It used seeds {seeds[0]}:{seeds[-1] + 1}; the cache has grown to 0:{cache.num_seeds} since: choose another "
+        "--run to train on all of them"
+    )
 
 
 def _trained(trainer: Trainer, student: nn.Module, step: int) -> Trained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError
+from advkd.cache.format.recipe import digest
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pictures import save_rows
@@ -19,7 +21,7 @@ from advkd.stages.reporter import Reporter
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.provenance import describe, write_provenance
-from advkd.stages.student.run import Run, SeedSplit
+from advkd.stages.student.run import Run, SeedSplit, Segment
 from advkd.stages.student.student import generate, save_student
 from advkd.stages.student.training.checkpoint import load_checkpoint, read_scalars, save_checkpoint
 from advkd.stages.student.training.data import prefetch_batches, read_float, seed_batches
@@ -45,8 +47,7 @@ class Trainer:
         program: how the student is trained.
         processes: the process group.
         reporter: shows progress.
-        identity: of the run, as `run.json` has it.
-        identity_digest: its hash, which checkpoints carry.
+        identity: of the run, as in `run.json`.
     """
 
     def __init__(
@@ -61,7 +62,6 @@ class Trainer:
         processes: ProcessGroup,
         reporter: Reporter,
         identity: dict[str, Any],
-        identity_digest: str,
     ) -> None:
         self.cache = cache
         self.config = config
@@ -72,7 +72,7 @@ class Trainer:
         self.processes = processes
         self.reporter = reporter
         self.identity = identity
-        self.identity_digest = identity_digest
+        self.segments: tuple[Segment, ...] = ()
         self.provenance = describe(cache, identity, split)
         self.average = ExponentialMovingAverage(program.student, config.ema, config.ema_width)
         self.step = 0
@@ -83,10 +83,22 @@ class Trainer:
         self._note = ""
         self.program.begin(0)
 
-    def resume(self) -> None:
-        """Load the last checkpoint, and drop the metrics that were logged after it."""
+    def record_segment(self, segments: tuple[Segment, ...]) -> None:
+        """Record in run.json which processes train from this step on, after earlier segments."""
+        now = Segment(
+            step=self.step, processes=self.processes.world_size, steps=self.num_steps, identity=digest(self.identity)
+        )
+        earlier = tuple(segment for segment in segments if segment.step < self.step)
+        same = earlier and replace(earlier[-1], step=self.step) == now
+        self.segments = earlier if same else (*earlier, now)
+        if self.processes.is_main:
+            self.run.write(self.identity, "training", self.segments)
+
+    def resume(self, segments: tuple[Segment, ...]) -> None:
+        """Load the last checkpoint of the run's segments, and drop the metrics that were logged after it."""
         scalars = read_scalars(self.run.checkpoint)
-        if scalars.get("identity") != self.identity_digest or not 0 <= scalars["step"] <= self.num_steps:
+        known = {digest(self.identity), *(segment.identity for segment in segments)}
+        if scalars.get("identity") not in known or not 0 <= scalars["step"] <= self.num_steps:
             raise TrainingError(f"{self.run.checkpoint} is the checkpoint of another run: remove it to start over")
         self.step = int(scalars["step"])
         self.best = math.inf if scalars.get("best") is None else float(scalars["best"])
@@ -124,7 +136,7 @@ class Trainer:
         if not stopped:
             self._save()
         if self.step == self.num_steps and self.processes.is_main:
-            self.run.write(self.identity, "complete")
+            self.run.write(self.identity, "complete", self.segments)
 
     def _run_phase(self, phase: int, last_step: int, log: MetricsLog, should_stop: Callable[[], bool]) -> bool:
         start, plan, device = self.starts[phase], self.program.phases[phase], self.processes.accelerator.device
@@ -212,7 +224,7 @@ class Trainer:
         scaler = self.processes.accelerator.scaler
         scalars = {
             "step": self.step,
-            "identity": self.identity_digest,
+            "identity": digest(self.identity),
             "best": best,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
@@ -221,7 +233,8 @@ class Trainer:
 
     def _keep(self, folder: Path) -> None:
         save_student(folder, self.average.model, self.config.student, self.geometry)
-        write_provenance(folder, {**self.provenance, "step": self.step})
+        segments = [asdict(segment) for segment in self.segments]
+        write_provenance(folder, {**self.provenance, "segments": segments, "step": self.step})
 
     def _diverged(self, what: str) -> NoReturn:
         checkpoint = self.run.checkpoint if self.run.checkpoint.is_file() else "none yet"

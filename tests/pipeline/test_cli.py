@@ -25,6 +25,7 @@ from advkd.pipeline.cli.export import main as export_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.teacher import main as teacher_command
 from advkd.pipeline.cli.train import main as train_command
+from advkd.stages.pictures import to_pixels
 from tests.conftest import ROOT, Invoke
 from tests.stores import write_store
 
@@ -60,8 +61,10 @@ FLAGS = {
     "advkd-cache preview": {"--seeds", "--out"},
     "advkd-cache diff": set(),
     "advkd-teacher": {"--config", "--set", "--out"},
-    "advkd-train": {"--cache", "--config", "--set", "--run", "--states", "--max-steps", "--resume", "--on-mismatch"},
-    "advkd-sample": {"--run", "--num", "--first-seed", "--out", "--batch-size"},
+    "advkd-train": {
+        "--cache", "--config", "--set", "--run", "--states", "--max-steps", "--resume", "--on-mismatch", "--seed", "--device",
+    },  # fmt: skip
+    "advkd-sample": {"--run", "--num", "--first-seed", "--seeds", "--seed", "--out", "--batch-size", "--device"},
     "advkd-evaluate": {
         "--run", "--cache", "--config", "--set", "--teacher", "--features", "--inception-weights", "--real", "--full",
         "--sets", "--no-teacher", "--seed", "--device",
@@ -143,6 +146,25 @@ def test_build_train_sample_evaluate(
     assert invoke(sample_command, "--run", "runs/toy/student", "--num", "5", "--out", "alone.npy").exit_code == 0
     np.testing.assert_array_equal(np.load("alone.npy"), np.load("array.npy"))
     assert picture_size("folder/000003.png") == (8, 8)
+    assert invoke(sample_command, "--run", "runs/toy", "--seeds", "5:9", "--out", "folder").exit_code == 0
+    assert len(list(Path("folder").iterdir())) == 9
+    again = invoke(sample_command, "--run", "runs/toy", "--seeds", "8:12", "--out", "folder")
+    assert again.exit_code == 2 and "first of seed 8" in again.stderr and len(list(Path("folder").iterdir())) == 9
+    for flags in (("--seeds", "3:5"), ("--first-seed", "3", "--num", "2", "--device", "cpu")):
+        assert invoke(sample_command, "--run", "runs/toy", *flags, "--out", "two.npz").exit_code == 0
+        with np.load("two.npz") as archive:
+            np.testing.assert_array_equal(archive["arr_0"], to_pixels(np.load("array.npy")[3:]))
+    assert invoke(sample_command, "--run", "runs/toy", "--num", "5", "--seed", "9", "--out", "other.npy").exit_code == 0
+    assert not np.isclose(np.load("other.npy"), np.load("array.npy")).all(axis=(1, 2, 3)).any()
+    for flags in (("--seeds", "0:2", "--num", "2"), ("--seeds", "2:2"), ("--device", "cuda:99")):
+        assert invoke(sample_command, "--run", "runs/toy", *flags, "--out", "none.npy").exit_code == 2
+    assert not Path("none.npy").exists()
+    assert (
+        invoke(train_command, "--cache", store, "--config", toy_yaml, "--seed", "5", "--device", "cpu").exit_code == 2
+    )
+    seeded = ("--config", toy_yaml, "--seed", "5", "--device", "cpu", "--run", "runs/seeded")
+    assert invoke(train_command, "--cache", store, *seeded).exit_code == 0
+    assert json.loads(Path("runs/seeded/run.json").read_text())["identity"]["config"]["seed"] == 5
     save_classifier(Path("classifier"), SmallClassifier(1, 8, 10).eval(), {})
     result = invoke(evaluate_command, "--run", "runs/toy", "--cache", store, "--config", toy_yaml)
     assert "short form of the protocol" in " ".join(result.output.split())
@@ -245,7 +267,7 @@ def test_bad_samples_and_evaluations(invoke: Invoke, tmp_path: Path) -> None:
     for command, flags, code, message in (
         (sample_command, ("--run", "./runs/none"), 1, "no student in ./runs/none: "),
         (sample_command, ("--run", "a.zarr"), 1, "no student in a.zarr"),
-        (sample_command, ("--run", "runs/none", "--out", "x.gif"), 2, "expected a .png, a .npy or a folder"),
+        (sample_command, ("--run", "runs/none", "--out", "x.gif"), 2, "expected a .png, a .npy, a .npz or a folder"),
         (sample_command, ("--run", "runs/none", "--out", "a.zarr/states"), 2, "the folder is not empty"),
         (evaluate_command, ("--run", "runs/none", "--cache", "none.zarr"), 1, "no cache at none.zarr"),
         (evaluate_command, ("--run", "runs/none", "--cache", "a.zarr"), 1, "no student in runs/none"),

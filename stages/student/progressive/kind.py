@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from advkd.stages.student.progressive.config import ProgressiveOptions, ProgressiveTraining
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from advkd.stages.student.geometry import Geometry
     from advkd.stages.student.training.protocol import Program, StudentNetwork
+
+Training = TypeVar("Training", bound=ProgressiveTraining)
 
 
 class Progressive:
@@ -27,6 +29,10 @@ class Progressive:
         from advkd.stages.student.progressive.network import ProgressiveStudent
 
         return ProgressiveStudent(geometry, options.base_channels, options.max_channels)
+
+    def divided(self, config: Training, num_processes: int, world_size: int) -> Training:
+        """The settings as they are: this kind is trained by one process."""
+        return config
 
     def program(
         self,

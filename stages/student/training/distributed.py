@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from advkd.cache.errors import AdvkdError, UsageError
+from advkd.stages.device import best_device
 
 T = TypeVar("T")
 
@@ -21,14 +22,22 @@ class ProcessGroup:
 
     Args:
         mixed_precision: "no", "bf16" or "fp16".
+        device: such as cuda:1; the best of this machine if None.
 
     Raises:
-        UsageError: this machine doesn't support that precision.
+        UsageError: this machine doesn't support that precision, or a launcher started fewer processes than asked for.
     """
 
-    def __init__(self, mixed_precision: str) -> None:
+    def __init__(self, mixed_precision: str, device: str | None = None) -> None:
+        _check_launcher()
+        chosen = best_device(device)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if chosen.index is not None and several:
+            raise UsageError(f"device {device}: each process takes the GPU of its own rank; leave out the number")
+        if chosen.index is not None:
+            torch.accelerator.set_device_index(chosen.index)
         # Accelerate joins processes on CPUs only if `cpu` is set; otherwise each would train alone.
-        on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+        on_cpus = chosen.type == "cpu" and (several or device is not None)
         try:
             self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpus)
         except ValueError as error:
@@ -87,3 +96,17 @@ class ProcessGroup:
             if not succeeded:
                 raise SystemExit(1)
             yield value
+
+
+def _check_launcher() -> None:
+    """Refuse `accelerate launch --cpu --num_processes N`, which starts one process unless it goes through MPI.
+
+    It announces N > 1 processes by MASTER_ADDR, but nothing gives this process a rank.
+    """
+    announced = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys()
+    ranks = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+    if announced and not any(name in os.environ for name in ranks):
+        raise UsageError(
+            "accelerate launch --cpu started one process of the several asked for: use `torchrun --nproc-per-node N -- "
+            '"$(which advkd-train)" …`, or give it --mpirun_hostfile'
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from advkd.cache.errors import UsageError
 from advkd.stages.student.unrolled.config import UnrolledOptions, UnrolledTraining
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
 
     from advkd.stages.student.geometry import Geometry
     from advkd.stages.student.training.protocol import Program, StudentNetwork
+
+Training = TypeVar("Training", bound=UnrolledTraining)
 
 
 class Unrolled:
@@ -30,6 +34,22 @@ class Unrolled:
         return UnrolledStudent(
             geometry, options.width, options.depth, options.patch, options.attention, options.shared, options.coarse
         )
+
+    def divided(self, config: Training, num_processes: int, world_size: int) -> Training:
+        """Batch and fresh images per process for another number of processes, the same in all."""
+        if num_processes == world_size:
+            return config
+        adversarial = config.objective.adversarial
+        batch, fresh = config.batch_size * num_processes, adversarial.fresh * num_processes
+        divisible = math.gcd(batch // config.accumulate, fresh)
+        if divisible % world_size:
+            raise UsageError(
+                f"the run was started by {num_processes} processes with {config.batch_size} seeds (train.batch_size) "
+                f"and {adversarial.fresh} fresh images (adversarial.fresh) per process, which don't divide among "
+                f"{world_size} processes: use a number of processes that divides {divisible}"
+            )
+        objective = replace(config.objective, adversarial=replace(adversarial, fresh=fresh // world_size))
+        return replace(config, batch_size=batch // world_size, objective=objective)
 
     def program(
         self,
