@@ -62,8 +62,9 @@ FLAGS = {
     "advkd-cache diff": set(),
     "advkd-teacher": {"--config", "--set", "--out"},
     "advkd-train": {
-        "--cache", "--config", "--set", "--run", "--states", "--max-steps", "--resume", "--on-mismatch", "--seed", "--device",
-    },  # fmt: skip
+        "--cache", "--config", "--set", "--run", "--states", "--max-steps", "--resume", "--on-mismatch", "--seed",
+        "--device",
+    },
     "advkd-sample": {"--run", "--num", "--first-seed", "--seeds", "--seed", "--out", "--batch-size", "--device"},
     "advkd-evaluate": {
         "--run", "--cache", "--config", "--set", "--teacher", "--features", "--inception-weights", "--real", "--full",
@@ -159,11 +160,9 @@ def test_build_train_sample_evaluate(
     for flags in (("--seeds", "0:2", "--num", "2"), ("--seeds", "2:2"), ("--device", "cuda:99")):
         assert invoke(sample_command, "--run", "runs/toy", *flags, "--out", "none.npy").exit_code == 2
     assert not Path("none.npy").exists()
-    assert (
-        invoke(train_command, "--cache", store, "--config", toy_yaml, "--seed", "5", "--device", "cpu").exit_code == 2
-    )
-    seeded = ("--config", toy_yaml, "--seed", "5", "--device", "cpu", "--run", "runs/seeded")
-    assert invoke(train_command, "--cache", store, *seeded).exit_code == 0
+    seeded = ("--cache", store, "--config", toy_yaml, "--seed", "5", "--device", "cpu")
+    assert invoke(train_command, *seeded).exit_code == 2
+    assert invoke(train_command, *seeded, "--run", "runs/seeded").exit_code == 0
     assert json.loads(Path("runs/seeded/run.json").read_text())["identity"]["config"]["seed"] == 5
     save_classifier(Path("classifier"), SmallClassifier(1, 8, 10).eval(), {})
     result = invoke(evaluate_command, "--run", "runs/toy", "--cache", store, "--config", toy_yaml)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from advkd.pipeline.cli.export import main as export_command
+from advkd.pipeline.cli.sample import main as sample_command
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.hub import Student
@@ -183,4 +184,5 @@ def test_the_students_page_runs(invoke: Invoke, as_digits: Path) -> None:
     told = set(json.loads(Path("digits-one-pass/config.json").read_text()))
     assert told == {"format", "student", "geometry"} and all(f"`{key}`" in STUDENTS for key in told)
     flags = {flag for parameter in export_command.params for flag in parameter.opts}
+    flags |= {option for item in sample_command.params for option in item.opts}
     assert set(re.findall(r"`(--[\w-]+)", STUDENTS)) <= flags

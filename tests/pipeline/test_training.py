@@ -34,7 +34,7 @@ evaluate: {features: classifier, num_sets: 2, set_size: 16, solver_steps: [2]}
 
 
 def test_the_commands_that_train(tmp_path: Path) -> None:
-    """Alone, and in four processes that `accelerate launch` starts; one of them speaks."""
+    """Alone, and in processes that torchrun and `accelerate launch` start; only one of them prints."""
     (tmp_path / "configs").mkdir()
     for name in ("digits", "digits-small", "cifar10"):
         (tmp_path / f"configs/{name}.yaml").write_text(f"name: {name}\n{SMALL}")
@@ -53,8 +53,8 @@ def test_the_commands_that_train(tmp_path: Path) -> None:
         said[command] = done.stdout
     for (command, output), name, processes in zip(
         [item for item in said.items() if "advkd-train" in item[0]],
-        ("digits", "small", "cifar"),
-        (1, 1, 4),
+        ("digits", "small", "two", "cifar"),
+        (1, 1, 2, 4),
         strict=True,
     ):
         assert output.count(f"runs/{name}: step 4 of 4") == 1, command
@@ -65,7 +65,7 @@ def test_the_commands_that_train(tmp_path: Path) -> None:
 
 def test_every_key_that_the_page_names_exists() -> None:
     known = {**TrainConfig.__dataclass_fields__, **ObjectiveConfig.__dataclass_fields__}
-    table = TRAINING.split("## What teaches the unrolled student")[1].split("## ")[0]
+    table = TRAINING.split("## Losses of the unrolled student")[1].split("## ")[0]
     keys = re.findall(
         r"`([a-z0-9_.]+)(?:: \w+)?`", " ".join(row.split("|")[1] for row in table.splitlines() if row[:1] == "|")
     )
