@@ -1,4 +1,4 @@
-"""`advkd-export`: a student to use elsewhere."""
+"""`advkd-export`: a student as ONNX, as a folder, on the Hub."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ PYTORCH = "PyTorch"
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.argument("source", metavar="RUN")
-@click.option("--onnx", metavar="FILE", type=click.Path(path_type=Path), help="Write it as ONNX, checked.")
-@click.option("--int8", is_flag=True, help="With int8 convolutions too: FILE.onnx → FILE.int8.onnx.")
-@click.option("--max-error", type=click.FloatRange(min=0.0), default=1e-3, show_default=True, help="Bound on --onnx.")
-@click.option("--cache", "store", metavar="STORE", help="Score what was exported, against this cache.")
-@click.option("--features", metavar="NAME|FOLDER", help="What to score with, as advkd-evaluate has it.")
-@click.option("--time", "timed", is_flag=True, help="Time what was exported, beside PyTorch.")
-@click.option("--folder", metavar="FOLDER", type=click.Path(path_type=Path), help="Save it here, with a model card.")
-@click.option("--push", metavar="REPO", help="Publish it as this repository of the Hub, with a model card.")
+@click.option("--onnx", metavar="FILE", type=click.Path(path_type=Path), help="Write it as ONNX.")
+@click.option("--int8", is_flag=True, help="Write FILE.int8.onnx too, with int8 convolutions.")
+@click.option(
+    "--max-error", type=click.FloatRange(min=0.0), default=1e-3, show_default=True, help="Largest deviation of --onnx."
+)
+@click.option("--cache", "store", metavar="STORE", help="Score the exported files against this cache.")
+@click.option("--features", metavar="NAME|FOLDER", help="Network to score with, as for advkd-evaluate.")
+@click.option("--time", "timed", is_flag=True, help="Time the exported files and PyTorch.")
+@click.option(
+    "--folder", metavar="FOLDER", type=click.Path(path_type=Path), help="Save the student here, with a model card."
+)
+@click.option("--push", metavar="REPO", help="Publish it in this Hub repository, with a model card.")
 @all_or_nothing
 def main(
     source: str,
@@ -48,22 +52,21 @@ def main(
     folder: Path | None,
     push: str | None,
 ) -> None:
-    """Take a student elsewhere: as ONNX, as a folder, to the Hub.
+    """Export a student: as ONNX, as a folder, to the Hub.
 
-    RUN is a run's folder, a student's, or the id of a Hub repository. ONNX files are checked against PyTorch on real
-    noise, and are not written if they deviate by more than --max-error; the deviation of int8 is printed, and scored
-    with --cache and --features.
+    RUN is a run's folder, a student's, or the id of a Hub repository. ONNX files are compared with PyTorch and not
+    written if they deviate by more than --max-error. The deviation of int8 is printed; --cache and --features score it.
     """
     from advkd.cache.errors import UsageError
 
     if not (onnx or folder or push):
         raise UsageError("nothing to do: give --onnx FILE, --folder FOLDER or --push REPO")
     if not onnx and (int8 or store or features or timed):
-        raise UsageError("--int8, --cache, --features and --time are about --onnx FILE, which is missing")
+        raise UsageError("--int8, --cache, --features and --time need --onnx FILE")
     if onnx and onnx.suffix != ".onnx":
         raise UsageError(f"--onnx {onnx}: expected a name that ends in .onnx")
     if bool(store) != bool(features):
-        raise UsageError("a score needs both --cache STORE and --features NAME|FOLDER")
+        raise UsageError("scoring needs both --cache STORE and --features NAME|FOLDER")
     if onnx:
         from advkd.stages.student.sharing.export import check_packages
 
@@ -71,7 +74,7 @@ def main(
     from advkd.stages.student.hub import Student
 
     student = Student.from_pretrained(source)
-    # What a score needs is looked at before hours of work.
+    # Check what scoring needs before the export.
     scoring = _scoring(student, store, features) if store and features else None
     if folder:
         student.save_pretrained(folder)

@@ -80,9 +80,9 @@ def test_mistakes_cost_a_line(invoke: Invoke, trained: Path, tmp_path: Path) -> 
     before = sorted(tmp_path.rglob("*"))
     for arguments, code, message in (
         ((run,), 2, "nothing to do: give --onnx FILE, --folder FOLDER or --push REPO"),
-        ((run, "--int8", "--folder", "x"), 2, "are about --onnx FILE, which is missing"),
+        ((run, "--int8", "--folder", "x"), 2, "and --time need --onnx FILE"),
         ((run, "--onnx", "x.pt"), 2, "expected a name that ends in .onnx"),
-        ((run, "--onnx", "x.onnx", "--cache", "y"), 2, "a score needs both --cache STORE and --features"),
+        ((run, "--onnx", "x.onnx", "--cache", "y"), 2, "needs both --cache STORE and --features"),
         ((run, "--onnx", "x.onnx", "--cache", "none.zarr", "--features", "f"), 1, "no cache at none.zarr"),
         ((run, "--onnx", "x.onnx", "--cache", run.parents[1] / "cache/toy.zarr", "--features", "f"), 2, "features f: "),
         ((run, "--folder", "thesis"), 2, "thesis holds something other than a student"),
