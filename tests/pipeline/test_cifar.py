@@ -55,7 +55,7 @@ def test_cifar_from_teacher_to_scores(invoke: Invoke, cifar_teacher: Path, tmp_p
     assert invoke(sample_command, "--run", "runs/cifar", "--num", "64", "--out", "samples.png").exit_code == 0
     (tmp_path / "short.yaml").write_text(
         f"name: cifar\nteacher: {{source: {cifar_teacher}}}\n"
-        "evaluate: {features: small, num_sets: 2, set_size: 4, solver_steps: [2]}\n"
+        "evaluate: {features: small, num_sets: 2, set_size: 4, batch_size: 8, solver_steps: [2]}\n"
     )
     from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 

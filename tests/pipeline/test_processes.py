@@ -138,7 +138,7 @@ def campaign(
 
 
 def test_stopped_and_killed_builds_resume_to_the_same_bytes(tmp_path: Path, pipeline_folder: Path) -> None:
-    builds, generator = Builds(tmp_path, pipeline_folder, "0:320"), random.Random(0)
+    builds, generator = Builds(tmp_path, pipeline_folder, "0:160"), random.Random(0)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         code, error = kill_somewhere(builds.start, builds.store, generator.uniform(0, 0.3), number)
         if number == signal.SIGKILL:
@@ -149,7 +149,7 @@ def test_stopped_and_killed_builds_resume_to_the_same_bytes(tmp_path: Path, pipe
         check_survivor(builds.store, builds.whole, builds.resume)
     kept = len(TrajectoryCache.open(builds.store).blocks)
     output, _ = finish(builds.start())
-    assert f"built {80 - kept} blocks, {kept} were there" in output
+    assert f"built {40 - kept} blocks, {kept} were there" in output
     check(builds.store, builds.whole)
 
 

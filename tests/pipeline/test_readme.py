@@ -81,7 +81,9 @@ def test_the_commands_for_ones_own_teacher(invoke: Invoke, tmp_path: Path, monke
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "google/ddpm-cifar10-32")
     save_random_inception(tmp_path / "hub/checkpoints" / Path(FID_WEIGHTS_URL).name)
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path / "hub"))
-    shorter = ("cache.seeds=0:64", "train.steps=2", "train.student.width=8", "evaluate.set_size=2")
+    small = ("cache.seeds=0:16", "cache.block_size=16", "train.student.width=8")
+    shorter = (*small, "train.steps=2", "train.batch_size=4", "evaluate.num_sets=2", "evaluate.set_size=2")
+    shorter += ("evaluate.batch_size=8",)
     (tmp_path / "configs").mkdir()
     for command in itertools.chain(*readme_commands("With your own teacher")):
         name, *arguments = shlex.split(command)
