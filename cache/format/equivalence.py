@@ -74,7 +74,7 @@ SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 """By solver class: its options and their defaults, as JSON."""
 
-_DEFAULTS: dict[str, list[Any]] = {
+SCHEDULER_DEFAULTS: dict[str, list[Any]] = {
     "set_alpha_to_one": [False],
     "skip_prk_steps": [False],
     "algorithm_type": ["deis"],
@@ -90,7 +90,7 @@ also be PNDM, DEIS, LMS, UniPC, DPM-Solver single-step or Euler ancestral: those
 """
 for _options in SCHEDULER_OPTIONS.values():
     for _name, _default in _options.items():
-        _DEFAULTS.setdefault(_name, []).append(_default)
+        SCHEDULER_DEFAULTS.setdefault(_name, []).append(_default)
 
 UNET_OPTIONS: dict[str, Any] = {
     "sample_size": None,
@@ -153,6 +153,6 @@ def _same_options(one: dict[str, Any], other: dict[str, Any], defaults: dict[str
     return all(
         one[key] == other[key]
         if key in one and key in other
-        else (one | other)[key] in ([defaults[key]] if key in defaults else _DEFAULTS.get(key, ()))
+        else (one | other)[key] in ([defaults[key]] if key in defaults else SCHEDULER_DEFAULTS.get(key, ()))
         for key in one.keys() | other.keys()
     )

@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from advkd.cache.errors import MismatchError, NotCachedError, UsageError
-from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.durable import holds_something, write_atomically
 from advkd.cache.files.paths import safe_target
 from advkd.cache.files.processes import in_processes
 from advkd.cache.format.differences import differences
+from advkd.cache.format.equivalence import equivalent
 from advkd.cache.format.layout import Layout
+from advkd.cache.format.metadata import read_metadata
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
+from advkd.cache.format.source import LocalSource
 from advkd.cache.read.compare import (
     TOLERANCE_FILE,
     array_differences,
@@ -58,8 +61,11 @@ def merge(
 ) -> Combined:
     """Bring all blocks of some stores into one; the target may exist, and be one of them.
 
+    Where recipes differ in neutral options only (`advkd.cache.format.equivalence`), the target's, else the first
+    store's, is kept: its fingerprint goes into all records.
+
     Args:
-        sources: of the same fingerprint and layout.
+        sources: of equivalent recipes and the same layout.
         out: the target.
         prefer: the store whose block to take where two differ within the recorded tolerance.
         begin: called with the number of blocks.
@@ -73,17 +79,22 @@ def merge(
     first = next((cache for cache in sources if cache.blocks), sources[0])  # an empty store has no further arrays yet
     for cache in sources:
         check_whole(cache)
-        lines = differences(first.recipe.to_json(), cache.recipe.to_json())
+        same = equivalent(first.recipe, cache.recipe)
+        lines = [] if same else differences(first.recipe.to_json(), cache.recipe.to_json())
         lines = lines or differences(first.layout.to_json(), cache.layout.to_json()) or array_differences(first, cache)
         if lines:
             raise MismatchError(
                 f"{first.address} and {cache.address} don't fit together ({'; '.join(lines[:3])}): only stores of one "
                 "recipe, layout and set of arrays merge (`advkd-cache subset --states` brings two to the same states)"
             )
-    there = _existing(out, first)
+    recipe = first.recipe
+    if holds_something(out):
+        found, _ = read_metadata(LocalSource(out))
+        recipe = found if equivalent(found, recipe) else recipe
+    there = _existing(CacheWriter(out, recipe, first.layout, first.further))
     chosen = _choose([*there, *sources], prefer)
     wanted = {block: cache for block, cache in chosen.items() if cache not in there}
-    writer = CacheWriter.open(out, first.recipe, first.layout, further=first.further)
+    writer = CacheWriter.open(out, recipe, first.layout, further=first.further)
     combined = _adopt(writer, wanted, prefer, begin, advance)
     carry(sources, out)
     return combined
@@ -127,11 +138,11 @@ def subset(
     return combined
 
 
-def _existing(out: Path, like: TrajectoryCache) -> list[TrajectoryCache]:
+def _existing(writer: CacheWriter) -> list[TrajectoryCache]:
     """The target, if it is there; it must fit."""
-    if not CacheWriter(out, like.recipe, like.layout, like.further).continues("stop"):
+    if not writer.continues("stop"):
         return []
-    there = TrajectoryCache.open(out)
+    there = TrajectoryCache.open(writer.path)
     check_whole(there)
     return [there]
 
@@ -168,7 +179,7 @@ def _choose(sources: Sequence[TrajectoryCache], prefer: TrajectoryCache | None) 
     for cache in sources:
         for block in cache.blocks:
             earlier = chosen.setdefault(block, cache)
-            if earlier is not cache and earlier.record(block) != cache.record(block):
+            if earlier is not cache and earlier.record(block).arrays != cache.record(block).arrays:
                 chosen[block] = _settle(earlier, cache, block, prefer)
     return dict(sorted(chosen.items()))
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advkd.stages.teacher.diffusers_api import json_config
+from advkd.cache.format.equivalence import SCHEDULER_DEFAULTS, UNET_OPTIONS
+from advkd.stages.teacher.diffusers_api import recorded_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class Teacher:
         """What the recipe records of the teacher."""
         return {
             "tensors_sha256": self.tensors_sha256,
-            "unet": json_config(self.config),
-            "scheduler": json_config(self.scheduler_config),
+            "unet": recorded_config(self.config, UNET_OPTIONS),
+            "scheduler": recorded_config(self.scheduler_config, SCHEDULER_DEFAULTS),
         }
 
 
