@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,11 @@ def stop(process: Process, number: int) -> tuple[int, str]:
     process.send_signal(number)
     _, error = process.communicate(timeout=DEADLINE)
     return process.returncode, error
+
+
+def without_progress(error: str) -> list[str]:
+    """Its lines, without the one per minute that says how far a long command is: a busy machine has more of them."""
+    return [line for line in error.splitlines() if not re.match(r"\w+: [\d,]+ of [\d,]+ ", line)]
 
 
 def committed(store: Path) -> list[int]:

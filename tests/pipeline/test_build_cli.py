@@ -73,7 +73,7 @@ BAD_BUILDS = [
     (("--teacher", "no/such/folder"), 1, "no such folder"),
     (("--teacher", "notes"), 1, "no UNet in it"),
     (("--sampler", "magic"), 2, "sampler 'magic' is unknown; advkd has tables for: ddim, ddpm"),
-    (("--device", "cuda:99"), 2, "device 'cuda:99' is not here"),
+    (("--device", "cuda:99"), 2, "device 'cuda:99'"),
     (("--out", "notes"), 1, "notes is not a trajectory cache"),
 ]
 

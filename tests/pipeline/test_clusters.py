@@ -18,7 +18,7 @@ from advkd.cache.care.verify import verify
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
-from advkd.stages.teacher.build import workers
+from advkd.stages.teacher.build import cluster, workers
 from tests.conftest import ROOT, Invoke
 from tests.pipeline.processes import BIN, ENVIRONMENT
 from tests.pipeline.readme import commands_below
@@ -86,7 +86,7 @@ class Page:
 
 @pytest.fixture
 def page(here: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 60.0)  # the page's scheduler has just been started
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 60.0)  # the page's scheduler has just been started
     page = Page(here, invoke)
     yield page
     for process in reversed(page.beside):
