@@ -17,6 +17,7 @@ from advkd.stages.student.provenance import Provenance
 
 PAPER = "https://arxiv.org/abs/2405.20675"
 MAX_ROWS = 40
+MEASURES = ("frechet", "precision", "recall")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]{1,39}")
 _MARKUP = re.compile(r"[\\`*_|<>\[\]#]")
@@ -123,44 +124,32 @@ def _seeds(seeds: dict[str, Any], cache: dict[str, Any]) -> str:
 
 
 def _scores(scores: dict[str, Any]) -> str:
-    rows = [(str(name), _mapping(row)) for name, row in _mapping(scores.get("samplers")).items()][:MAX_ROWS]
+    from advkd.stages.metrics.table import ScoreTable  # here, for a student without scores needs no SciPy
+
+    protocol = _mapping(scores.get("protocol"))
+    try:
+        table = ScoreTable.from_json(dict(list(_mapping(scores.get("samplers")).items())[:MAX_ROWS]))
+        rows = [cells[:-1] for cells in table.cells(MEASURES)]  # without ahead or behind, which the interval says
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # they come from an untrusted folder
+        return ""
     if not rows:
         return ""
-    rows.sort(key=lambda item: (item[0] != "student", not item[0].startswith("teacher")))
-    protocol = _mapping(scores.get("protocol"))
-    lines = [
-        f"| {_plain(name)} | {_plain(row.get('evaluations'))} | {_measured(row)} | {_interval(row)} "
-        f"| {_share(row, 'precision')} | {_share(row, 'recall')} |"
-        for name, row in rows
-    ]
+    lines = [f"| {' | '.join([_plain(name), *numbers])} |" for name, *numbers in rows]
+    notes = [f"{_plain(mark)} {_plain(treatment)}." for mark, treatment in table.marks().items()]
     held_out = _number(scores.get("held_out_mse"), ".4f")
-    return (
-        "## Scores\n\nFréchet distance to the teacher's own samples, mean ± standard deviation over "
-        f"{_plain(protocol.get('num_sets'))} sets of {_plain(protocol.get('set_size'))} fresh seeds, against "
-        f"{_plain(protocol.get('num_reference'))} reference seeds, {_plain(protocol.get('features'))} features; all "
-        "samplers start from the same noise.\n\n"
-        "| sampler | network evaluations | Fréchet distance | student minus this, "
-        "95 % | precision, % | recall, % |\n|---|---|---|---|---|---|\n"
-        + "\n".join(lines)
-        + (f"\n\nMean squared error to the teacher's images on held-out seeds: {held_out}." if held_out else "")
+    notes += [f"Mean squared error to the teacher's images on held-out seeds: {held_out}."] if held_out else []
+    return "\n\n".join(
+        [
+            "## Scores",
+            "Fréchet distance to the teacher's own samples, mean ± standard deviation over "
+            f"{_plain(protocol.get('num_sets'))} sets of {_plain(protocol.get('set_size'))} fresh seeds, against "
+            f"{_plain(protocol.get('num_reference'))} reference seeds, {_plain(protocol.get('features'))} features; "
+            "all samplers start from the same noise.",
+            "| sampler | network evaluations | Fréchet distance | precision, % | recall, % "
+            "| student minus this, 95 % |\n|---|---|---|---|---|---|\n" + "\n".join(lines),
+            *notes,
+        ]
     )
-
-
-def _measured(row: dict[str, Any]) -> str:
-    mean, deviation = _number(row.get("frechet_mean"), ".1f"), _number(row.get("frechet_sd"), ".1f")
-    return f"{mean} ± {deviation}" if mean and deviation else mean or "not measured"
-
-
-def _interval(row: dict[str, Any]) -> str:
-    difference = _mapping(row.get("student_minus_this"))
-    mean, low, high = (_number(difference.get(key), "+.1f") for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]" if mean and low and high else ""
-
-
-def _share(row: dict[str, Any], measure: str) -> str:
-    score = _mapping(_mapping(row.get("scores")).get(measure))
-    mean, deviation = (_number(score.get(key), ".1%").removesuffix("%") for key in ("mean", "sd"))
-    return f"{mean} ± {deviation}" if mean and deviation else ""
 
 
 def _number(value: object, form: str) -> str:

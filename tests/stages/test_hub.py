@@ -34,12 +34,12 @@ SCORES: dict[str, Any] = {
     "held_out_mse": 0.0123,
     "samplers": {
         "ddim 5": {
-            "evaluations": 5, "frechet_mean": 60.7, "frechet_sd": 10.3,
-            "student_minus_this": {"mean": -40.9, "low": -51.2, "high": -30.7},
-            "scores": {"precision": {"mean": 0.9512, "sd": 0.007}, "recall": {"mean": 0.7831, "sd": 0.0112}},
+            "evaluations": 5, "x0": "x̂_0 clipped to [−1, 1]", "frechet": [50.0, 61.0, 72.0],
+            "scores": {"precision": {"sets": [0.94, 0.95, 0.96]}, "recall": {"sets": [0.77, 0.78, 0.82]}},
         },
-        "student": {"evaluations": 1, "frechet_mean": 19.8, "frechet_sd": 3.6, "student_minus_this": None},
-        "teacher (ddim 50)": {"evaluations": 50, "frechet_mean": None, "frechet_sd": None, "student_minus_this": None},
+        "student": {"evaluations": 1, "frechet": [19.0, 20.0, 21.0]},
+        "teacher (ddim 50)": {"evaluations": 50, "frechet": [17.0, 18.0, 19.0]},
+        "ddim 10": {"evaluations": 10, "frechet": None},
     },
 }  # fmt: skip
 
@@ -157,13 +157,15 @@ def test_the_card_says_what_is_known(run: Path) -> None:
         "google/ddpm-cifar10-32, commit " + "c" * 40,
         "| teacher's licence | Apache-2.0 |",
         "0 to 255: ",
-        "| ddim 5 | 5 | 60.7 ± 10.3 | -40.9 [-51.2, -30.7] | 95.1 ± 0.7 | 78.3 ± 1.1 |",
-        "| teacher (ddim 50) | 50 | not measured |  |  |  |",
+        "| ddim 5 † | 5 | 61.0 ± 11.0 | 95 ± 1 | 79 ± 3 | -41.0 [-65.8, -16.2] |",
+        "| teacher (ddim 50) | 50 | 18.0 ± 1.0 | – | – | +2.0 [+2.0, +2.0] |",
+        "† x̂\\_0 clipped to \\[−1, 1\\].",
         "5 sets of 2048 fresh seeds",
         "held-out seeds: 0.0123",
     ):
         assert quoted in card
-    assert card.index("| student |") < card.index("| teacher (ddim") < card.index("| ddim 5 |")
+    assert "ddim 10" not in card  # nothing was measured of it
+    assert card.index("| student |") < card.index("| teacher (ddim") < card.index("| ddim 5 †")
     blocks = [block.split("```")[0] for block in card.split("```python\n")[1:]]
     for block in blocks:
         compile(block, "card", "exec")
