@@ -8,12 +8,15 @@ from typing import Any
 
 from advkd.cache.errors import UsageError
 from advkd.pipeline.config import Experiment
+from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.path.solvers import find_solver
 
 _SECTIONS = {
     "teacher": ("teacher", "source"),
     "sampler": ("sampler", "name"),
     "steps": ("sampler", "steps"),
+    "eta": ("sampler", "eta"),
+    "spacing": ("sampler", "spacing"),
     "record": ("cache", "record"),
     "seeds": ("cache", "seeds"),
     "block_size": ("cache", "block_size"),
@@ -21,10 +24,12 @@ _SECTIONS = {
     "dtype": ("cache", "dtype"),
     "precision": ("cache", "precision"),
     "device": ("cache", "device"),
+    "accept_range": ("cache", "accept_range"),
 }
-_NAMING = ("teacher", "sampler", "steps", "record", "block_size", "dtype", "precision")
+_NAMING = ("teacher", "sampler", "steps", "eta", "spacing", "record", "block_size", "dtype", "precision")
 """Flags that change the recipe or layout; the store's name gets a suffix for each, or it would collide with the
 configured store."""
+_PREFIXES = {"block_size": "block", "eta": "eta"}
 
 
 def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experiment, str]:
@@ -44,10 +49,12 @@ def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experimen
             find_solver(value)
         if flag == "record" and value is not None:
             value = parse_record(value)
-        section = getattr(experiment, section_name)
+        section: Any = getattr(experiment, section_name)
         if value is None or value == getattr(section, key):
             continue
-        section = dataclasses.replace(section, **{key: value}, **({"revision": None} if flag == "teacher" else {}))
+        if flag == "teacher":  # another one has a revision and files of its own
+            section = TeacherConfig(source=value)
+        section = dataclasses.replace(section, **{key: value})
         experiment = dataclasses.replace(experiment, **{section_name: section})
         if flag in _NAMING:
             suffix += _label(flag, value)
@@ -59,7 +66,7 @@ def _label(flag: str, value: Any) -> str:
         return f"-{Path(value).name}"
     if flag == "record":
         return f"-record{'_'.join(map(str, value)) if isinstance(value, list) else value}"
-    return f"-block{value}" if flag == "block_size" else f"-{value}"
+    return f"-{_PREFIXES.get(flag, '')}{value}"
 
 
 def parse_record(text: str) -> int | list[int]:

@@ -18,6 +18,7 @@ SEGMENT_BYTES = 1 << 20
 _HEX = re.compile(r"[0-9a-f]*")
 _LARGEST = float(np.finfo(np.float32).max)
 _PIECE = 1 << 18
+Values = npt.NDArray[Any]
 
 
 def crc32c(data: bytes | memoryview) -> int:
@@ -44,6 +45,31 @@ def segment_crcs(body: memoryview) -> str:
     return "".join(f"{crc32c(body[start : start + SEGMENT_BYTES]):08x}" for start in starts)
 
 
+@dataclass(slots=True)
+class Rounding:
+    """What rounding to the stored dtype has changed: sums over stored minus computed values, in stored units."""
+
+    squares: float = 0.0
+    largest: float = 0.0
+
+    def add(self, stored: Values, computed: Values) -> Self:
+        """Count values in, of any shape; differences that are not finite are left out."""
+        flat, exact = stored.reshape(-1), computed.reshape(-1)
+        for start in range(0, flat.size, _PIECE):
+            # float32 is exact here: a value and its rounding to float16 are close.
+            difference = flat[start : start + _PIECE].astype(np.float32)
+            with np.errstate(invalid="ignore"):
+                difference -= exact[start : start + _PIECE]
+                reach = max(float(difference.max(initial=0.0)), -float(difference.min(initial=0.0)))
+            if not math.isfinite(reach):
+                difference = difference[np.isfinite(difference)]
+                reach = float(np.abs(difference).max(initial=0.0))
+            self.largest = max(self.largest, reach)
+            wide = difference.astype(np.float64)
+            self.squares += float(np.dot(wide, wide))
+        return self
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArrayRecord:
     """What one block of one array must look like."""
@@ -64,25 +90,24 @@ class ArrayRecord:
     """The largest such difference, to three digits."""
 
     @classmethod
-    def of(
-        cls,
-        file_bytes: bytes,
-        stored: npt.NDArray[Any],
-        computed: npt.NDArray[Any] | None = None,
-    ) -> Self:
-        """Describe a chunk file that holds `stored`, which was rounded from `computed`; not rounded if None."""
+    def of(cls, file_bytes: bytes, stored: Values, computed: Values | Rounding | None = None) -> Self:
+        """Describe a chunk file.
+
+        Args:
+            file_bytes: the whole file.
+            stored: its values.
+            computed: the values that were rounded to `stored`, or what that has changed; None if nothing was rounded.
+        """
         if computed is None:
             return cls._unrounded(file_bytes, stored)
-        low, high, num_finite, squares, largest = math.inf, -math.inf, 0, 0.0, 0.0
-        flat, exact = stored.reshape(-1), computed.reshape(-1)
+        rounding = computed if isinstance(computed, Rounding) else Rounding().add(stored, computed)
+        low, high, num_finite = math.inf, -math.inf, 0
+        flat = stored.reshape(-1)
         for start in range(0, flat.size, _PIECE):  # in pieces, so that a large block needs no large temporaries
             piece = flat[start : start + _PIECE].astype(np.float64)
-            finite = np.isfinite(piece)
-            difference = np.where(finite, piece, 0.0) - np.where(finite, exact[start : start + _PIECE], 0.0)
-            num_finite += int(finite.sum())
-            squares += float(np.dot(difference, difference))
-            largest = max(largest, float(np.abs(difference).max(initial=0.0)))
-            low, high = min(low, np.min(piece[finite], initial=low)), max(high, np.max(piece[finite], initial=high))
+            piece = piece[np.isfinite(piece)]
+            num_finite += piece.size
+            low, high = min(low, np.min(piece, initial=low)), max(high, np.max(piece, initial=high))
         return cls(
             num_bytes=len(file_bytes),
             sha256=hashlib.sha256(file_bytes).hexdigest(),
@@ -91,8 +116,8 @@ class ArrayRecord:
             maximum=float(high) if num_finite else 0.0,
             num_nonfinite=int(flat.size - num_finite),
             # Three digits, so that another order of summation gives the same record.
-            rounding_rms=float(f"{math.sqrt(squares / max(1, num_finite)):.2e}"),
-            rounding_max=float(f"{largest:.2e}"),
+            rounding_rms=float(f"{math.sqrt(rounding.squares / max(1, num_finite)):.2e}"),
+            rounding_max=float(f"{rounding.largest:.2e}"),
         )
 
     @classmethod

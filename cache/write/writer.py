@@ -19,7 +19,7 @@ from advkd.cache.errors import CacheError, DamagedError
 from advkd.cache.files.durable import PARTIAL_SUFFIX, link_or_copy, write_atomically, write_verified
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target
-from advkd.cache.format.array_record import ArrayRecord
+from advkd.cache.format.array_record import ArrayRecord, Rounding
 from advkd.cache.format.arrays import ArraySpec, state_spec
 from advkd.cache.format.ledger import BlockRecord, checked_seal
 from advkd.cache.format.seeds import blocks_of, seeds_of
@@ -123,6 +123,7 @@ class CacheWriter(StoreFolder):
         block: int,
         states: Mapping[int, npt.NDArray[np.floating[Any]]],
         further: Mapping[str, npt.NDArray[Any]] = _NO_ARRAYS,
+        roundings: Mapping[int, Rounding] | None = None,
     ) -> BlockRecord:
         """Write one block, every array of all its seeds, and commit it.
 
@@ -132,6 +133,8 @@ class CacheWriter(StoreFolder):
                 dtype, shape (block_size, *item_shape).
             further: the values of each of the writer's further arrays by path, shape (block_size, *its item shape), in
                 its dtype.
+            roundings: by solver steps done, what rounding to the stored dtype has changed; None if `states` are as
+                they were computed.
 
         Raises:
             CacheError: the values have another shape, are not finite, or read back differently.
@@ -141,9 +144,11 @@ class CacheWriter(StoreFolder):
         if further.keys() != {spec.path for spec in self.further}:
             raise CacheError(f"block {block} comes with the arrays {sorted(further)}, expected those of the store")
         values = {states_path(state): states[state.step] for state in self.layout.states} | dict(further)
-        return self._record(block, {spec.path: self._write(spec, block, values[spec.path]) for spec in self.arrays})
+        known = {states_path(state): roundings[state.step] for state in self.layout.states} if roundings else {}
+        arrays = {spec.path: self._write(spec, block, values[spec.path], known.get(spec.path)) for spec in self.arrays}
+        return self._record(block, arrays)
 
-    def _write(self, spec: ArraySpec, block: int, values: npt.NDArray[Any]) -> ArrayRecord:
+    def _write(self, spec: ArraySpec, block: int, values: npt.NDArray[Any], rounding: Rounding | None) -> ArrayRecord:
         """Write the chunk of one array and read it back."""
         computed, dtype = np.ascontiguousarray(values), np.dtype(spec.dtype).newbyteorder("<")
         shape, is_state = (spec.block_size, *spec.item_shape), spec not in self.further
@@ -153,7 +158,7 @@ class CacheWriter(StoreFolder):
                 f"{spec.dtype} of shape {shape}"
             )
         with np.errstate(over="ignore"):  # values that become infinite are refused below
-            stored = computed.astype(dtype)
+            stored = computed.astype(dtype, copy=False)
         if not (np.isfinite(stored.min()) and np.isfinite(stored.max())):
             seeds = seeds_of(block, self.layout.block_size)
             raise CacheError(
@@ -164,7 +169,8 @@ class CacheWriter(StoreFolder):
         self._write_through_zarr(spec, block, stored)
         del stored
         data = path.read_bytes()
-        return ArrayRecord.of(data, np.frombuffer(data, dtype, computed.size), computed if is_state else None)
+        written = np.frombuffer(data, dtype, computed.size)
+        return ArrayRecord.of(data, written, (rounding or computed) if is_state else None)
 
     def _write_through_zarr(self, spec: ArraySpec, block: int, values: npt.NDArray[Any]) -> None:
         """Write one whole chunk through zarr, durably and read back.

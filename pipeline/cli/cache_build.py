@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @click.option("--teacher", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline: a folder or a Hub id.")
 @click.option("--steps", type=int, help="Solver steps from x_T to x_0.")
 @click.option("--sampler", metavar="NAME", help="ddim, ddpm, dpmsolver++, euler or heun.")
+@click.option("--eta", type=float, help="Of ddim: 0 is deterministic, 1 as noisy as ddpm.")
+@click.option("--spacing", metavar="NAME", help="How timesteps are chosen: trailing, leading, linspace or teacher.")
 @click.option(
     "--record",
     metavar="K|LIST",
@@ -42,6 +44,12 @@ if TYPE_CHECKING:
     default="stop",
     show_default=True,
     help="Where the store is of another recipe: stop, or rename it out of the way.",
+)
+@click.option(
+    "--accept-range",
+    is_flag=True,
+    default=None,
+    help="Go on where x_0 does not lie in the range of images, [−1, 1].",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, how long and how large; write nothing.")
 @guarded
@@ -124,13 +132,16 @@ def _dry_run(experiment: Experiment, store: Path, num_workers: int) -> None:
 
 
 def _estimate(experiment: Experiment, store: Path, teacher: str, num_workers: int) -> None:
-    from advkd.stages.teacher.build.plan import measure_evaluation
+    from advkd.stages.teacher.build.resources import BLOCKS_AT_ONCE, check_memory, measure_evaluation, memory_bytes
 
     plan = _plan(experiment, store)
     todo = plan.writer.missing(plan.seeds)
     num_seeds = len(todo) * plan.layout.block_size
     batch = min(plan.config.batch_size, plan.layout.block_size)
     batches = len(todo) * -(-plan.layout.block_size // batch)
+    at_once = num_workers if num_workers > 1 else BLOCKS_AT_ONCE
+    check_memory(plan, at_once)
+    memory = memory_bytes(plan, at_once)
     seconds = measure_evaluation(plan)
     total = seconds * plan.evaluations_per_seed * batches
     recorded = ", ".join(str(state.step) for state in plan.layout.states)
@@ -140,11 +151,18 @@ def _estimate(experiment: Experiment, store: Path, teacher: str, num_workers: in
         f"teacher       {teacher}, {'×'.join(map(str, plan.recipe.item_shape))}\n"
         f"seeds         {plan.seeds.start}:{plan.seeds.stop}, {num_seeds:,} of them still to build\n"
         f"sampler       {plan.sampler.name}, {plan.sampler.steps} steps; states after {recorded} steps recorded\n"
+        f"timesteps     {plan.sampler.spacing}: {_ends_of(plan.recipe.sampler['timesteps'])}\n"
         f"evaluations   {num_seeds * plan.evaluations_per_seed:,} of one image\n"
         f"disk          {len(todo) * plan.block_bytes / 1e9:.3f} GB in {len(todo)} blocks\n"
+        f"memory        about {memory / 1e9:.3f} GB for {at_once} blocks at a time; the network comes on top\n"
         f"time          about {_duration(total)} ({seconds * 1e3:.1f} ms for a batch of {batch} here{shared})\n"
         "nothing was written (dry run)"
     )
+
+
+def _ends_of(timesteps: list[float]) -> str:
+    shown = [f"{timestep:g}" for timestep in timesteps]
+    return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])
 
 
 def _look_at_store(plan: Plan, *, recorded: bool, rebuild: bool) -> None:

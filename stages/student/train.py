@@ -7,7 +7,7 @@ On a CPU a resumed run gives the same metrics and weights as an uninterrupted on
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from advkd.cache.errors import UsageError
+from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.config import KINDS, TrainConfig
@@ -111,6 +112,7 @@ def train(
             reporter.say(f"{run_path} is already complete; nothing to do{_grown(cache, config, split)}")
             return _trained(trainer, load_student(run.student)[0], trainer.num_steps)
         fetch_states(cache, steps, split.blocks, reporter)
+        reporter.say(_images_in_words(cache, split.blocks))
         if claimed.status == "resume":
             trainer.resume(claimed.segments)
         elif processes.is_main:
@@ -130,6 +132,15 @@ def _grown(cache: TrajectoryCache, config: TrainConfig, split: SeedSplit) -> str
         f". It used seeds {seeds[0]}:{seeds[-1] + 1}; the cache has grown to 0:{cache.num_seeds} since: choose another "
         "--run to train on all of them"
     )
+
+
+def _images_in_words(cache: TrajectoryCache, blocks: Sequence[int], max_records: int = 16) -> str:
+    """The range of x_0 as the ledger records it for some blocks; no values are read."""
+    name = states_path(cache.state(max(cache.states)))
+    some = blocks[:: -(-len(blocks) // max_records)]
+    arrays = [cache.record(block).arrays[name].raw for block in some]
+    low, high = min(array.minimum for array in arrays), max(array.maximum for array in arrays)
+    return f"x_0 in {cache.address}: values from {low:+.2f} to {high:+.2f}"
 
 
 def _trained(trainer: Trainer, student: nn.Module, step: int) -> Trained:

@@ -78,6 +78,8 @@ class CacheConfig:
     """What the teacher computes in; states between its evaluations are always float32."""
     root_seed: int = 0
     """Seed of all noise: with another one, the same seed numbers give other noise."""
+    accept_range: bool = False
+    """Whether to build although more than 1 % of x_0's values in the first block lie beyond ±2."""
     device: str | None = None
     """`cuda`, `cuda:1`, `mps`, `cpu`; the best that is there if not given. Not part of the recipe."""
 

@@ -16,7 +16,15 @@ def test_dry_run_measures_and_writes_nothing(invoke: Invoke, tmp_path: Path, toy
     before = sorted(tmp_path.rglob("*"))
     result = invoke(cache_command, "build", "--config", toy_yaml, "--dry-run")
     assert result.exit_code == 0
-    for part in ("256 of them still to build", "evaluations   1,024 of one image", "in 4 blocks", "time ", "disk "):
+    for part in (
+        "256 of them still to build",
+        "evaluations   1,024 of one image",
+        "in 4 blocks",
+        "time ",
+        "disk ",
+        "memory ",
+        "trailing: 999, ",
+    ):
         assert part in result.output
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -44,6 +52,19 @@ def test_a_dry_run_measures_a_default_teacher_that_is_not_there_yet(invoke: Invo
     assert "teachers/smoke/pipeline (not there yet: a build would train it first)" in result.output
     assert "evaluations   7,680 of one image" in result.output
     assert not list(Path().iterdir())
+
+
+def test_the_samplers_flags_name_the_store(invoke: Invoke, toy_yaml: Path) -> None:
+    for flags, suffix, timesteps in (
+        (("--spacing", "leading"), "-leading", "leading: 750, 500, 250, 0"),
+        (("--eta", "0.5"), "-eta0.5", "trailing: 999, 749, 499, 249"),
+    ):
+        result = invoke(cache_command, "build", "--config", toy_yaml, *flags, "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert f"store         cache/toy{suffix}.zarr (new)" in result.output
+        assert timesteps in result.output
+    result = invoke(cache_command, "build", "--config", toy_yaml, "--spacing", "sideways")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1) and "sampler.spacing: 'sideways'" in result.stderr
 
 
 @pytest.mark.parametrize(

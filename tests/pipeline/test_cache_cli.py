@@ -15,8 +15,8 @@ from advkd.cache.read.compare import tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.writer import CacheWriter
 from advkd.pipeline.cli.cache import main as command
-from advkd.stages.teacher.build.block import sample_block
 from advkd.stages.teacher.build.recompute import plan_of
+from advkd.stages.teacher.sample.sampling import initial_noise, sample
 from tests.cache import golden
 from tests.conftest import Invoke
 from tests.stores import block_states, make_layout, make_recipe, tree, write_store
@@ -53,9 +53,11 @@ def test_info_tells_what_it_is_and_who_made_it(invoke: Invoke, built: Path, tmp_
 
 def test_rounding_is_what_storing_cost(built: Path) -> None:
     cache = TrajectoryCache.open(built)
-    computed = sample_block(plan_of(cache, None, 8, "cpu"), 1).states
+    plan, seeds = plan_of(cache, None, 8, "cpu"), range(8, 16)
+    noise = initial_noise(0, seeds, cache.item_shape, "float16")
+    computed = sample(plan.teacher, plan.path, noise, seeds=seeds, root_seed=0, record=cache.states)
     for step in cache.states:
-        lost = cache.rows(step, range(8, 16)).astype(np.float64) - computed[step]
+        lost = cache.rows(step, range(8, 16)).astype(np.float64) - computed[step].numpy()
         entry = cache.record(1).arrays[f"states/{step:04d}"]
         assert entry.rounding_rms == pytest.approx(np.sqrt(np.mean(lost**2)), rel=6e-3)
         assert entry.rounding_max == pytest.approx(np.abs(lost).max(), rel=6e-3)

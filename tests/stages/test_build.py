@@ -24,11 +24,12 @@ from advkd.cache.write.writer import CacheWriter
 from advkd.stages.reporter import SilentReporter
 from advkd.stages.teacher.build import block as sampling_blocks
 from advkd.stages.teacher.build import build as building
-from advkd.stages.teacher.build import plan as planning
+from advkd.stages.teacher.build import resources
 from advkd.stages.teacher.build.block import SampledBlock
 from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
+from advkd.stages.teacher.sample.sampling import initial_noise, sample
 from tests.stores import tree
 
 CACHE = CacheConfig(seeds="0:24", record=2, block_size=8, batch_size=5, device="cpu")
@@ -240,11 +241,93 @@ def test_constant_output_stops_at_the_first_block(
     assert not (tmp_path / "a.zarr").exists()
 
 
+def with_images(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Let the sampler's x_0 be this many times as large, in some pixels."""
+    original = sampling_blocks.sample
+
+    def larger(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
+        kept = original(*arguments, **options)  # type: ignore[arg-type]
+        images = kept[max(kept)].clone()
+        images[..., 0] = factor
+        return {**kept, max(kept): images}
+
+    monkeypatch.setattr(sampling_blocks, "sample", larger)
+
+
+def test_values_that_are_no_images_stop_at_the_first_block(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One column of eight is 12.5 % of the values."""
+    with_images(monkeypatch, 1.99)
+    build(plan_for(pipeline_folder, tmp_path / "a.zarr", seeds="0:8"))
+    for factor in (2.5, -600.0, 1e6):  # the last is infinite in float16
+        with_images(monkeypatch, factor)
+        with pytest.raises(TeacherError, match=r"12\.5% of x_0's values lie beyond ±2 .*--accept-range"):
+            build(plan_for(pipeline_folder, tmp_path / "b.zarr"))
+        assert not (tmp_path / "b.zarr").exists()
+
+
+def test_a_range_that_was_accepted_is_in_the_provenance(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_images(monkeypatch, -600.0)
+    build(plan_for(pipeline_folder, tmp_path / "a.zarr", seeds="0:8", accept_range=True))
+    note = json.loads((tmp_path / "a.zarr/provenance/block-000000.json").read_text())
+    accepted = note["accepted_range"]
+    assert (accepted["minimum"], accepted["share_beyond_2"]) == (-600.0, 0.125) and accepted["maximum"] <= 2.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_ledger_is_that_of_the_values_as_they_were_computed(
+    pipeline_folder: Path, tmp_path: Path, batch_size: int
+) -> None:
+    """States are kept in the stored dtype; what rounding changed is counted batch by batch."""
+    plan = plan_for(pipeline_folder, tmp_path / "a.zarr", seeds="0:8", batch_size=batch_size)
+    build(plan)
+    computed: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
+    for start in range(0, 8, batch_size):
+        seeds = range(start, min(start + batch_size, 8))
+        noise = initial_noise(0, seeds, plan.recipe.item_shape, "float16")
+        kept = sample(plan.teacher, plan.path, noise, seeds=seeds, root_seed=0, record=[0, 2, 4])
+        for step, values in kept.items():
+            computed.setdefault(step, []).append(values.numpy())
+    other = CacheWriter.open(tmp_path / "b.zarr", plan.recipe, plan.layout)
+    with other.writing():
+        other.grow(plan.seeds)
+        record = other.commit(0, {step: np.concatenate(parts) for step, parts in computed.items()})
+    assert {array.rounding_max > 0.0 for name, array in record.arrays.items() if name != "states/0000"} == {True}
+    assert tree(tmp_path / "a.zarr") == tree(tmp_path / "b.zarr")
+
+
+def test_blocks_that_do_not_fit_into_memory_are_refused_with_a_size_that_does(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million seeds of 8×8 in three states are 1.6 GB."""
+    monkeypatch.setattr(resources, "memory_limit", lambda: resources.SPARE_MEMORY + 10**9)
+    plan = plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=1 << 20)
+    with pytest.raises(UsageError, match=r"need \d+\.\d\d GB of memory .* 1\.00 GB are available") as refused:
+        build(plan)
+    assert not (tmp_path / "a.zarr").exists()
+    size = int(str(refused.value).split("--block-size ")[1].split()[0])
+    resources.check_memory(plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=size))
+    with pytest.raises(UsageError):
+        resources.check_memory(plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=2 * size))
+
+
+def test_memory_is_what_this_process_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_LIMIT_FILES", (str(tmp_path / "absent"), str(tmp_path / "limit")))
+    machine = resources.memory_limit()
+    assert machine > 1 << 28
+    for text, expected in (("max\n", machine), ("1048576\n", 1 << 20), (f"{1 << 62}\n", machine)):
+        (tmp_path / "limit").write_text(text)
+        assert resources.memory_limit() == expected
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UsageError, match=r"needs 0\.00 GB more, 0\.00 GB are free"):
         build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
     assert not (tmp_path / "a.zarr").exists()
@@ -256,10 +339,10 @@ def test_a_disk_that_fills_up_keeps_what_is_committed(
     store = tmp_path / "a.zarr"
     original = CacheWriter.commit
 
-    def full(self: CacheWriter, block: int, states: dict[int, object]) -> object:
+    def full(self: CacheWriter, block: int, *rest: object, **options: object) -> object:
         if block == 1:
             raise OSError(errno.ENOSPC, "No space left on device", "states/0002/c/1/0/0/0")
-        return original(self, block, states)  # type: ignore[arg-type]
+        return original(self, block, *rest, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "commit", full)
@@ -288,10 +371,10 @@ def test_the_teachers_scheduler_cannot_make_a_solver_stochastic(pipeline_folder:
     path = folder / "scheduler/scheduler_config.json"
     options = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
-    sampler = SamplerConfig(name="dpmsolver++", steps=4)
+    sampler, config = SamplerConfig(name="dpmsolver++", steps=4), dataclasses.replace(CACHE, accept_range=True)
     digests = set()
     for name in "ab":
-        build(make_plan(TeacherConfig(source=str(folder)), sampler, CACHE, tmp_path / name))
+        build(make_plan(TeacherConfig(source=str(folder)), sampler, config, tmp_path / name))
         digests.add(TrajectoryCache.open(tmp_path / name).digest)
     assert len(digests) == 1
 

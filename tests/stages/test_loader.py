@@ -14,8 +14,9 @@ from advkd.cache.errors import TeacherError, UsageError
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.teacher.build.block import sample_block
 from advkd.stages.teacher.build.build import build
-from advkd.stages.teacher.build.plan import make_plan, measure_evaluation
+from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.build.recompute import plan_of
+from advkd.stages.teacher.build.resources import measure_evaluation
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
@@ -276,6 +277,27 @@ def test_learned_time_embeddings_take_whole_timesteps(
     if sampler != "ddim":
         with pytest.raises(TeacherError, match=r"one embedding per timestep.*fractional"):
             make_plan(teacher, SamplerConfig(name=sampler, steps=7, spacing="linspace"), cache, tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_noise_alone_tells_a_noise_predicting_teacher_nothing(
+    pipeline_folder: Path, tmp_path: Path, sampler: str
+) -> None:
+    """With zero terminal SNR, x_0 = (x − σ ε) / 0 at the first timestep."""
+    folder = shutil.copytree(pipeline_folder, tmp_path / "a")
+    path = folder / "scheduler/scheduler_config.json"
+    cache = CacheConfig(seeds="0:2", record=2, block_size=2, device="cpu")
+    options = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True, "clip_sample": False}
+
+    def planned(spacing: str, prediction: str) -> Plan:
+        path.write_text(json.dumps(options | {"prediction_type": prediction}))
+        config = SamplerConfig(name=sampler, steps=5, spacing=spacing)
+        return make_plan(TeacherConfig(source=str(folder)), config, cache, tmp_path / "a.zarr")
+
+    with pytest.raises(TeacherError, match=r"predicts the noise.*timestep 999 without any signal.*--spacing leading"):
+        planned("trailing", "epsilon")
+    for plan in (planned("leading", "epsilon"), planned("trailing", "v_prediction")):
+        sample_block(plan, 0)
 
 
 def test_an_embedding_that_ends_before_the_scheduler_is_one_line(tmp_path: Path) -> None:

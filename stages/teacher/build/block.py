@@ -17,12 +17,17 @@ import torch
 from advkd.cache.errors import TeacherError
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.sealed_json import seal
+from advkd.cache.format.array_record import Rounding
 from advkd.cache.format.seeds import seeds_of
 from advkd.cache.format.store_paths import provenance_path
 from advkd.stages.provenance import versions
 from advkd.stages.teacher.build.plan import Plan
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
 
+MAX_VALUE = 2.0
+"""Images lie in [−1, 1]; a sampler that doesn't clip overshoots a little, latents by far."""
+MAX_SHARE_BEYOND = 0.01
+"""Of x_0's values that may lie beyond `MAX_VALUE`."""
 MIN_SPREAD = 1e-3
 """Standard deviation over seeds below which x_0 counts as constant, where images lie in [−1, 1]."""
 
@@ -35,8 +40,9 @@ class SampledBlock:
 
     number: int
     states: dict[int, npt.NDArray[Any]]
-    """By solver steps done: float32, stored units, shape (block_size, *item_shape); x_T in the stored dtype's values,
-    since the teacher starts from them."""
+    """By solver steps done: in the stored dtype and units, shape (block_size, *item_shape)."""
+    roundings: dict[int, Rounding]
+    """By solver steps done: what rounding to the stored dtype has changed."""
     began: datetime
 
 
@@ -54,7 +60,8 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
     began = datetime.now(UTC)
     seeds = seeds_of(block, plan.layout.block_size)
     shape = (plan.layout.block_size, *plan.recipe.item_shape)
-    states = {state.step: np.empty(shape, dtype=np.float32) for state in plan.layout.states}
+    states = {state.step: np.empty(shape, dtype=plan.layout.dtype) for state in plan.layout.states}
+    roundings = {step: Rounding() for step in states}
     for start in range(0, len(seeds), plan.config.batch_size):
         part = slice(start, min(start + plan.config.batch_size, len(seeds)))
         states[0][part] = initial_noise(plan.recipe.root_seed, seeds[part], plan.recipe.item_shape, plan.layout.dtype)
@@ -68,31 +75,46 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
             evaluated=partial(advance, part.stop - part.start),
         )
         for step, values in kept.items():
-            states[step][part] = values.numpy()
-    return SampledBlock(number=block, states=states, began=began)
+            computed = values.numpy()
+            with np.errstate(over="ignore"):  # values that become infinite are refused when the block is committed
+                states[step][part] = computed
+            roundings[step].add(states[step][part], computed)
+    return SampledBlock(number=block, states=states, roundings=roundings, began=began)
 
 
 def commit_block(plan: Plan, sampled: SampledBlock, command: str) -> None:
     """Write a sampled block; its provenance first, since the ledger record must be the last file written."""
     note = seal(block_provenance(plan, sampled, command))
     write_atomically(plan.store / provenance_path(sampled.number), [note])
-    plan.writer.commit(sampled.number, sampled.states)
+    plan.writer.commit(sampled.number, sampled.states, roundings=sampled.roundings)
 
 
 def check_images(plan: Plan, sampled: SampledBlock) -> str:
     """Check x_0 of a build's first block; x_0 in words.
 
     Raises:
-        TeacherError: all seeds give the same image.
+        TeacherError: all seeds give the same image, or values too large for images (unless `accept_range` is set).
     """
     images = sampled.states[plan.sampler.steps].astype(np.float32)
-    mean, spread = float(images.mean()), float(images.std(axis=0).max())
-    described = f"mean {mean:+.3f}, sd {images.std():.3f}, range {images.min():+.2f} to {images.max():+.2f}"
+    with np.errstate(all="ignore"):  # values that are infinite in float16 are refused below
+        mean, spread = float(images.mean()), float(images.std(axis=0).max())
+        described = f"mean {mean:+.3f}, sd {images.std():.3f}, range {images.min():+.2f} to {images.max():+.2f}"
     if len(images) > 1 and spread < MIN_SPREAD:
         raise TeacherError(
             f"teacher {plan.teacher.source}: x_0 is constant over {len(images)} seeds ({described}); nothing was kept"
         )
+    beyond = _share_beyond(images)
+    if beyond > MAX_SHARE_BEYOND and not plan.config.accept_range:
+        raise TeacherError(
+            f"teacher {plan.teacher.source}: {beyond:.1%} of x_0's values lie beyond ±{MAX_VALUE:g} ({described}); "
+            f"expected images in [−1, 1], at most {MAX_SHARE_BEYOND:.0%} beyond; nothing was kept. Another sampler, "
+            "more steps or a teacher that clips may help; --accept-range keeps such values"
+        )
     return described
+
+
+def _share_beyond(images: npt.NDArray[Any]) -> float:
+    return float((np.abs(images) > MAX_VALUE).mean())
 
 
 def block_provenance(plan: Plan, sampled: SampledBlock, command: str) -> dict[str, Any]:
@@ -107,5 +129,15 @@ def block_provenance(plan: Plan, sampled: SampledBlock, command: str) -> dict[st
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "batch_size": plan.config.batch_size,
         "command": command,
+        **_accepted(plan, sampled),
         "versions": versions("diffusers", "zarr"),
     }
+
+
+def _accepted(plan: Plan, sampled: SampledBlock) -> dict[str, Any]:
+    """What `accept_range` let through, if it did."""
+    if not plan.config.accept_range:
+        return {}
+    x_0 = sampled.states[plan.sampler.steps]
+    minimum, maximum, beyond = float(x_0.min()), float(x_0.max()), _share_beyond(x_0)
+    return {"accepted_range": {"minimum": minimum, "maximum": maximum, "share_beyond_2": beyond}}

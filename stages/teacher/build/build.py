@@ -21,7 +21,8 @@ from advkd.stages.pictures import save_trajectories
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.background import Background
 from advkd.stages.teacher.build.block import SampledBlock, check_images, commit_block, sample_block
-from advkd.stages.teacher.build.plan import Plan, check_disk, origin, say_older_rules
+from advkd.stages.teacher.build.plan import Plan, origin, say_older_rules
+from advkd.stages.teacher.build.resources import BLOCKS_AT_ONCE, check_disk, check_memory
 from advkd.stages.teacher.build.tolerance import record_tolerance
 
 
@@ -86,14 +87,16 @@ def build(
     )
 
 
-def start(plan: Plan, reporter: Reporter) -> list[int]:
+def start(plan: Plan, reporter: Reporter, num_blocks_at_once: int = BLOCKS_AT_ONCE) -> list[int]:
     """Start the progress bar; the blocks that are missing.
 
     Raises:
-        UsageError: they don't fit on the disk.
+        UsageError: they don't fit on the disk, or those that are made at the same time not into memory.
     """
     todo, work = plan.writer.missing(plan.seeds), plan.evaluations_per_block
     check_disk(plan, len(todo))
+    if todo:
+        check_memory(plan, num_blocks_at_once)
     reporter.start("cache", len(plan.blocks) * work, "evaluations", done=(len(plan.blocks) - len(todo)) * work)
     return todo
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 
 from advkd.cache.errors import TeacherError, UsageError
 from advkd.cache.files.durable import holds_something
-from advkd.cache.format.layout import Layout
+from advkd.cache.format.layout import Layout, State
 from advkd.cache.format.metadata import read_metadata
 from advkd.cache.format.noise import NOISE_RULE
 from advkd.cache.format.recipe import Recipe
@@ -28,8 +26,6 @@ from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.older_rules import older_rules
 from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import find_solver
-
-SPARE_DISK = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +121,7 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
     recorded = check_request(sampler, config, store)
     loaded = load_teacher(teacher, best_device(config.device), config.precision)
     path = SolverPath.of(loaded.scheduler_config, sampler)
-    check_timesteps(loaded, path.sampler, path.timesteps)
+    _check_evaluations(loaded, path.sampler, path.timesteps, path.states[0])
     recipe = Recipe(
         teacher=loaded.identity(),
         sampler=path.identity(),
@@ -154,11 +150,12 @@ def say_older_rules(plan: Plan, reporter: Reporter) -> None:
         )
 
 
-def check_timesteps(teacher: Teacher, sampler: SamplerConfig, timesteps: torch.Tensor) -> None:
-    """Check that the teacher can be evaluated wherever the sampler does.
+def _check_evaluations(teacher: Teacher, sampler: SamplerConfig, timesteps: torch.Tensor, start: State) -> None:
+    """Check that the teacher says something at every timestep that the sampler visits.
 
     Raises:
-        TeacherError: it has an embedding per timestep, and the sampler visits timesteps between them.
+        TeacherError: it has an embedding per timestep, and the sampler visits timesteps between them; or it predicts
+            the noise, and is asked for it where there is nothing but noise.
     """
     if teacher.only_whole_timesteps and not bool((timesteps == timesteps.round()).all()):
         raise TeacherError(
@@ -166,38 +163,12 @@ def check_timesteps(teacher: Teacher, sampler: SamplerConfig, timesteps: torch.T
             f"{sampler.spacing!r} and {sampler.steps} steps visits fractional ones; expected whole timesteps: choose "
             "spacing trailing or leading, or ddim"
         )
-
-
-def check_disk(plan: Plan, num_blocks: int) -> None:
-    """Check that this many more blocks fit on the disk.
-
-    Raises:
-        UsageError: they don't.
-    """
-    needed = num_blocks * plan.block_bytes
-    folder = plan.store.absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed and needed + SPARE_DISK > free:
-        raise UsageError(
-            f"{plan.store} needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free in {folder}: "
-            "fewer --seeds, fewer --record states, or another --out"
+    if start.alpha == 0.0 and teacher.scheduler_config.get("prediction_type", "epsilon") == "epsilon":
+        raise TeacherError(
+            f"teacher {teacher.source}: it predicts the noise, and {sampler.name} with spacing {sampler.spacing!r} "
+            f"starts at timestep {start.timestep:g} without any signal (rescale_betas_zero_snr), where x_0 doesn't "
+            "follow from the noise; expected a teacher that predicts v or x_0, or --spacing leading"
         )
-
-
-def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
-    """Seconds of one network evaluation of one batch, the median of a few after a warm-up."""
-    batch = min(plan.config.batch_size, plan.layout.block_size)
-    x = torch.zeros(batch, *plan.recipe.item_shape, device=plan.device)
-    x = x.contiguous(memory_format=plan.teacher.memory_format)
-    timestep = torch.tensor(plan.teacher.num_timesteps // 2, device=plan.device)
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            float(plan.teacher.predict(x, timestep).sum())  # reading a value waits for the device
-        times.append(time.perf_counter() - begin)
-    return sorted(times[1:])[repeats // 2]
 
 
 def recorded_list(layout: Layout) -> list[int]:

@@ -73,7 +73,7 @@ def build_with_workers(
         check_whole(plan)
     if not writer.missing(plan.seeds):
         return build(plan, on_mismatch=on_mismatch, reporter=reporter, command=command)
-    todo = start(plan, reporter)
+    todo = start(plan, reporter, workers or 0)  # a cluster's workers have memory of their own
     built = Built(store=plan.store, num_blocks=0, num_present=0, set_aside=None, preview=None)
     with connect(workers, scheduler) as client:
         request = _request(plan, teacher, workers, command, _num_workers(client, scheduler, reporter))

@@ -68,6 +68,8 @@ def _load_unet(config: Mapping[str, Any], weights: tuple[Path, ...], source: str
     try:
         with torch.device("meta"):  # random weights would only take time; this thread's alone
             unet: nn.Module = diffusers().UNet2DModel.from_config(dict(config))
+        if any(buffer.is_meta for buffer in unet.buffers()):  # fixed filters, which no file holds
+            unet = diffusers().UNet2DModel.from_config(dict(config))
         # Copied: a file that changes while it is mapped would change the network.
         tensors = {name: tensor.clone() for path in weights for name, tensor in load_file(path).items()}
     except Exception as error:  # whatever a foreign configuration makes diffusers, torch and safetensors raise

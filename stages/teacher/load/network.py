@@ -39,6 +39,11 @@ class Teacher:
         return next(self.unet.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return next(self.unet.parameters()).dtype
+
+    @property
     def num_timesteps(self) -> int:
         """T: how many timesteps it was trained with."""
         return int(self.scheduler_config.get("num_train_timesteps", 1000))
@@ -52,8 +57,7 @@ class Teacher:
         """One network evaluation in the network's own precision; float32 in and out, shape (B, C, H, W)."""
         if self.only_whole_timesteps:  # Euler's and Heun's are floats; `check_timesteps` has seen that they are whole
             timestep = timestep.long()
-        parameter = next(self.unet.parameters())
-        return self.unet(x.to(parameter.dtype), timestep).sample.float()  # type: ignore[no-any-return]
+        return self.unet(x.to(self.dtype), timestep).sample.float()  # type: ignore[no-any-return]
 
     def identity(self) -> dict[str, Any]:
         """What the recipe records of the teacher."""

@@ -80,6 +80,6 @@ def sample(
     if not bool(torch.isfinite(x).all()):
         raise TeacherError(
             f"teacher {teacher.source}: x_0 of seeds {seeds[0]}:{seeds[-1] + 1} is not finite (NaN or infinite); "
-            "try float32 precision, or check the checkpoint"
+            f"{'check the checkpoint' if teacher.dtype == torch.float32 else 'try float32 precision'}"
         )
     return {done: values.cpu() for done, values in kept.items()}

@@ -1,0 +1,85 @@
+"""What a build needs: disk space, memory and time."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from advkd.cache.errors import UsageError
+from advkd.stages.teacher.build.plan import Plan
+
+SPARE_DISK = 64 << 20
+SPARE_MEMORY = 1 << 30
+"""For Python, torch and the network's activations."""
+BLOCKS_AT_ONCE = 2
+"""In one process: one is sampled while the one before is written."""
+_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_disk(plan: Plan, num_blocks: int) -> None:
+    """Check that this many more blocks fit on the disk.
+
+    Raises:
+        UsageError: they don't.
+    """
+    needed = num_blocks * plan.block_bytes
+    folder = plan.store.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed and needed + SPARE_DISK > free:
+        raise UsageError(
+            f"{plan.store} needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free in {folder}: "
+            "fewer --seeds, fewer --record states, or another --out"
+        )
+
+
+def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
+    """Seconds of one network evaluation of one batch, the median of a few after a warm-up."""
+    batch = min(plan.config.batch_size, plan.layout.block_size)
+    x = torch.zeros(batch, *plan.recipe.item_shape, device=plan.device)
+    x = x.contiguous(memory_format=plan.teacher.memory_format)
+    timestep = torch.tensor(plan.teacher.num_timesteps // 2, device=plan.device)
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            float(plan.teacher.predict(x, timestep).sum())  # reading a value waits for the device
+        times.append(time.perf_counter() - begin)
+    return sorted(times[1:])[repeats // 2]
+
+
+def memory_bytes(plan: Plan, num_blocks: int = BLOCKS_AT_ONCE) -> int:
+    """Host memory that blocks take while they are sampled, checked and written: beside the network and one batch."""
+    # A state is copied to be written, and x_0 is looked at in float32.
+    copies = 3 * plan.layout.block_size * math.prod(plan.recipe.item_shape) * torch.float32.itemsize
+    return num_blocks * plan.block_bytes + copies
+
+
+def memory_limit() -> int:
+    """Memory that this process can have: the machine's, or less in a container."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _LIMIT_FILES:
+        with suppress(OSError, ValueError):  # absent, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
+
+
+def check_memory(plan: Plan, num_blocks: int = BLOCKS_AT_ONCE) -> None:
+    """Check that this many blocks fit into memory at the same time.
+
+    Raises:
+        UsageError: they don't.
+    """
+    needed, there = memory_bytes(plan, num_blocks), memory_limit() - SPARE_MEMORY
+    if needed > there:
+        fitting = max(1, int(plan.layout.block_size * max(there, 0) / needed))
+        raise UsageError(
+            f"blocks of {plan.layout.block_size} seeds need {needed / 1e9:.2f} GB of memory ({num_blocks} at a time), "
+            f"{max(there, 0) / 1e9:.2f} GB are available: --block-size {1 << (fitting.bit_length() - 1)} would fit"
+        )
