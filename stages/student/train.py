@@ -160,9 +160,9 @@ def _check_kind(cache: TrajectoryCache, config: TrainConfig, world_size: int) ->
     if kind.is_paired(config) and not cache.recipe.deterministic:
         sampler, eta = cache.recipe.sampler["name"], float(cache.recipe.sampler["eta"])
         raise UsageError(
-            f"{cache.address} was sampled with {sampler}{f' and eta {eta:g}' if eta else ''}, which draws noise at every "
-            "step: x_T does not determine x_0, so a paired loss would teach the average image. Build with a deterministic "
-            "sampler (ddim with eta 0, dpmsolver++, euler, heun), or train `student.kind: progressive`"
+            f"{cache.address} was sampled with {sampler}{f' and eta {eta:g}' if eta else ''}, which draws noise at "
+            "every step: x_T does not determine x_0, so a paired loss would teach the average image. Build with a "
+            "deterministic sampler (ddim with eta 0, dpmsolver++, euler, heun), or train `student.kind: progressive`"
         )
     if kind.normalises_over_batch and world_size > 1:
         raise UsageError(

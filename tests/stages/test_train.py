@@ -21,6 +21,7 @@ from advkd.stages.student.train import train
 from advkd.stages.student.training.data import read_float
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT
+from tests.pipeline.plans import Listener
 from tests.stores import make_recipe, write_store
 
 UNROLLED = TrainConfig(
@@ -166,6 +167,22 @@ def test_a_stochastic_cache_with_a_paired_loss_is_refused_with_the_reason(tmp_pa
         train(tmp_path / "ddpm.zarr", UNROLLED, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert train(tmp_path / "ddpm.zarr", PROGRESSIVE, tmp_path / "run").complete
+
+
+def test_a_stochastic_ddim_is_refused_with_its_eta(tmp_path: Path) -> None:
+    sampler = {**make_recipe().sampler, "eta": 1.0, "deterministic": False}
+    write_store(tmp_path / "ddim.zarr", "0:256", sampler=sampler)
+    with pytest.raises(UsageError, match=r"ddim and eta 1, which draws noise"):
+        train(tmp_path / "ddim.zarr", UNROLLED, tmp_path / "run")
+
+
+def test_training_names_the_range_of_the_caches_images(store: Path, tmp_path: Path) -> None:
+    """A range that is far from [−1, 1] explains a run that diverges."""
+    reporter = Listener()
+    train(store, UNROLLED, tmp_path / "run", max_steps=1, reporter=reporter)
+    cache = TrajectoryCache.open(store)
+    x_0 = cache.rows(max(cache.states), cache.seeds())
+    assert f"x_0 in {store}: values from {x_0.min():+.2f} to {x_0.max():+.2f}" in reporter.heard
 
 
 def test_empty_and_partial_caches_are_refused(store: Path, tmp_path: Path) -> None:
