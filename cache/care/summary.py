@@ -19,6 +19,8 @@ from advkd.cache.read.reader import TrajectoryCache
 MAX_BLOCKS_FOR_STATISTICS = 2000
 """Of a larger store, evenly spaced records are read, so that `info` stays quick; the summary says how many."""
 
+_ORIGIN = ("source", "commit", "license", "unet", "variant", "scheduler")
+
 
 def summarize(cache: TrajectoryCache) -> dict[str, Any]:
     """Identity, origin, seeds, gaps, bytes, and statistics of each state and array, as JSON.
@@ -163,9 +165,9 @@ def _statistics(arrays: Sequence[ArrayRecord]) -> dict[str, Any]:
 
 
 def origin_of(cache: TrajectoryCache) -> dict[str, Any]:
-    """Source, commit and licence of the teacher, as the store's first builder recorded them."""
+    """Source, commit, licence and chosen files of the teacher, as the store's first builder recorded them."""
     try:
         value = unseal(cache.source.read("provenance/store.json"))["teacher"]
-        return {key: str(value[key])[:200] for key in ("source", "commit", "license") if value.get(key)}
+        return {key: str(value[key])[:200] for key in _ORIGIN if value.get(key)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -13,6 +13,7 @@ import torch
 
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.reporter import SilentReporter
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.progressive.config import StagesConfig
 from advkd.stages.student.run import Run, split_seeds
@@ -21,7 +22,6 @@ from advkd.stages.student.train import train
 from advkd.stages.student.training.data import read_float
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT
-from tests.pipeline.plans import Listener
 from tests.stores import make_recipe, write_store
 
 UNROLLED = TrainConfig(
@@ -178,11 +178,16 @@ def test_a_stochastic_ddim_is_refused_with_its_eta(tmp_path: Path) -> None:
 
 def test_training_names_the_range_of_the_caches_images(store: Path, tmp_path: Path) -> None:
     """A range that is far from [−1, 1] explains a run that diverges."""
-    reporter = Listener()
-    train(store, UNROLLED, tmp_path / "run", max_steps=1, reporter=reporter)
+    said: list[str] = []
+
+    class Listener(SilentReporter):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    train(store, UNROLLED, tmp_path / "run", max_steps=1, reporter=Listener())
     cache = TrajectoryCache.open(store)
     x_0 = cache.rows(max(cache.states), cache.seeds())
-    assert f"x_0 in {store}: values from {x_0.min():+.2f} to {x_0.max():+.2f}" in reporter.heard
+    assert f"x_0 in {store}: values from {x_0.min():+.2f} to {x_0.max():+.2f}" in said
 
 
 def test_empty_and_partial_caches_are_refused(store: Path, tmp_path: Path) -> None:
