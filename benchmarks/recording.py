@@ -46,8 +46,8 @@ def measure(bench: Benchmark, folder: Path) -> None:
                     what="memory beyond weights and activations, in blocks", found=more / block, limit=2
                 )
             ],
-            note="A block stays in float32, as computed, until it is written; the limit is one block plus the part of "
-            "the next one that is sampled meanwhile. Sampling alone shows what weights and activations need.",
+            note="States are rounded to the stored float16 batch by batch; at most one block waits to be written while "
+            "the next one is sampled. Sampling alone shows what weights and activations need.",
         )
     )  # fmt: skip
     bench.add(

@@ -47,13 +47,13 @@ def train_classifier(
         labels: int64, shape (N,).
         config: epochs, batch size, rate, size of the held-out split.
         seed: of weights, order and jitter.
-        reporter: hears of progress.
+        reporter: shows progress.
 
     Returns:
         The classifier and its accuracy on the held-out split.
 
     Raises:
-        ConfigError: the held-out split is larger than what is left, or a batch is.
+        ConfigError: the held-out split or a batch is larger than the remaining images.
     """
     if 2 * config.held_out > len(images):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What stage 0 can be told."""
+"""Configuration of stage 0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from advkd.cache.errors import ConfigError
 from advkd.stages.images.datasets import check_dataset
 
 SOURCE_NOTE = "teacher.json"
-"""Where a teacher that comes from elsewhere is written down, in the same folder."""
+"""File in the teacher's folder that names a teacher from elsewhere."""
 
 HEAD_WIDTH = 16
 """Channels of one of the UNet's attention heads."""

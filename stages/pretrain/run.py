@@ -1,4 +1,4 @@
-"""Stage 0 as a whole: teacher, classifier, and how good both are.
+"""Stage 0: trains the teacher and the classifier, and measures both.
 
 teachers/NAME/
   pipeline/     a normal diffusers DDPMPipeline
@@ -45,21 +45,21 @@ REPORT_SAMPLER = SamplerConfig(name="ddim", steps=50)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainReport:
-    """How good the teacher and the classifier are."""
+    """The quality of the teacher and the classifier."""
 
     frechet_to_real: float
     frechet_real_to_real: float
-    """Between two random halves of the real images, mean of several."""
+    """Mean Fréchet distance between random halves of the real images."""
     classifier_accuracy: float
     num_parameters: int
 
 
 def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = None) -> PretrainReport:
-    """Train teacher and classifier; the folder appears when all of it is done, in place of an earlier teacher.
+    """Train teacher and classifier; the folder appears once it is complete, and replaces an earlier teacher.
 
     Raises:
         UsageError: the folder holds something else.
-        TrainingError: the teacher diverged, or another process makes it.
+        TrainingError: the teacher diverged, or another process is making it.
     """
     reporter = reporter or SilentReporter()
     check_folder(folder)
@@ -80,10 +80,10 @@ def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = N
 
 @contextmanager
 def _alone(partial: Path, folder: Path) -> Iterator[None]:
-    """Hold an empty folder to make a teacher in; the lock goes along when it is renamed, and dies with its owner.
+    """Lock an empty folder to make a teacher in; the lock moves with the folder, and ends with its process.
 
     Raises:
-        TrainingError: another process holds it, such as one whose `dvc repro` was killed.
+        TrainingError: another process holds the lock, such as the child of a killed `dvc repro`.
     """
     partial.mkdir(parents=True, exist_ok=True)
     lock = FileLock(partial / LOCK_FILE, timeout=0)
@@ -124,10 +124,10 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse to replace anything but an earlier teacher of ours, or the note of one from elsewhere.
+    """Check that nothing but an earlier teacher, or the note of one from elsewhere, would be replaced.
 
     Raises:
-        UsageError: something else is there.
+        UsageError: the folder holds something else.
     """
     if not holds_something(folder) or (folder.is_dir() and {entry.name for entry in folder.iterdir()} == {SOURCE_NOTE}):
         return
@@ -140,7 +140,7 @@ def check_folder(folder: Path) -> None:
 def sample_pipeline(
     pipeline: Path, count: int, reporter: Reporter, device: torch.device, batch_size: int = 256
 ) -> Tensor:
-    """x_0 of some seeds by DDIM 50, shape (count, C, H, W), clipped to [−1, 1] as a picture would be."""
+    """x_0 of `count` seeds by DDIM in 50 steps, clipped to [−1, 1], shape (count, C, H, W)."""
     teacher = load_teacher(TeacherConfig(source=str(pipeline)), device)
     reporter.start("samples", count, "images")
     path, parts = SolverPath.of(teacher.scheduler_config, REPORT_SAMPLER), []
@@ -167,7 +167,7 @@ def _frechet(classifier: SmallClassifier, first: Tensor, second: Tensor) -> floa
 
 
 def real_to_real(classifier: SmallClassifier, images: Tensor) -> float:
-    """Fréchet distance between random halves of the real images, mean of several."""
+    """Mean Fréchet distance between random halves of the real images."""
     generator = np.random.default_rng(0)
     half = len(images) // 2
     distances = []

@@ -36,7 +36,7 @@ def make_network(config: PretrainConfig) -> nn.Module:
 
 
 def make_scheduler(config: PretrainConfig) -> Any:
-    """The diffusion that it is trained on."""
+    """The forward diffusion of its training."""
     return diffusers().DDPMScheduler(
         num_train_timesteps=NUM_TIMESTEPS,
         beta_schedule=config.beta_schedule,
@@ -52,7 +52,7 @@ def save_pipeline(folder: Path, unet: nn.Module, scheduler: Any) -> None:
 
 
 def save_untrained(folder: Path, config: PretrainConfig) -> None:
-    """Save a pipeline with fresh weights, to measure what it costs."""
+    """Save a pipeline with fresh weights, to measure its cost."""
     save_pipeline(folder, make_network(config), make_scheduler(config))
 
 
@@ -97,9 +97,9 @@ def train_teacher(
 
 
 def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the predicted target at stratified timesteps, one stratum an image.
+    """Mean squared error of the predicted target at stratified timesteps, one stratum per image.
 
-    Whatever the images' device, draws are made on the CPU: the same everywhere.
+    Random numbers are drawn on the CPU whatever the images' device, so that every machine draws the same.
     """
     strata = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
     timesteps = (strata * NUM_TIMESTEPS).long().clamp_(max=NUM_TIMESTEPS - 1)  # the last stratum may round up to 1

@@ -1,4 +1,4 @@
-"""What stage one can be told."""
+"""Configuration of stage one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling blocks of a cache again, to see whether the teacher still gives what is stored."""
+"""Sampling blocks of a cache again, to check that the teacher still gives what is stored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Recomputed:
 
     @property
     def within(self) -> bool:
-        """Whether it is what the store says, as far as this machine can tell."""
+        """Whether it equals what is stored, within what another machine's arithmetic may change."""
         return all(value <= self.tolerance[step] for step, value in self.apart.items())
 
 
@@ -46,7 +46,7 @@ def plan_of(cache: TrajectoryCache, teacher: TeacherConfig | None, batch_size: i
         device: as in the configuration.
 
     Raises:
-        UsageError: the store doesn't say where its teacher came from.
+        UsageError: the store doesn't record where its teacher came from.
         MismatchError: that teacher, or these versions of the libraries, give another recipe.
         TeacherError: it can't be loaded.
     """
@@ -103,5 +103,5 @@ def recompute(
 
 
 def choose_blocks(cache: TrajectoryCache, count: int) -> list[int]:
-    """Some committed blocks at random, others each time."""
+    """Some committed blocks, chosen at random on each call."""
     return sorted(random.SystemRandom().sample(cache.blocks, min(count, len(cache.blocks))))

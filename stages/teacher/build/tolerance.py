@@ -1,9 +1,9 @@
-"""How far another machine's states may lie from this one's: measured once per store, when it is made.
+"""How far another machine's states may differ from this one's: measured once per store, when it is created.
 
 Another machine adds up the same numbers in another order, so each prediction of the network differs in its last
-digits, and the trajectory carries that on. The measurement does just this: a few seeds are sampled twice in one batch,
-the second time with every prediction off by a random relative error well above such differences, and the root mean
-square by which the recorded states then differ, times a margin, is the tolerance.
+digits, and the trajectory carries that on. The measurement imitates this: a few seeds are sampled twice in one batch,
+the second time with a random relative error in every prediction, well above such differences. The tolerance is the root
+mean square difference of the recorded states, times a margin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from advkd.stages.teacher.sample.sampling import initial_noise, sample
 NUM_SEEDS = 4
 MARGIN = 4.0
 RELATIVE_ERROR = {"float32": 5e-5, "float16": 1e-2, "bfloat16": 8e-2}
-"""Of a prediction, root mean square, by compute precision: some thirty times what two kinds of machine differ by.
+"""Of a prediction, root mean square, by compute precision: about 30 times the difference between two machines.
 
 Measured on the digits teacher, a CPU with AVX-512 and oneDNN against one without either: predictions differ by 1e-6,
 4e-4 and 3e-3. Most seeds carry that on as it is, but one in a thousand multiplies it by thirty, which four seeds don't
@@ -34,7 +34,7 @@ show. With these numbers the tolerance of x_0 is 2 to 13 times the largest diffe
 
 
 class _Disturbed(nn.Module):
-    """A network of which the second half of every batch is slightly off."""
+    """A network that adds a small error to the second half of every batch."""
 
     def __init__(self, unet: nn.Module, relative_error: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Disturbed(nn.Module):
 
 
 def measure_tolerance(plan: Plan) -> dict[int, float]:
-    """Root mean square per seed by which another machine's states may differ, by solver steps done."""
+    """Root mean square per seed by which another machine's states may differ, by solver steps done, in stored units."""
     seeds = list(plan.seeds[:NUM_SEEDS]) * 2
     noise = initial_noise(plan.recipe.root_seed, seeds, plan.recipe.item_shape, plan.layout.dtype)
     disturbed = _Disturbed(plan.teacher.unet, RELATIVE_ERROR[plan.config.precision])
