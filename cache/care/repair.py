@@ -6,7 +6,7 @@ from pathlib import Path
 
 from advkd.cache.care.findings import Finding
 from advkd.cache.care.metadata import StoreMetadata
-from advkd.cache.files.durable import write_atomically
+from advkd.cache.files.durable import remove_durably, write_atomically
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target
 from advkd.cache.files.strict_json import pretty_json
@@ -56,6 +56,6 @@ def _remove(root: Path, file: str, done: list[str]) -> None:
         if path.is_symlink():
             break
     try:
-        path.unlink(missing_ok=True)
+        remove_durably(path)
     except OSError as error:
         done.append(f"{file} can't be removed ({error.strerror}): remove it yourself")

@@ -9,6 +9,7 @@ from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.format.array_record import ArrayRecord
 from advkd.cache.format.arrays import further_names
+from advkd.cache.format.equivalence import SCHEDULER_OPTIONS
 from advkd.cache.format.ledger import BlockRecord, content_digest
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.store_paths import states_path
@@ -66,8 +67,9 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
 def _sampler(recipe: Recipe) -> dict[str, Any]:
     """The sampler and, as far as the recipe says them, its spacing, its offset and what it does to x̂_0."""
     sampler, config = recipe.sampler, recipe.sampler["config"]
-    clips = config.get("clip_sample") or sampler.get("x0") == "clip"
-    thresholds = config.get("thresholding") or sampler.get("x0") == "threshold"
+    own = SCHEDULER_OPTIONS.get(str(sampler.get("scheduler")), {})  # a class ignores the options that it doesn't have
+    clips = ("clip_sample" in own and config.get("clip_sample")) or sampler.get("x0") == "clip"
+    thresholds = ("thresholding" in own and config.get("thresholding")) or sampler.get("x0") == "threshold"
     options = {
         "spacing": config.get("timestep_spacing"),
         "steps_offset": config.get("steps_offset"),

@@ -8,6 +8,7 @@ Zarr) reads a packed one too, and a run that was trained from it records the dig
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -65,6 +66,7 @@ class UnpackedSource(WholeFileSource):
         self._num_seeds = num_seeds
         self._steps = {metadata_path(states_path(state)): state for state in layout.states}
         self._last = _LastBlock()
+        self._lock = threading.Lock()  # zarr reads from threads: each would decode the same block again
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Blocks that have a ledger record."""
@@ -124,6 +126,10 @@ class UnpackedSource(WholeFileSource):
         """One chunk; predictive codecs decode with it the block's other states that were ever read."""
         if not self.packing.is_predictive:
             return self._decode_standard(state, block)
+        with self._lock:
+            return self._decode_predictive(state, block)
+
+    def _decode_predictive(self, state: State, block: int) -> bytes:
         last = self._last
         last.wanted.add(state.step)
         if last.block != block or state.step not in last.chunks:

@@ -36,6 +36,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove_durably(path: Path) -> None:
+    """Remove a file if it is there, so that it doesn't come back after a power cut."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    fsync_folder(path.parent)
+
+
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file whole or not at all; an earlier file of that name stays until the new one is durable."""
 

@@ -17,6 +17,7 @@ from advkd.cache.errors import DamagedError
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.files.strict_json import in_line
 from advkd.cache.format.differences import differences
+from advkd.cache.format.equivalence import equivalent
 from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.reader import TrajectoryCache, Values
 
@@ -126,7 +127,7 @@ def compare(one: TrajectoryCache, other: TrajectoryCache) -> Difference:
     Raises:
         DamagedError: bytes of either differ from its ledger.
     """
-    comparable = one.recipe == other.recipe and one.layout.block_size == other.layout.block_size
+    comparable = equivalent(one.recipe, other.recipe) and one.layout.block_size == other.layout.block_size
     comparable = comparable and one.layout.dtype == other.layout.dtype
     first, second = set(one.blocks), set(other.blocks)
     both = sorted(first & second) if comparable else []

@@ -253,8 +253,8 @@ def _adopt(
 
 
 def _same_bytes(there: TrajectoryCache, block: int, cache: TrajectoryCache) -> bool:
-    source = cache.record(block).arrays
-    return all(array.sha256 == source[name].sha256 for name, array in there.record(block).arrays.items())
+    source, present = cache.record(block).arrays, there.record(block).arrays
+    return all(name in source and array.sha256 == source[name].sha256 for name, array in present.items())
 
 
 def carry(sources: Sequence[TrajectoryCache], out: Path) -> None:

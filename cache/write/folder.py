@@ -81,7 +81,8 @@ class StoreFolder:
         if not self.continues(on_mismatch) and self.exists():
             # Alone with the old store: a builder that still writes it must not find another in its place.
             with StoreLocks(self.path).alone():
-                self.set_aside = _set_aside(self.path)
+                if self.mismatch():  # another build may have made room just now
+                    self.set_aside = _set_aside(self.path)
         if not self.exists():
             self._create()
 
@@ -141,8 +142,9 @@ class StoreFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
         try:
+            partial.mkdir()
             for name, value in self._metadata(0).items():
-                write_json(partial / name, value)
+                write_json(safe_target(partial, name), value)
             partial.rename(self.path)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -164,7 +166,8 @@ class StoreFolder:
             UsageError: it is inside another store, a dangling symlink, or below a file.
         """
         if self.path.is_symlink():
-            raise UsageError(f"{self.path} is a symlink to nothing: remove it, or choose another --out")
+            where = "" if self.path.exists() else " to nothing"
+            raise UsageError(f"{self.path} is a symlink{where}: remove it, or choose another --out")
         for folder in self.path.absolute().parents:
             if folder.exists() and not folder.is_dir():
                 raise UsageError(f"{self.path}: {folder} is a file: choose another --out")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from advkd.cache.codec import standard
 from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
-from advkd.cache.files.durable import link_or_copy, write_verified
+from advkd.cache.files.durable import write_verified
 from advkd.cache.format.array_record import ArrayRecord, with_crc
 from advkd.cache.format.encoding import Packing
 from advkd.cache.format.layout import State
@@ -117,7 +117,7 @@ class _PackedWriter(CacheWriter):
             decoded = decode(body)
             arrays[states_path(state)] = _describe(state, block, data, decoded, values, entry, packing)
         for spec in self.further:
-            link_or_copy(cache.array_file(spec, block), self._target(spec.chunk_path(block)))
+            write_verified(self._target(spec.chunk_path(block)), cache.array_bytes(spec, block))
             arrays[spec.path] = cache.array_records(block)[spec.path]
         self._write_provenance(block, _provenance(cache, block))
         record = PackedRecord(

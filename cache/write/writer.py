@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.errors import CacheError, DamagedError
-from advkd.cache.files.durable import PARTIAL_SUFFIX, link_or_copy, write_atomically, write_verified
+from advkd.cache.errors import CacheError, DamagedError, NotCachedError
+from advkd.cache.files.durable import PARTIAL_SUFFIX, link_or_copy, remove_durably, write_atomically, write_verified
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target
 from advkd.cache.format.array_record import ArrayRecord, Rounding
@@ -103,13 +103,13 @@ class CacheWriter(StoreFolder):
         if self.incomplete(seeds):
             with StoreLocks(self.path).alone():
                 for block in self.incomplete(seeds):
-                    (self.path / record_path(block)).unlink()
+                    remove_durably(self.path / record_path(block))
 
     def _is_whole(self, cache: TrajectoryCache, block: int, specs: Mapping[str, ArraySpec]) -> bool:
         try:
             arrays = cache.record(block).arrays
-        except DamagedError:
-            return True  # not committed at all
+        except (DamagedError, NotCachedError):
+            return True  # not committed at all, or another process makes it again just now
         for name, record in arrays.items():
             try:
                 if (self.path / specs[name].chunk_path(block)).stat().st_size != record.num_bytes:
@@ -238,15 +238,16 @@ class CacheWriter(StoreFolder):
         self._record(block, record.arrays)
 
     def _prepare(self, block: int) -> None:
-        """A block that is made anew doesn't exist meanwhile."""
-        safe_target(self.path, record_path(block)).unlink(missing_ok=True)
+        """Take a block out of the ledger before it is made anew, so that no power cut leaves it over other chunks."""
+        remove_durably(safe_target(self.path, record_path(block)))
 
     def _target(self, chunk: str) -> Path:
         """Where a chunk is to be written, swept of what a killed writer left there."""
         path = safe_target(self.path, chunk)
-        for left in path.parent.glob(f"*{PARTIAL_SUFFIX}"):
+        # Only this file's: chunks of other blocks, which others write now, may lie in the same folder.
+        for left in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
             if PARTIAL.fullmatch(left.name):
-                left.unlink()
+                left.unlink(missing_ok=True)
         return path
 
     def _write_provenance(self, block: int, note: bytes) -> None:

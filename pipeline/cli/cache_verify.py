@@ -63,6 +63,7 @@ def verify(
     if repair and verified.findings:
         for line in run_repair(cache, verified.findings):
             click.echo(line, err=as_json)
+        cache = TrajectoryCache.open(store)  # without the blocks that were removed
     agreed = _recompute(cache, recompute, teacher, batch_size, device) if recompute else True
     if verified.findings or not agreed:
         sys.exit(1)

@@ -257,3 +257,17 @@ def test_packed_stores_keep_further_arrays_raw(labelled: Path, tmp_path: Path, p
     assert pack(cache, packed, packing).num_added == 1
     assert findings(packed) == []
     assert cache.num_seeds == BLOCK_SIZE * 4
+
+
+def test_making_a_block_leaves_what_others_write_in_the_same_folder(labelled: Path, tmp_path: Path) -> None:
+    """The chunks of all blocks of a one-dimensional array lie in one folder."""
+    source, target = TrajectoryCache.open(labelled), tmp_path / "target.zarr"
+    writer = CacheWriter.open(target, source.recipe, source.layout, further=source.further)
+    writer.grow(range(source.num_seeds))
+    folder = (target / chunk_of(LABEL, 1)).parent
+    folder.mkdir()
+    others, own = folder / "2.0123456789ab.partial", folder / "1.0123456789ab.partial"
+    for partial in (others, own):
+        partial.write_bytes(b"half")
+    writer.adopt(1, source)
+    assert writer.is_committed(1) and others.exists() and not own.exists()

@@ -210,7 +210,9 @@ def test_what_is_no_cache_is_said_in_one_line_and_left_alone(invoke: Invoke, tmp
 
 def test_info_shows_what_the_sampler_did_and_the_range_of_x_0(invoke: Invoke, tmp_path: Path) -> None:
     config = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": True, "clip_sample_range": 2.0}
-    sampler = {**make_recipe().sampler, "eta": 0.5, "config": config, "landing": "next"}
+    sampler = {
+        **make_recipe().sampler, "scheduler": "DDIMScheduler", "eta": 0.5, "config": config, "landing": "next"
+    }  # fmt: skip
     write_store(tmp_path / "a.zarr", "0:16", sampler=sampler)
     text = invoke(command, "info", tmp_path / "a.zarr").output
     assert "eta 0.5, spacing leading, steps_offset 1, landing next, x_0 clipped to ±2.0" in text
@@ -221,3 +223,6 @@ def test_info_shows_what_the_sampler_did_and_the_range_of_x_0(invoke: Invoke, tm
     write_store(tmp_path / "b.zarr", "0:16", sampler={**sampler, "config": {"thresholding": True}, "eta": 10**400})
     text = invoke(command, "info", tmp_path / "b.zarr").output
     assert "x_0 thresholded at 1.0" in text and "spacing" not in text
+    # The teacher's option stands in the recipe, but this class has none of that name.
+    write_store(tmp_path / "c.zarr", "0:16", sampler={**sampler, "scheduler": "DPMSolverMultistepScheduler"})
+    assert "clipped" not in invoke(command, "info", tmp_path / "c.zarr").output

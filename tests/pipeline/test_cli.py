@@ -51,6 +51,7 @@ FLAGS = {
     "advkd-cache build": {
         "--config", "--set", "--teacher", "--steps", "--sampler", "--record", "--seeds", "--block-size", "--batch-size",
         "--dtype", "--precision", "--device", "--workers", "--scheduler", "--out", "--on-mismatch", "--dry-run",
+        "--accept-range", "--eta", "--spacing",
     },
     "advkd-cache info": {"--json"},
     "advkd-cache verify": {"--recompute", "--teacher", "--batch-size", "--device", "--repair", "--json"},
@@ -139,7 +140,9 @@ def test_build_train_sample_evaluate(
     info = invoke(cache_command, "info", store).output
     assert TrajectoryCache.open(store).digest in info and "state 0002    t = 499" in info
     result = invoke(train_command, "--cache", store, "--config", toy_yaml)
-    assert result.output.startswith("runs/toy: step 4 of 4, mean squared error on held-out seeds")
+    range_line, result_line = result.output.splitlines()[:2]
+    assert range_line.startswith("x_0 in cache/toy.zarr: values from -1.00 to")
+    assert result_line.startswith("runs/toy: step 4 of 4, mean squared error on held-out seeds")
     for name in ("grid.png", "array.npy", "folder"):
         assert invoke(sample_command, "--run", "runs/toy", "--num", "5", "--out", name).exit_code == 0
     assert picture_size("grid.png")[0] > 100
