@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import textwrap
 import typing
@@ -81,7 +82,7 @@ def _docstrings(section: type) -> dict[str, str]:
 
 def _yaml(value: Any) -> str:
     if isinstance(value, str) and ":" in value:
-        return f'"{value}"'  # seeds: once 0:64 becomes 16:32, YAML would take it for a number
+        return json.dumps(value, ensure_ascii=False)  # seeds: once 0:64 becomes 16:32, YAML would take it for a number
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 

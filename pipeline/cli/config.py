@@ -9,7 +9,7 @@ from advkd.pipeline.cli.common import all_or_nothing, command_line, example, set
 SMALL = (
     "sampler.steps=10",
     "cache.seeds=0:128",
-    "cache.record=5",
+    "cache.record=10",
     "cache.block_size=64",
     "cache.batch_size=64",
     "train.student.width=32",

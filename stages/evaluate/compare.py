@@ -93,7 +93,7 @@ def _read(run: Path) -> Rung:
         raise TrainingError(
             f"{run} was not evaluated (no {path}): run `advkd-evaluate --run {run} --cache STORE` first"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{path} is not what advkd-evaluate writes ({type(error).__name__}: {error})") from None
 
 

@@ -118,7 +118,12 @@ def evaluate(
     first, last = geometry.steps[0], geometry.steps[-1]
     trained_on = _training_seeds(identity, cache, seeds)
     samplers = all_samplers(
-        student_sampler(student, geometry), teacher, cache.recipe, cache.layout.dtype, config.solver_steps
+        student_sampler(student, geometry),
+        teacher,
+        cache.recipe,
+        cache.layout.dtype,
+        config.solver_steps,
+        reporter.say,
     )
     reference = make_reference(
         network,

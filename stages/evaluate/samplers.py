@@ -62,11 +62,17 @@ def teacher_sampler(name: str, teacher: Teacher, path: SolverPath, recipe: Recip
 
 
 def all_samplers(
-    student: Sampler, teacher: Teacher | None, recipe: Recipe, dtype: str, solver_steps: list[int]
+    student: Sampler,
+    teacher: Teacher | None,
+    recipe: Recipe,
+    dtype: str,
+    solver_steps: list[int],
+    say: Callable[[str], None],
 ) -> list[Sampler]:
     """The table's rows: student, teacher, then each fast solver at each number of steps.
 
-    The teacher's own row follows the rules that its cache was made by, the others what its scheduler asks for.
+    The teacher's own row follows the rules that its cache was made by, the others what its scheduler asks for. A
+    solver that can't follow the teacher's scheduler is not measured, and `say` gets the reason.
     """
     recorded = SolverPath.recorded(recipe)
     own = recorded.sampler
@@ -77,11 +83,17 @@ def all_samplers(
                 wanted[f"{name} {steps}"] = SamplerConfig(name=name, steps=steps, spacing=own.spacing)
     rows = [student]
     for name, config in wanted.items():
+        evaluations = find_solver(config.name).num_evaluations(config.steps)
+        unmeasured = Sampler(name=name, evaluations=evaluations, generate=None)
         if teacher is None:
-            evaluations = find_solver(config.name).num_evaluations(config.steps)
-            rows.append(Sampler(name=name, evaluations=evaluations, generate=None))
-        else:
+            rows.append(unmeasured)
+            continue
+        try:
             path = recorded if config is own else SolverPath.of(teacher.scheduler_config, config)
+        except (TeacherError, ConfigError) as error:
+            say(f"{name} is not measured: {error}")
+            rows.append(unmeasured)
+        else:
             rows.append(teacher_sampler(name, teacher, path, recipe, dtype))
     return rows
 

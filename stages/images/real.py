@@ -37,7 +37,7 @@ class RealImages:
     def __init__(self, source: str, item_shape: tuple[int, ...]) -> None:
         self.source = source
         self.num_resized = 0
-        """Images of another size, of those read so far."""
+        """Images of another size: of a folder's those read so far, of a data set all or none."""
         self.num_transparent = 0
         """Images with transparent pixels, of those read so far."""
         self._item_shape = item_shape
@@ -47,6 +47,8 @@ class RealImages:
                 raise UsageError(f"real images {source}: they are grey, the cache's have {item_shape[0]} channels")
             self._images = load_dataset(source, item_shape[1])[0]
             self.resizing, self.num_images = DATASETS[source].resizing, len(self._images)
+            native = DATASETS[source].native_size
+            self.num_resized = 0 if item_shape[1:] == (native, native) else self.num_images
             return
         folder = Path(source)
         if folder.is_dir():

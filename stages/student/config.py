@@ -58,6 +58,8 @@ class Kind(Protocol):
     normalises_over_batch: bool
     """Whether the network normalises over its batch, so that it is trained in one process, in float32 and without
     gradient accumulation."""
+    counts_steps: bool
+    """Whether `train.steps` and `train.batch_size` say how long it trains, on how many seeds per process and step."""
 
     def is_paired(self, config: TrainConfig) -> bool:
         """Whether a loss assumes that x_T determines x_0."""

@@ -9,7 +9,7 @@ runs/NAME/
   preview/        teacher beside student, on the same held-out seeds every time
 
 A run keeps its seeds and its global batch: another number of processes may resume it, also after its cache has grown. A
-finished run is prolonged by more `train.steps`.
+finished run is prolonged by more `train.steps`, unless its kind of student has a schedule of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from advkd.cache.format.recipe import digest
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.provenance import versions
-from advkd.stages.student.config import TrainConfig
+from advkd.stages.student.config import KINDS, TrainConfig
 
 FORMAT = 1
 LOCK_FILE = "run.lock"
@@ -174,11 +174,13 @@ class Run:
     def write(
         self, wanted: dict[str, Any], status: Literal["training", "complete"], segments: Sequence[Segment] = ()
     ) -> None:
-        """Write run.json."""
+        """Write run.json; the global batch is null where each phase has its own."""
+        config = wanted["config"]
+        counts_steps = KINDS[config["student"]["kind"]].counts_steps
         value = {
             "format": FORMAT,
             "identity": wanted,
-            "global_batch": wanted["config"]["batch_size"] * wanted["processes"],
+            "global_batch": config["batch_size"] * wanted["processes"] if counts_steps else None,
             "segments": [asdict(segment) for segment in segments],
             "status": status,
             "versions": versions("accelerate"),
@@ -203,8 +205,8 @@ class Run:
         """Lock the folder for this run; the lock ends with the process.
 
         Raises:
-            UsageError: the folder holds another run, or there is nothing to resume.
-            TrainingError: the folder holds something else, or another process trains this run.
+            UsageError: the folder holds another run or other files, or there is nothing to resume.
+            TrainingError: run.json is malformed, or another process trains this run.
         """
         if not self.exists():
             if resume:
@@ -230,6 +232,8 @@ class Run:
             yield Claim(status=status, segments=() if status == "new" else _segments_of(found))
 
     def _make_room(self, wanted: dict[str, Any], on_mismatch: OnMismatch) -> None:
+        if not self._file.is_file():
+            raise UsageError(f"{self.path} holds files but no run.json: choose another --run, or move them away")
         found = self.read()
         lines = differences(found["identity"], wanted)
         if not lines or (on_mismatch == "stop" and _prolongs(found, wanted)):
@@ -238,6 +242,12 @@ class Run:
             with self._held():
                 self._set_aside()
             return
+        before = _more_steps(found, wanted)
+        if before is not None:
+            raise UsageError(
+                f"{self.path} is a run of {before} steps that isn't finished: finish it first (the same command with "
+                f"train.steps={before}), then more steps prolong it"
+            )
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise UsageError(
             f"{self.path} holds another run ({'; '.join(lines[:3])}{more}): choose another --run, "
@@ -266,9 +276,15 @@ class Run:
 
 def _prolongs(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether a run is the finished one with more steps."""
+    return found["status"] == "complete" and _more_steps(found, wanted) is not None
+
+
+def _more_steps(found: dict[str, Any], wanted: dict[str, Any]) -> int | None:
+    """The number of steps of the run that was found, if the one wanted differs by having more, and only so."""
     before, now = found["identity"]["config"].get("steps"), wanted["config"]["steps"]
     same = {**found["identity"], "config": {**found["identity"]["config"], "steps": now}} == wanted
-    return found["status"] == "complete" and same and isinstance(before, int) and before < now
+    counted = KINDS[wanted["config"]["student"]["kind"]].counts_steps
+    return before if same and counted and isinstance(before, int) and before < now else None
 
 
 def _segments_of(value: dict[str, Any]) -> tuple[Segment, ...]:

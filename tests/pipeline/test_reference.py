@@ -11,6 +11,8 @@ from advkd.pipeline.cli.config import main as config_command
 from advkd.pipeline.cli.train import main as train_command
 from advkd.pipeline.config import Experiment, load_experiment, shipped_experiments
 from advkd.pipeline.reference import keys_of, markdown
+from advkd.stages.student.progressive.network import upsampling_submodules
+from advkd.stages.teacher.config import recorded_steps
 from tests.conftest import ROOT, Invoke
 
 
@@ -54,6 +56,20 @@ def test_a_small_template_builds_and_trains(invoke: Invoke, pipeline_folder: Pat
     assert TrajectoryCache.open("cache/mine.zarr").blocks == (0,)
     result = invoke(train_command, "--config", "mine.yaml", "--cache", "cache/mine.zarr", "--max-steps", 2)
     assert result.exit_code == 0 and "step 2 of 200" in result.output
+
+
+def test_the_small_progressive_template_records_enough_states(invoke: Invoke) -> None:
+    Path("mine.yaml").write_text(invoke(config_command, "celebahq256", "--small").output)
+    mine = load_experiment("mine.yaml")
+    assert mine.train.student.kind == "progressive"
+    num_submodules = len(recorded_steps(mine.cache.record, mine.sampler.steps)) - 1
+    assert len(upsampling_submodules(num_submodules, 256)) == 6
+
+
+def test_text_of_any_characters_survives_a_template(invoke: Invoke) -> None:
+    strange = 'C:\\a "b" – ü: #c'
+    Path("mine.yaml").write_text(invoke(config_command, "digits", "--set", f"evaluate.features={strange}").output)
+    assert load_experiment("mine.yaml").evaluate.features == strange
 
 
 def test_mistakes_leave_an_error_and_no_template(invoke: Invoke) -> None:

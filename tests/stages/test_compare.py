@@ -67,9 +67,13 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     again = write_scores(tmp_path / "again", [1.0, 2.0, 3.0], seed=1)
     with pytest.raises(UsageError, match="seed: 0 → 1"):
         read_rungs([one, again])
-    (one / "evaluation/scores.json").write_text('{"protocol": 3}')
+    for malformed in ('{"protocol": 3}', "[]", '{"protocol": [], "samplers": []}'):
+        (one / "evaluation/scores.json").write_text(malformed)
+        with pytest.raises(TrainingError, match="is not what advkd-evaluate writes"):
+            read_rungs([one])
+    (other / "evaluation/scores.json").write_text("[]")
     with pytest.raises(TrainingError, match="is not what advkd-evaluate writes"):
-        read_rungs([one])
+        read_rungs([other])
 
 
 def test_caches_are_compared_by_another_command(tmp_path: Path, invoke: Invoke) -> None:

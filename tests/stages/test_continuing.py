@@ -55,6 +55,16 @@ def test_a_run_keeps_its_global_batch_with_another_number_of_processes(store: Pa
         assert known == record_of(tmp_path / name)["segments"]
 
 
+def test_a_progressive_run_keeps_its_own_schedule(store: Path, tmp_path: Path) -> None:
+    """`train.steps` has no effect on it, so more of them are no way to prolong it."""
+    train(store, PROGRESSIVE, tmp_path / "run")
+    before = record_of(tmp_path / "run")
+    assert before["status"] == "complete" and before["global_batch"] is None
+    with pytest.raises(UsageError, match=r"another run \(config.steps: 12 → 18\)"):
+        train(store, dataclasses.replace(PROGRESSIVE, steps=18), tmp_path / "run")
+    assert record_of(tmp_path / "run") == before
+
+
 def test_a_global_batch_is_divided_evenly_or_not_at_all() -> None:
     kind = KINDS["unrolled"]
     divided = kind.divided(CONFIG, 6, 4)
@@ -87,7 +97,7 @@ def test_more_steps_prolong_a_finished_run(store: Path, tmp_path: Path, stop: in
 
 def test_only_a_finished_run_is_prolonged_and_only_by_more_steps(store: Path, tmp_path: Path) -> None:
     train(store, UNROLLED, tmp_path / "run", max_steps=5)
-    with pytest.raises(UsageError, match="steps: 12 → 18"):
+    with pytest.raises(UsageError, match=r"finish it first .*train\.steps=12"):
         train(store, LONGER, tmp_path / "run")
     train(store, UNROLLED, tmp_path / "run")
     for other in (dataclasses.replace(UNROLLED, steps=11), dataclasses.replace(LONGER, learning_rate=0.1)):

@@ -39,11 +39,20 @@ def test_mnist_is_padded_not_scaled() -> None:
     torch.testing.assert_close(next(RealImages("mnist", (1, 32, 32)).batches(64)), images[:64])
 
 
+@pytest.mark.parametrize(("name", "native", "count"), [("digits", 8, 1797), ("mnist", 28, 5000)])
+def test_resized_data_sets_say_so(name: str, native: int, count: int) -> None:
+    assert RealImages(name, (1, native, native)).num_resized == 0
+    resized = RealImages(name, (1, 32, 32))
+    assert resized.num_resized == count and resized.resizing in resized.note()
+
+
 def test_data_that_can_t_be_had() -> None:
     with pytest.raises(ConfigError, match="data 'mnits' is unknown; known are digits, mnist"):
         PretrainConfig(data="mnits")
-    with pytest.raises(ConfigError, match="28 pixels per side; size 16"):
+    with pytest.raises(ConfigError, match="size 16 is too small; expected at least 28"):
         PretrainConfig(data="mnist")
+    with pytest.raises(ConfigError, match="size 3 is too small; expected at least 4"):
+        load_dataset("digits", 3)
     with pytest.raises(UsageError, match="real images mnist: they are grey, the cache's have 3 channels"):
         RealImages("mnist", (3, 32, 32))
 

@@ -27,8 +27,9 @@ def test_another_run_in_the_folder_is_left_alone(store: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "run.old-1/run.json").read_text())["identity"]["config"]["learning_rate"] == 0.001
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years")
-    with pytest.raises(TrainingError, match="is no run"):
-        train(store, UNROLLED, tmp_path / "mine", on_mismatch="set-aside")
+    for on_mismatch in ("stop", "set-aside"):
+        with pytest.raises(UsageError, match=r"mine holds files but no run\.json"):
+            train(store, UNROLLED, tmp_path / "mine", on_mismatch=on_mismatch)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="there is no run"):
         train(store, UNROLLED, tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()

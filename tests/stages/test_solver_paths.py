@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import ConfigError, TeacherError
+from advkd.stages.evaluate.samplers import Sampler, all_samplers
 from advkd.stages.teacher.config import SPACINGS, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
@@ -21,6 +22,7 @@ from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import SOLVERS
 from advkd.stages.teacher.path.x0 import X0Rule
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from tests.stores import make_recipe
 
 T = 1000
 SHAPE = (1, 4, 4)
@@ -220,6 +222,20 @@ def test_what_a_solver_cannot_follow_is_refused_by_name() -> None:
     offset = DDPM | {"steps_offset": 1, "timestep_spacing": "leading"}
     with pytest.raises(ConfigError, match=f"below {T}"):
         SolverPath.of(offset, SamplerConfig(steps=T, spacing="teacher"))
+
+
+def test_a_solver_that_refuses_the_teacher_leaves_its_row_unmeasured() -> None:
+    """Of a sigmoid schedule only ddpm can make images, which the other rows must not prevent."""
+    teacher = oracle(beta_schedule="sigmoid")
+    path = SolverPath.of(teacher.scheduler_config, SamplerConfig(name="ddpm", steps=5))
+    recipe = make_recipe(teacher=teacher.identity(), sampler=path.identity(), item_shape=SHAPE)
+    student, said = Sampler(name="student", evaluations=1, generate=None), list[str]()
+    rows = all_samplers(student, teacher, recipe, "float32", [2, T + 1], said.append)
+    assert [row.name for row in rows if row.generate] == ["teacher (ddpm 5)"]
+    unmeasured = ["ddim 2", f"ddim {T + 1}", "dpmsolver++ 2", f"dpmsolver++ {T + 1}"]
+    assert [row.name for row in rows[2:]] == [line.partition(" is not measured: ")[0] for line in said] == unmeasured
+    all_samplers(student, oracle(), recipe, "float32", [2, T + 1], said.append)
+    assert [line.partition(" is not measured: ")[0] for line in said[4:]] == [f"ddim {T + 1}", f"dpmsolver++ {T + 1}"]
 
 
 @torch.no_grad()

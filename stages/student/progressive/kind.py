@@ -19,6 +19,7 @@ class Progressive:
     """The paper's student: resolution and network grow along the trajectory, adversarial losses alone."""
 
     normalises_over_batch = True
+    counts_steps = False
 
     def is_paired(self, config: ProgressiveTraining) -> bool:
         """No loss assumes that x_T determines x_0."""

@@ -30,8 +30,11 @@ class ProcessGroup:
 
     def __init__(self, mixed_precision: str, device: str | None = None) -> None:
         _check_launcher()
-        chosen = best_device(device)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            # Otherwise `best_device` would allocate on the first GPU in every process.
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        chosen = best_device(device)
         if chosen.index is not None and several:
             raise UsageError(f"device {device}: each process takes the GPU of its own rank; leave out the number")
         if chosen.index is not None:

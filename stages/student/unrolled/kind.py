@@ -22,6 +22,7 @@ class Unrolled:
     """The sampler unrolled into one network, trained by regression first and critics later."""
 
     normalises_over_batch = False
+    counts_steps = True
 
     def is_paired(self, config: UnrolledTraining) -> bool:
         """Whether a loss assumes that x_T determines x_0."""
