@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Hears of a stage's progress."""
+    """Shows a stage's progress."""
 
     def start(self, description: str, total: int, unit: str, done: int = 0) -> None:
         """A task begins: `total` units of work, `done` of them finished earlier."""

@@ -20,6 +20,8 @@ from advkd.cache.read.reader import TrajectoryCache
 MAX_BLOCKS_FOR_STATISTICS = 2000
 """Of a larger store, evenly spaced records are read, so that `info` stays quick; the summary says how many."""
 
+_MAX_CHARACTERS = 4096
+"""Of each value of the origin: Linux' longest path."""
 _ORIGIN = ("source", "commit", "license", "unet", "variant", "scheduler")
 
 
@@ -170,6 +172,6 @@ def origin_of(cache: TrajectoryCache) -> dict[str, Any]:
     """Source, commit, licence and chosen files of the teacher, as the store's first builder recorded them."""
     try:
         value = unseal(cache.source.read("provenance/store.json"))["teacher"]
-        return {key: str(value[key])[:200] for key in _ORIGIN if value.get(key)}
+        return {key: str(value[key])[:_MAX_CHARACTERS] for key in _ORIGIN if value.get(key)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

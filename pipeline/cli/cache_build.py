@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     help="K evenly spaced states, or steps such as 10,20,50. x_T and x_0 always are.",
 )
 @click.option("--seeds", metavar="A:B", help="Which seeds, B excluded; widened to whole blocks.")
-@click.option("--block-size", type=int, metavar="S", help="Seeds in a block (one file a state).")
+@click.option("--block-size", type=int, metavar="S", help="Seeds in a block (one file per state).")
 @click.option("--batch-size", type=int, help="Seeds in one evaluation of the teacher.")
 @click.option("--dtype", metavar="NAME", help="What states are stored as: float16 or float32.")
 @click.option("--precision", metavar="NAME", help="What the teacher computes in: float32, bfloat16 or float16.")
@@ -85,7 +85,7 @@ def build(
     here = changed.cache if scheduler is None else dataclasses.replace(changed.cache, device=None)
     check_request(changed.sampler, here, store)
     if dry_run:
-        _dry_run(changed, store, workers or 1)
+        _dry_run(changed, store, workers, scheduler)
     else:
         recorded = runs_under_dvc() and check_cache_not_again(store, experiment)
         _make_teacher(changed)
@@ -114,11 +114,11 @@ def _plan(experiment: Experiment, store: Path) -> Plan:
     return make_plan(experiment.teacher, experiment.sampler, experiment.cache, store)
 
 
-def _dry_run(experiment: Experiment, store: Path, num_workers: int) -> None:
+def _dry_run(experiment: Experiment, store: Path, workers: int | None, scheduler: str | None) -> None:
     from advkd.pipeline.experiment import needs_pretraining
 
     if not needs_pretraining(experiment) or experiment.pretrain is None:
-        _estimate(experiment, store, experiment.teacher.source, num_workers)
+        _estimate(experiment, store, experiment.teacher.source, workers, scheduler)
         return
     from tempfile import TemporaryDirectory
 
@@ -128,10 +128,10 @@ def _dry_run(experiment: Experiment, store: Path, num_workers: int) -> None:
         save_untrained(Path(folder), experiment.pretrain)
         teacher = dataclasses.replace(experiment.teacher, source=folder)
         note = f"{experiment.teacher.source} (not there yet: a build would train it first)"
-        _estimate(dataclasses.replace(experiment, teacher=teacher), store, note, num_workers)
+        _estimate(dataclasses.replace(experiment, teacher=teacher), store, note, workers, scheduler)
 
 
-def _estimate(experiment: Experiment, store: Path, teacher: str, num_workers: int) -> None:
+def _estimate(experiment: Experiment, store: Path, teacher: str, workers: int | None, scheduler: str | None) -> None:
     from advkd.stages.teacher.build.resources import BLOCKS_AT_ONCE, check_memory, measure_evaluation, memory_bytes
 
     plan = _plan(experiment, store)
@@ -139,13 +139,14 @@ def _estimate(experiment: Experiment, store: Path, teacher: str, num_workers: in
     num_seeds = len(todo) * plan.layout.block_size
     batch = min(plan.config.batch_size, plan.layout.block_size)
     batches = len(todo) * -(-plan.layout.block_size // batch)
-    at_once = num_workers if num_workers > 1 else BLOCKS_AT_ONCE
-    check_memory(plan, at_once)
-    memory = memory_bytes(plan, at_once)
+    if todo and scheduler is None:  # a cluster's workers have memory of their own
+        check_memory(plan, workers)
+    memory, at_once = memory_bytes(plan, workers), BLOCKS_AT_ONCE if workers is None else workers
     seconds = measure_evaluation(plan)
     total = seconds * plan.evaluations_per_seed * batches
     recorded = ", ".join(str(state.step) for state in plan.layout.states)
-    shared = f"; {num_workers} workers share it, one GPU each" if num_workers > 1 else ""
+    shared = f"; {workers} workers share it, one GPU each" if workers is not None and workers > 1 else ""
+    where = " in each worker" if scheduler is not None else ""
     click.echo(
         f"store         {store}{'' if store.exists() else ' (new)'}\n"
         f"teacher       {teacher}, {'×'.join(map(str, plan.recipe.item_shape))}\n"
@@ -154,7 +155,7 @@ def _estimate(experiment: Experiment, store: Path, teacher: str, num_workers: in
         f"timesteps     {plan.sampler.spacing}: {_ends_of(plan.recipe.sampler['timesteps'])}\n"
         f"evaluations   {num_seeds * plan.evaluations_per_seed:,} of one image\n"
         f"disk          {len(todo) * plan.block_bytes / 1e9:.3f} GB in {len(todo)} blocks\n"
-        f"memory        about {memory / 1e9:.3f} GB for {at_once} blocks at a time; the network comes on top\n"
+        f"memory        about {memory / 1e9:.3f} GB for {at_once} blocks at a time{where}; the network comes on top\n"
         f"time          about {_duration(total)} ({seconds * 1e3:.1f} ms for a batch of {batch} here{shared})\n"
         "nothing was written (dry run)"
     )

@@ -70,11 +70,13 @@ def verify(
 
 
 def _recompute(cache: TrajectoryCache, count: int, teacher: str | None, batch_size: int, device: str | None) -> bool:
+    from advkd.cache.care.summary import origin_of
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.teacher.build.recompute import choose_blocks, plan_of, recompute
     from advkd.stages.teacher.config import TeacherConfig
 
-    plan = plan_of(cache, TeacherConfig(source=teacher) if teacher else None, batch_size, device)
+    named = TeacherConfig.recorded(origin_of(cache), teacher) if teacher else None
+    plan = plan_of(cache, named, batch_size, device)
     with TerminalReporter() as reporter:
         results = recompute(cache, plan, choose_blocks(cache, count), reporter)
     for result in results:

@@ -104,8 +104,8 @@ def _candidates(named: str | None, experiment: Experiment | None, cache: Traject
     from advkd.cache.care.summary import origin_of
     from advkd.stages.teacher.config import TeacherConfig
 
-    if named:
-        return [TeacherConfig(source=named)]
     known = origin_of(cache)
+    if named:
+        return [TeacherConfig.recorded(known, named)]
     recorded = [TeacherConfig.recorded(known)] if "source" in known else []
     return [*([experiment.teacher] if experiment else []), *recorded]

@@ -1,4 +1,4 @@
-"""Options of an evaluation."""
+"""Configuration of the evaluation: features, sets of seeds, reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration of stage 0."""
+"""Configuration of stage 0: images, network, training."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Configuration of stage one."""
+"""Configuration of stage one: teacher, sampler, cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from advkd.cache.errors import ConfigError
 from advkd.cache.format.layout import DTYPES
@@ -31,9 +32,18 @@ class TeacherConfig:
     """A scheduler_config.json, or a folder that holds it, for a folder with a UNet only."""
 
     @classmethod
-    def recorded(cls, origin: Mapping[str, str]) -> TeacherConfig:
-        """What loads the teacher of a store again, from what its provenance says about it."""
+    def recorded(cls, origin: Mapping[str, str], source: str | None = None) -> TeacherConfig:
+        """What loads the teacher of a store again, from what its provenance says about it.
+
+        Args:
+            origin: the teacher's entry in the store's provenance.
+            source: where the teacher is, if not where the provenance says.
+        """
         parts = {key: origin[key] for key in PARTS if key in origin}
+        if source is not None:
+            if "scheduler" in parts and not Path(parts["scheduler"]).expanduser().exists():
+                del parts["scheduler"]  # a path on the machine that built the store
+            return cls(source=source, **parts)
         return cls(source=origin["source"], revision=origin.get("commit"), **parts)
 
 
@@ -69,7 +79,7 @@ class CacheConfig:
     record: int | list[int] = 10
     """K evenly spaced states after x_T, or a list of solver steps. x_T and x_0 are always recorded."""
     block_size: int = 1024
-    """Seeds in a block: one file a state. 16 to 64 MB a file is good."""
+    """Seeds in a block: one file per state; 16 to 64 MB per file work well."""
     batch_size: int = 256
     """Seeds in one evaluation of the teacher."""
     dtype: str = "float16"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from advkd.pipeline.cli.cache import main as cache_command
+from advkd.stages.teacher.build import resources
 from tests.conftest import Invoke
 from tests.stores import tree, write_store
 
@@ -27,6 +28,19 @@ def test_dry_run_measures_and_writes_nothing(invoke: Invoke, tmp_path: Path, toy
     ):
         assert part in result.output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_checks_the_memory_that_the_build_will_need(
+    invoke: Invoke, toy_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "memory_limit", lambda: 0)
+    command = (cache_command, "build", "--config", toy_yaml, "--dry-run")
+    for flags, blocks in (((), 2), (("--workers", 1), 1), (("--workers", 3), 3)):
+        result = invoke(*command, *flags)
+        assert result.exit_code == 2 and f"({blocks} at a time)" in result.stderr
+    result = invoke(*command, "--scheduler", "tcp://127.0.0.1:9")
+    assert result.exit_code == 0, result.output
+    assert "in each worker" in result.output
 
 
 def test_dry_run_counts_what_is_left(invoke: Invoke, toy_yaml: Path) -> None:

@@ -28,6 +28,7 @@ from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan
 from advkd.stages.teacher.build.workers import build_with_workers
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
+from tests.cache.labels import add_arrays
 from tests.conftest import ROOT, Invoke
 from tests.pipeline.plans import SETTINGS, Listener, plan_for, with_other_weights
 from tests.pipeline.processes import BIN, ENVIRONMENT, committed, makers, wait_until
@@ -306,6 +307,60 @@ def test_a_clusters_workers_use_the_device_that_they_were_given(
         request = workers._request(plan, TeacherConfig(source=str(pipeline_folder)), local, "", 4)
         assert tasks._plan(request) is plan
     assert wanted == [None, "cuda:1"]
+
+
+def test_accepting_the_range_later_reaches_a_worker_that_has_loaded_the_teacher(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "_plans", {})
+    teacher = TeacherConfig(source=str(pipeline_folder))
+    before, after = (
+        tasks._plan(
+            workers._request(plan_for(pipeline_folder, tmp_path / "a.zarr", accept_range=accept), teacher, None, "", 1)
+        )
+        for accept in (False, True)
+    )
+    assert (before.config.accept_range, after.config.accept_range) == (False, True)
+    assert before.teacher is after.teacher
+
+
+def test_workers_get_absolute_paths(pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_for(pipeline_folder, tmp_path / "a.zarr")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("mine", "~/mine"):
+        teacher = workers._request(plan, TeacherConfig(source=path, scheduler=path), None, "", 1).teacher
+        assert (teacher.source, teacher.scheduler) == (str(tmp_path / "mine"),) * 2
+    assert workers._request(plan, TeacherConfig(source="some/teacher"), None, "", 1).teacher.source == "some/teacher"
+
+
+def test_a_store_of_older_rules_is_extended_by_workers_with_one_warning(
+    cluster: str, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    build(plan_for(pipeline_folder, tmp_path / "toy.zarr", seeds="0:4"))
+    plan = dataclasses.replace(plan_for(pipeline_folder, tmp_path / "toy.zarr"), older_rules=("it rounds",))
+    for num_blocks in (9, 0):
+        reporter = Listener()
+        built = build_with_workers(
+            plan, TeacherConfig(source=str(pipeline_folder)), scheduler=cluster, reporter=reporter
+        )
+        assert built.num_blocks == num_blocks
+        assert sum("it rounds" in line for line in reporter.heard) == 1
+
+
+def test_workers_set_a_store_aside_that_differs_in_further_arrays_alone(
+    cluster: str, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    build(plan_for(pipeline_folder, tmp_path / "toy.zarr", seeds="0:16"))
+    before = tree(tmp_path / "toy.zarr")
+    plan = plan_for(pipeline_folder, tmp_path / "toy.zarr", seeds="0:16")
+    add_arrays(tmp_path / "toy.zarr")
+    built = build_with_workers(
+        plan, TeacherConfig(source=str(pipeline_folder)), scheduler=cluster, on_mismatch="set-aside"
+    )
+    assert built.num_blocks == 4 and built.set_aside is not None
+    assert tree(tmp_path / "toy.zarr") == before
 
 
 def test_a_large_cluster_does_not_drown_in_progress(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkd.cache.errors import LockedError, MismatchError, TeacherError, UsageError
+from advkd.cache.errors import CacheError, LockedError, MismatchError, TeacherError, UsageError
 from advkd.cache.format.noise import standard_normal
 from advkd.cache.format.store_paths import chunk_path
 from advkd.cache.read.compare import block_distances, tolerance_of, within
@@ -30,6 +30,7 @@ from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from tests.cache.labels import add_arrays
 from tests.stores import tree
 
 CACHE = CacheConfig(seeds="0:24", record=2, block_size=8, batch_size=5, device="cpu")
@@ -277,6 +278,24 @@ def test_a_range_that_was_accepted_is_in_the_provenance(
     assert (accepted["minimum"], accepted["share_beyond_2"]) == (-600.0, 0.125) and accepted["maximum"] <= 2.0
 
 
+def test_an_accepted_range_ends_at_what_float16_holds(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_images(monkeypatch, 1e6)
+    with pytest.raises(CacheError, match="states/0004 of seeds 0:8 has 64 values that are not finite"):
+        build(plan_for(pipeline_folder, tmp_path / "a.zarr", seeds="0:8", accept_range=True))
+    assert TrajectoryCache.open(tmp_path / "a.zarr").blocks == ()
+
+
+def test_a_store_that_differs_in_further_arrays_alone_is_set_aside(pipeline_folder: Path, tmp_path: Path) -> None:
+    build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
+    before = tree(tmp_path / "a.zarr")
+    add_arrays(tmp_path / "a.zarr")
+    built = build(plan_for(pipeline_folder, tmp_path / "a.zarr"), on_mismatch="set-aside")
+    assert built.num_blocks == 3 and built.set_aside is not None
+    assert TrajectoryCache.open(built.set_aside).further_names and tree(tmp_path / "a.zarr") == before
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_ledger_is_that_of_the_values_as_they_were_computed(
     pipeline_folder: Path, tmp_path: Path, batch_size: int
@@ -312,6 +331,23 @@ def test_blocks_that_do_not_fit_into_memory_are_refused_with_a_size_that_does(
     resources.check_memory(plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=size))
     with pytest.raises(UsageError):
         resources.check_memory(plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=2 * size))
+
+
+def test_each_worker_needs_memory_for_a_block_and_its_copies(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=1 << 20)
+    one = resources.memory_bytes(plan, 1)
+    assert resources.memory_bytes(plan) == one + plan.block_bytes
+    assert resources.memory_bytes(plan, 8) == 8 * one
+    monkeypatch.setattr(resources, "memory_limit", lambda: resources.SPARE_MEMORY + one)
+    resources.check_memory(plan, 1)
+    for workers in (None, 2):
+        with pytest.raises(UsageError, match=r"--block-size \d+ would fit"):
+            resources.check_memory(plan, workers)
+    monkeypatch.setattr(resources, "memory_limit", lambda: resources.SPARE_MEMORY)
+    with pytest.raises(UsageError, match=r"no --block-size would fit"):
+        resources.check_memory(plan, 1)
 
 
 def test_memory_is_what_this_process_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

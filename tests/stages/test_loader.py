@@ -12,6 +12,7 @@ import torch
 
 from advkd.cache.errors import TeacherError, UsageError
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.pipeline.cli.cache import main as cache_command
 from advkd.stages.teacher.build.block import sample_block
 from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan, make_plan
@@ -20,6 +21,7 @@ from advkd.stages.teacher.build.resources import measure_evaluation
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
+from tests.conftest import Invoke
 
 
 @pytest.mark.parametrize(
@@ -226,13 +228,25 @@ def test_parts_lie_where_the_configuration_says(pipeline_folder: Path, tmp_path:
     assert load(folder, unet="unet_ema").identity() == whole.identity()
 
 
-def test_a_store_remembers_its_teachers_parts(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_a_store_remembers_its_teachers_parts(pipeline_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
     alone = shutil.copytree(pipeline_folder / "unet", tmp_path / "alone")
     teacher = TeacherConfig(source=str(alone), scheduler=str(pipeline_folder))
     cache = CacheConfig(seeds="0:8", record=2, block_size=8, batch_size=8, device="cpu")
     build(make_plan(teacher, SamplerConfig(steps=2), cache, tmp_path / "a.zarr"))
     again = plan_of(TrajectoryCache.open(tmp_path / "a.zarr"), None, 8, "cpu")
     assert again.teacher.parts == {"scheduler": str(pipeline_folder)}
+    moved = alone.rename(tmp_path / "moved")
+    result = invoke(cache_command, "verify", tmp_path / "a.zarr", "--recompute", 1, "--teacher", moved)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_named_teacher_keeps_the_recorded_parts_that_are_here(tmp_path: Path) -> None:
+    here, origin = tmp_path / "here", {"source": "old", "commit": "0123abc", "unet": "unet_ema", "variant": "fp16"}
+    here.mkdir()
+    known = TeacherConfig(source="new", unet="unet_ema", variant="fp16")
+    assert TeacherConfig.recorded(origin, "new") == known
+    assert TeacherConfig.recorded({**origin, "scheduler": str(tmp_path / "elsewhere")}, "new") == known
+    assert TeacherConfig.recorded({**origin, "scheduler": str(here)}, "new").scheduler == str(here)
 
 
 def test_home_is_where_a_tilde_points(pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

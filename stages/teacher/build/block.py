@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -135,9 +136,11 @@ def block_provenance(plan: Plan, sampled: SampledBlock, command: str) -> dict[st
 
 
 def _accepted(plan: Plan, sampled: SampledBlock) -> dict[str, Any]:
-    """What `accept_range` let through, if it did."""
+    """What `accept_range` let through, if it did; a block that isn't finite is refused when it is committed."""
     if not plan.config.accept_range:
         return {}
     x_0 = sampled.states[plan.sampler.steps]
-    minimum, maximum, beyond = float(x_0.min()), float(x_0.max()), _share_beyond(x_0)
-    return {"accepted_range": {"minimum": minimum, "maximum": maximum, "share_beyond_2": beyond}}
+    minimum, maximum = float(x_0.min()), float(x_0.max())
+    if not (math.isfinite(minimum) and math.isfinite(maximum)):
+        return {}
+    return {"accepted_range": {"minimum": minimum, "maximum": maximum, "share_beyond_2": _share_beyond(x_0)}}

@@ -22,7 +22,7 @@ from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.background import Background
 from advkd.stages.teacher.build.block import SampledBlock, check_images, commit_block, sample_block
 from advkd.stages.teacher.build.plan import Plan, origin, say_older_rules
-from advkd.stages.teacher.build.resources import BLOCKS_AT_ONCE, check_disk, check_memory
+from advkd.stages.teacher.build.resources import check_disk, check_memory
 from advkd.stages.teacher.build.tolerance import record_tolerance
 
 
@@ -45,11 +45,19 @@ def build(
     on_mismatch: OnMismatch = "stop",
     reporter: Reporter | None = None,
     command: str = "",
+    workers: int | None = None,
 ) -> Built:
     """Build the blocks of a plan that are not there yet.
 
     Any number of builds of the same store may run at once, in other processes and on other hosts with a shared folder:
     each takes blocks that no other is making, and all end when every block is there.
+
+    Args:
+        plan: the build.
+        on_mismatch: where the store is of another recipe: stop, or rename it.
+        reporter: shows the progress.
+        command: for the provenance.
+        workers: for the memory check, as for `check_memory`.
 
     Raises:
         MismatchError: the store is of another recipe, and `on_mismatch` is "stop".
@@ -61,7 +69,7 @@ def build(
     say_older_rules(plan, reporter)
     writer, work = plan.writer, plan.evaluations_per_block
     continues = writer.continues(on_mismatch)
-    todo = start(plan, reporter)
+    todo = start(plan, reporter, continues=continues, workers=workers)
     # Nothing is created or moved until the teacher has shown that it can fill a block.
     first = None if continues else _sample_first(plan, todo[0], reporter)
     writer.begin(on_mismatch)
@@ -87,16 +95,22 @@ def build(
     )
 
 
-def start(plan: Plan, reporter: Reporter, num_blocks_at_once: int = BLOCKS_AT_ONCE) -> list[int]:
-    """Start the progress bar; the blocks that are missing.
+def start(plan: Plan, reporter: Reporter, *, continues: bool, workers: int | None = None) -> list[int]:
+    """Start the progress bar; the blocks to make.
+
+    Args:
+        plan: the build.
+        reporter: shows the progress.
+        continues: whether the store is there already; all blocks are to be made if it is new or to be renamed.
+        workers: as for `check_memory`; with 0, memory isn't checked here.
 
     Raises:
         UsageError: they don't fit on the disk, or those that are made at the same time not into memory.
     """
-    todo, work = plan.writer.missing(plan.seeds), plan.evaluations_per_block
+    todo, work = plan.writer.missing(plan.seeds) if continues else list(plan.blocks), plan.evaluations_per_block
     check_disk(plan, len(todo))
-    if todo:
-        check_memory(plan, num_blocks_at_once)
+    if todo and workers != 0:
+        check_memory(plan, workers)
     reporter.start("cache", len(plan.blocks) * work, "evaluations", done=(len(plan.blocks) - len(todo)) * work)
     return todo
 
@@ -133,7 +147,7 @@ def make_missing(plan: Plan, attempt: Attempt, finished: Callable[[int, Outcome]
         plan: the build; its store is there and held for writing.
         attempt: tries each of some blocks once.
         finished: called once per block.
-        reporter: told once if this build has to wait.
+        reporter: gets one line if this build has to wait.
 
     Returns:
         How many blocks `attempt` made.

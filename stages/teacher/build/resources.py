@@ -54,11 +54,17 @@ def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
     return sorted(times[1:])[repeats // 2]
 
 
-def memory_bytes(plan: Plan, num_blocks: int = BLOCKS_AT_ONCE) -> int:
-    """Host memory that blocks take while they are sampled, checked and written: beside the network and one batch."""
+def memory_bytes(plan: Plan, workers: int | None = None) -> int:
+    """Host memory that blocks take while they are sampled, checked and written: beside the network and one batch.
+
+    Args:
+        plan: the build.
+        workers: number of processes that make one block at a time; None for one that makes `BLOCKS_AT_ONCE`.
+    """
     # A state is copied to be written, and x_0 is looked at in float32.
     copies = 3 * plan.layout.block_size * math.prod(plan.recipe.item_shape) * torch.float32.itemsize
-    return num_blocks * plan.block_bytes + copies
+    num_blocks, num_processes = (BLOCKS_AT_ONCE, 1) if workers is None else (workers, workers)
+    return num_blocks * plan.block_bytes + num_processes * copies
 
 
 def memory_limit() -> int:
@@ -70,16 +76,20 @@ def memory_limit() -> int:
     return min(limits)
 
 
-def check_memory(plan: Plan, num_blocks: int = BLOCKS_AT_ONCE) -> None:
-    """Check that this many blocks fit into memory at the same time.
+def check_memory(plan: Plan, workers: int | None = None) -> None:
+    """Check that the blocks that are made at the same time fit into memory; `workers` as for `memory_bytes`.
 
     Raises:
         UsageError: they don't.
     """
-    needed, there = memory_bytes(plan, num_blocks), memory_limit() - SPARE_MEMORY
+    needed, there = memory_bytes(plan, workers), max(0, memory_limit() - SPARE_MEMORY)
     if needed > there:
-        fitting = max(1, int(plan.layout.block_size * max(there, 0) / needed))
+        fitting = plan.layout.block_size * there // needed
+        advice = "no --block-size would fit: fewer --record states, fewer --workers, or more memory"
+        if fitting:
+            advice = f"--block-size {1 << (fitting.bit_length() - 1)} would fit"
+        num_blocks = BLOCKS_AT_ONCE if workers is None else workers
         raise UsageError(
             f"blocks of {plan.layout.block_size} seeds need {needed / 1e9:.2f} GB of memory ({num_blocks} at a time), "
-            f"{max(there, 0) / 1e9:.2f} GB are available: --block-size {1 << (fitting.bit_length() - 1)} would fit"
+            f"{there / 1e9:.2f} GB are available: {advice}"
         )

@@ -85,7 +85,13 @@ def make_first(request: Request, block: int, on_mismatch: OnMismatch) -> tuple[B
     reporter = _Messenger(_reporting(request, block))
     plan = dataclasses.replace(plan, config=config)
     with _sampling:
-        built = build(plan, on_mismatch=on_mismatch, reporter=reporter, command=request.command)
+        built = build(
+            plan,
+            on_mismatch=on_mismatch,
+            reporter=reporter,
+            command=request.command,
+            workers=None if request.threads is None else 1,
+        )
     return built, reporter.said
 
 
@@ -135,7 +141,11 @@ def _plan(request: Request) -> Plan:
                     f"{request.fingerprint[:12]}: install the same diffusers and the same checkpoint on all machines"
                 )
             _plans[key] = plan
-        return _plans[key]
+        plan = _plans[key]
+        if plan.config.accept_range != config.accept_range:  # as after a refusal; the teacher stays loaded
+            changed = dataclasses.replace(plan.config, accept_range=config.accept_range)
+            plan = _plans[key] = dataclasses.replace(plan, config=changed)
+        return plan
 
 
 def worker_device(wanted: str | None, name: object) -> str | None:

@@ -27,12 +27,13 @@ from advkd.cache.write.writer import OnMismatch
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.build import Built, begin_store, build, check_whole, make_missing, start
 from advkd.stages.teacher.build.cluster import connect
-from advkd.stages.teacher.build.plan import Plan
+from advkd.stages.teacher.build.plan import Plan, say_older_rules
 from advkd.stages.teacher.build.tasks import Request, make, make_first
 from advkd.stages.teacher.config import TeacherConfig
+from advkd.stages.teacher.load.folders import local_folder
 
 REPORT_SECONDS = 0.5
-"""How often a worker reports its progress; less often in a large cluster, so that all together stay below …"""
+"""How often a worker reports its progress; less often in a large cluster: below `REPORTS_PER_SECOND` in total."""
 REPORTS_PER_SECOND = 100
 IN_FLIGHT = 4096
 """Tasks that the scheduler knows at a time: a few for each of a thousand workers, however many blocks there are."""
@@ -71,14 +72,16 @@ def build_with_workers(
     continues = writer.continues(on_mismatch)
     if continues:
         check_whole(plan)
-    if not writer.missing(plan.seeds):
+    if continues and not writer.missing(plan.seeds):
         return build(plan, on_mismatch=on_mismatch, reporter=reporter, command=command)
-    todo = start(plan, reporter, workers or 0)  # a cluster's workers have memory of their own
+    todo = start(plan, reporter, continues=continues, workers=workers or 0)  # a cluster's memory is elsewhere
     built = Built(store=plan.store, num_blocks=0, num_present=0, set_aside=None, preview=None)
     with connect(workers, scheduler) as client:
         request = _request(plan, teacher, workers, command, _num_workers(client, scheduler, reporter))
         with _progress_of(client, request.topic, reporter, plan.evaluations_per_block) as finished:
-            if not (continues and _has_begun(plan)):
+            if continues and _has_begun(plan):
+                say_older_rules(plan, reporter)
+            else:
                 # One worker makes the first block like a build of its own; the others wait for its result.
                 future = client.submit(
                     make_first, request, todo[0], on_mismatch, key=_key(request, todo[0], "first"), retries=RETRIES
@@ -124,10 +127,15 @@ def attempt_on(client: Any, request: Request, blocks: list[int]) -> Iterator[tup
 
 
 def _request(plan: Plan, teacher: TeacherConfig, workers: int | None, command: str, num_workers: int) -> Request:
-    source = Path(teacher.source)
+    # A worker's working directory may be another.
+    folder, scheduler = local_folder(teacher.source), teacher.scheduler
     return Request(
         run=uuid.uuid4().hex[:12],
-        teacher=dataclasses.replace(teacher, source=str(source.absolute()) if source.is_dir() else teacher.source),
+        teacher=dataclasses.replace(
+            teacher,
+            source=teacher.source if folder is None else str(folder.absolute()),
+            scheduler=None if scheduler is None else str(Path(scheduler).expanduser().absolute()),
+        ),
         sampler=plan.sampler,
         config=plan.config,
         store=plan.store.absolute(),

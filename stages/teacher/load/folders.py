@@ -49,7 +49,7 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
         scheduler = _part(folder, "scheduler", _SCHEDULER_CONFIG, index, config) / _SCHEDULER_CONFIG
     else:
         scheduler = _separate_scheduler(Path(config.scheduler).expanduser(), config.source)
-    if commit is not None:  # only now, and only this part: other parts and variants may be large
+    if commit is not None:  # only this part: others may be large; all its variants, so that an error can name them
         subfolder = "" if unet == folder else f"{unet.relative_to(folder).as_posix()}/"
         _find_folder(config, [f"{subfolder}{_WEIGHTS}*.safetensors"], commit)
     return TeacherFiles(

@@ -55,7 +55,7 @@ class Teacher:
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """One network evaluation in the network's own precision; float32 in and out, shape (B, C, H, W)."""
-        if self.only_whole_timesteps:  # Euler's and Heun's are floats; `check_timesteps` has seen that they are whole
+        if self.only_whole_timesteps:  # Euler's and Heun's are floats; `_check_evaluations` requires whole ones
             timestep = timestep.long()
         return self.unet(x.to(self.dtype), timestep).sample.float()  # type: ignore[no-any-return]
 

@@ -114,7 +114,7 @@ class SolverPath:
 
     @cached_property
     def timesteps(self) -> Tensor:
-        """What the network is told at each evaluation; on the CPU, shape (evaluations,)."""
+        """The timestep of each evaluation; on the CPU, shape (evaluations,)."""
         timesteps: Tensor = self.plain_scheduler().timesteps
         return timesteps
 
