@@ -142,7 +142,7 @@ def _override(value: dict[str, Any], override: str) -> None:
             value[section] = {}
         value = value[section]
         if not isinstance(value, dict):
-            raise ConfigError(f"--set {override}: {section} holds {value!r}, no keys")
+            raise ConfigError(f"--set {override}: {section} holds {_as_json(value)}, no keys")
     try:
         value[last] = json.loads(text)
     except (ValueError, RecursionError):
@@ -204,15 +204,22 @@ def _explain(error: msgspec.ValidationError, value: Any) -> str:
     kinds = re.findall(r"\w+", message.partition("`")[2].partition("`")[0])
     expected = " or ".join(_WORDS.get(kind, kind) for kind in kinds)
     at = f"{path}: " if path else ""
-    return f"{at}expected {expected}, found {repr(found)[:100]}{_hint(kinds, found)}"
+    return f"{at}expected {expected}, found {_as_json(found)}{_hint(kinds, found, path)}"
 
 
-def _hint(kinds: list[str], found: Any) -> str:
+def _as_json(value: Any) -> str:
+    """A value as files have it, cut to 100 characters; YAML's dates as text."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:100]
+
+
+def _hint(kinds: list[str], found: Any, path: str) -> str:
     """How to write what was probably meant, where YAML read something else."""
     if "str" in kinds and isinstance(found, int | float):
-        base_60 = isinstance(found, int) and found >= 60
+        base_60 = path.endswith("seeds") and isinstance(found, int) and found >= 60
         meant = f"; unquoted, YAML reads {found // 60}:{found % 60:02d} as {found}" if base_60 else ""
         return f": quote it{meant}"
+    if "array" in kinds and isinstance(found, str) and re.fullmatch(r"\d+(,\s*\d+)*", found):
+        return f": write [{found}]"
     try:
         number = float(found)
     except (TypeError, ValueError):

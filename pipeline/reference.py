@@ -24,7 +24,7 @@ _HEAD = """# Configuration
 An experiment is one YAML or JSON file with the keys below; a key that is left out has its default. The shipped ones are
 in `configs/`, and `advkd-config NAME` prints one with every key and its meaning, to start your own from. On any command
 that takes `--config`, `--set KEY=VALUE` changes a key as editing the file would, with sections joined by dots:
-`--set train.steps=500`. An unknown key is an error that names the nearest known one.
+`--set train.steps=500` (the value is JSON, or else text). An unknown key is an error that names the nearest known one.
 
 `dvc repro` asks for every section of the file (`pretrain: null` where the teacher comes from elsewhere).
 

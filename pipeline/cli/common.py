@@ -42,6 +42,7 @@ def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P,
         resumes: whether the same command resumes after an interruption.
     """
     again = "; what was committed is kept. To resume" if resumes else ". To start again"
+    kept = "; what was committed before is kept" if resumes else ""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -61,7 +62,7 @@ def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P,
             raise  # `| head` has read enough: click ends quietly
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            _fail(f"{error.strerror or error}{where}; what was committed before is kept", 1)
+            _fail(f"{error.strerror or error}{where}{kept}", 1)
         except KeyboardInterrupt:
             click.echo(f"\nstopped{again}: {command_line()}", err=True)
             sys.exit(INTERRUPTED)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from advkd.pipeline.cli.common import config_option, example, guarded
+from advkd.pipeline.cli.common import all_or_nothing, config_option, example
 
 
 @click.command(
@@ -16,7 +16,7 @@ from advkd.pipeline.cli.common import config_option, example, guarded
 )
 @config_option("digits")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="teachers/NAME if not given.")
-@guarded
+@all_or_nothing
 def main(config: str | None, overrides: tuple[str, ...], out: Path | None) -> None:
     """Train the small teacher that an experiment describes, and the classifier that scores samples.
 

@@ -107,7 +107,7 @@ def evaluate(
     teacher, why_not = find_teacher(teachers, cache.recipe, on)
     if why_not and require_teacher:
         raise UsageError(f"{why_not}; give the teacher that made {cache.address}, or --no-teacher")
-    if why_not:
+    if why_not and teachers:  # without any the summary says so
         reporter.say(f"rows of the teacher are not measured: {why_not}")
     config = with_own_features(config, cache, run_path / "evaluation" / "features", reporter, on)
     network = load_features(config, cache.item_shape, on)

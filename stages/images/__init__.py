@@ -1,1 +1,1 @@
-"""Real images: labelled sets that a package ships, and folders of one's own."""
+"""Real images: labelled sets that a package ships, and folders of image files."""

@@ -1,7 +1,7 @@
 """What a measure is: one number per set of samples, from what was observed of that set and of a reference.
 
-A new measure is one file here that defines a `Measure`, and one line in `registry.py`: measuring, tables, scores.json,
-the CSV and the model card iterate over the registry.
+A new measure is one file here that defines a `Measure`, and one line in `registry.py`: measuring, tables, scores.json
+and the CSV iterate over the registry. The model card shows the few of `COLUMNS` in `stages/student/card.py`.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def load_network(folder: Path, architectures: Mapping[str, type[SmallNetwork]]) 
         network.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, SafetensorError) as error:
         raise UsageError(
-            f"features {folder}: no network that advkd can load ({error}); give `inception`, `self`, or the folder of "
-            "a classifier"
+            f"features {folder}: no network that advkd can load ({error}); give `inception`, or the folder of a "
+            "classifier, such as `advkd-evaluate --features self` makes"
         ) from None
     return network.eval().requires_grad_(False)

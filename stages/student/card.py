@@ -17,7 +17,7 @@ from advkd.stages.student.provenance import Provenance
 
 PAPER = "https://arxiv.org/abs/2405.20675"
 MAX_ROWS = 40
-MEASURES = ("frechet", "precision", "recall")
+COLUMNS = ("frechet", "precision", "recall")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]{1,39}")
 _MARKUP = re.compile(r"[\\`*_|<>\[\]#]")
@@ -129,7 +129,7 @@ def _scores(scores: dict[str, Any]) -> str:
     protocol = _mapping(scores.get("protocol"))
     try:
         table = ScoreTable.from_json(dict(list(_mapping(scores.get("samplers")).items())[:MAX_ROWS]))
-        rows = [cells[:-1] for cells in table.cells(MEASURES)]  # without ahead or behind, which the interval says
+        rows = [cells[:-1] for cells in table.cells(COLUMNS)]  # without ahead or behind, which the interval says
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # they come from an untrusted folder
         return ""
     if not rows:

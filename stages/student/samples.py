@@ -1,4 +1,4 @@
-"""A student's images, written while they are made: memory holds one batch, whatever their number."""
+"""A student's images, written while they are made: memory holds one batch, except a .png grid, which is one image."""
 
 from __future__ import annotations
 

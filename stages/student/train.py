@@ -108,11 +108,14 @@ def train(
     )
     claim = run.claimed(wanted, resume=resume, on_mismatch=on_mismatch)
     with processes.entered_by_main(claim) as claimed:
+        grown = _grown(cache, config, split)
         if claimed.status == "complete":
-            reporter.say(f"{run_path} is already complete; nothing to do{_grown(cache, config, split)}")
+            reporter.say(f"{run_path} is already complete; nothing to do{grown and f'. {grown}'}")
             return _trained(trainer, load_student(run.student)[0], trainer.num_steps)
         fetch_states(cache, steps, split.blocks, reporter)
         reporter.say(_images_in_words(cache, split.blocks))
+        if grown:
+            reporter.say(grown)
         if claimed.status == "resume":
             trainer.resume(claimed.segments)
         elif processes.is_main:
@@ -124,13 +127,13 @@ def train(
 
 
 def _grown(cache: TrajectoryCache, config: TrainConfig, split: SeedSplit) -> str:
-    """A note if the cache has seeds that a finished run wasn't offered."""
+    """A note if the cache has seeds that it didn't have when the run started; empty if not."""
     seeds = sorted([*split.training, *split.held_out])
     if config.seeds or cache.num_seeds <= seeds[-1] + 1:
         return ""
     return (
-        f". It used seeds {seeds[0]}:{seeds[-1] + 1}; the cache has grown to 0:{cache.num_seeds} since: choose another "
-        "--run to train on all of them"
+        f"The run keeps its seeds {seeds[0]}:{seeds[-1] + 1}; the cache has grown to 0:{cache.num_seeds} since: choose "
+        "another --run to train on all of them"
     )
 
 
@@ -140,7 +143,8 @@ def _images_in_words(cache: TrajectoryCache, blocks: Sequence[int], max_records:
     some = blocks[:: -(-len(blocks) // max_records)]
     arrays = [cache.record(block).arrays[name].raw for block in some]
     low, high = min(array.minimum for array in arrays), max(array.maximum for array in arrays)
-    return f"x_0 in {cache.address}: values from {low:+.2f} to {high:+.2f}"
+    where = f", in {len(some)} of {len(blocks)} blocks" if len(some) < len(blocks) else ""
+    return f"x_0 in {cache.address}: values from {low:+.2f} to {high:+.2f}{where}"
 
 
 def _trained(trainer: Trainer, student: nn.Module, step: int) -> Trained:

@@ -18,6 +18,7 @@ from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.progressive.config import StagesConfig
 from advkd.stages.student.run import Run, split_seeds
 from advkd.stages.student.student import generate, load_student
+from advkd.stages.student.train import _images_in_words as images_in_words
 from advkd.stages.student.train import train
 from advkd.stages.student.training.data import read_float
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
@@ -188,6 +189,9 @@ def test_training_names_the_range_of_the_caches_images(store: Path, tmp_path: Pa
     cache = TrajectoryCache.open(store)
     x_0 = cache.rows(max(cache.states), cache.seeds())
     assert f"x_0 in {store}: values from {x_0.min():+.2f} to {x_0.max():+.2f}" in said
+    half = range(0, len(cache.blocks), 2)
+    some = images_in_words(cache, cache.blocks, max_records=len(half))
+    assert some.endswith(f", in {len(half)} of {len(cache.blocks)} blocks")
 
 
 def test_empty_and_partial_caches_are_refused(store: Path, tmp_path: Path) -> None:
