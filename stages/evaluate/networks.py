@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def load_features(
             "features self: `advkd-evaluate --features self` trains them into RUN/evaluation/features; give that folder"
         )
     if config.features != inception.NAME:
-        small = load_network(Path(config.features), ARCHITECTURES).to(device)
+        small = load_network(Path(os.path.expanduser(config.features)), ARCHITECTURES).to(device)
         channels, size = small.options["channels"], small.options["size"]
         if (channels, size) != tuple(item_shape[:2]):
             raise UsageError(f"features {config.features}: made for {channels}×{size}×{size} images, these are {shape}")

@@ -6,6 +6,7 @@ Lanczos filter, which antialiases. Transparent images are composited on white.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class RealImages:
             native = DATASETS[source].native_size
             self.num_resized = 0 if item_shape[1:] == (native, native) else self.num_images
             return
-        folder = Path(source)
+        folder = Path(os.path.expanduser(source))
         if folder.is_dir():
             self._paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
         if len(self._paths) < 2:

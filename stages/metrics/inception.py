@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from urllib.error import URLError
 
@@ -34,6 +35,7 @@ def load_inception(weights: str | None) -> nn.Module:
     """
     from pytorch_fid import inception
 
+    weights = weights and os.path.expanduser(weights)
     if weights is not None and not Path(weights).is_file():
         raise UsageError(f"inception weights {weights}: no such file")
     download = inception.load_state_dict_from_url

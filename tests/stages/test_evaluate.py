@@ -81,6 +81,19 @@ def read_real(folder: Path, shape: tuple[int, ...] = (3, 8, 8)) -> torch.Tensor:
     return torch.cat(list(RealImages(str(folder), shape).batches(2)))
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    for index in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"photos/{index}.png")
+    assert RealImages("~/photos", (3, 8, 8)).num_images == 2
+    save_classifier(tmp_path / "classifier", SmallClassifier(1, 8, 10), {})
+    assert load_features(EvaluateConfig(features="~/classifier"), (1, 8, 8)).name == SmallClassifier.architecture
+    save_random_inception(tmp_path / "weights.pth")
+    weights = EvaluateConfig(features="inception", inception_weights="~/weights.pth")
+    assert load_features(weights, (3, 32, 32)).name == "inception"
+
+
 def test_real_images_from_a_folder(tmp_path: Path) -> None:
     for index in range(3):
         Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / f"{index}.png")
