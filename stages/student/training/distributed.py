@@ -32,8 +32,8 @@ class ProcessGroup:
         _check_launcher()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if several and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-            # Otherwise `best_device` would allocate on the first GPU in every process.
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # Otherwise `best_device` would allocate on the first GPU in every process. Modulo as in Accelerate.
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         chosen = best_device(device)
         if chosen.index is not None and several:
             raise UsageError(f"device {device}: each process takes the GPU of its own rank; leave out the number")
