@@ -224,7 +224,7 @@ def test_stage_0_replaces_nothing_but_an_earlier_teacher(invoke: Invoke) -> None
     Path("thesis").mkdir()
     Path("thesis/years.txt").write_text("of work")
     result = invoke(teacher_command, "--config", "smoke", "--out", "thesis")
-    assert (result.exit_code, "holds something else" in result.stderr) == (2, True)
+    assert (result.exit_code, "thesis holds something other than" in result.stderr) == (2, True), result.stderr
     assert Path("thesis/years.txt").read_text() == "of work"
 
 
@@ -241,7 +241,7 @@ BAD_TRAININGS = [
     (("--cache", "partial.zarr"), 1, "partial.zarr is partial: 15 of the 16 blocks"),
     (("--cache", "whole.zarr", "--config", "bad.yaml"), 2, "unknown key 'learning_rat'; did you mean 'learning_rate'"),
     (("--cache", "whole.zarr", "--resume"), 2, "there is no run in runs/whole"),
-    (("--cache", "whole.zarr", "--run", "notes"), 1, "notes is no run"),
+    (("--cache", "whole.zarr", "--run", "notes"), 2, "notes holds files but no run.json"),
     (("--cache", "whole.zarr", "--max-steps", "0"), 2, "0 is not in the range"),
     ((), 2, "Missing option '--cache'"),
 ]
