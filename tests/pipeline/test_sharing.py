@@ -118,7 +118,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Team:
     team = Team(tmp_path_factory.mktemp("team"))
     new_clone(team.ann)
     edit_config(team.ann, "pretrain", size=8, steps=4, classifier={"epochs": 1})
-    edit_config(team.ann, "cache", seeds="0:192", block_size=64, batch_size=64)
+    edit_config(team.ann, "cache", accept_range=True, seeds="0:192", block_size=64, batch_size=64)
     edit_config(team.ann, "train", steps=2, preview_every=2, checkpoint_every=2)
     commit(team.ann, "quick")
     run(team.folder, "git", "init", "-q", "--bare", "--initial-branch", "main", team.repository)
@@ -299,7 +299,7 @@ def test_only_the_note_of_a_teacher_from_elsewhere_gives_way(tmp_path: Path) -> 
     (tmp_path / "teacher.json").touch()
     check_folder(tmp_path)
     (tmp_path / "pipeline").mkdir()
-    with pytest.raises(UsageError, match="something else than an earlier teacher"):
+    with pytest.raises(UsageError, match="something other than an earlier teacher"):
         check_folder(tmp_path)
 
 

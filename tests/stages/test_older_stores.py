@@ -36,7 +36,10 @@ from advkd.stages.teacher.path.solvers import SOLVERS
 from tests.stores import tree
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = CacheConfig(seeds="0:16", record=1, block_size=8, batch_size=8, dtype="float32", device="cpu")
+CACHE = CacheConfig(
+    seeds="0:16", record=1, block_size=8, batch_size=8, dtype="float32", device="cpu",
+    accept_range=True,  # without clipping, a network of random weights makes values far beyond those of images
+)  # fmt: skip
 THRESHOLD = {"thresholding": True, "sample_max_value": 3.0}
 Sampler = dict[str, Any]
 
