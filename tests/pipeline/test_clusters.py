@@ -142,7 +142,7 @@ def test_scripts_parse_and_name_flags_that_are_there() -> None:
 
 
 def test_numbers_are_the_codes() -> None:
-    assert f"told of {workers.IN_FLIGHT:,} blocks" in TEXT
+    assert f"holds {workers.IN_FLIGHT:,} tasks at a time" in TEXT
     assert f"no more than {workers.REPORTS_PER_SECOND} times a second" in " ".join(TEXT.split())
     assert MAX_BLOCKS == 1_000_000 and "a million blocks at most" in TEXT
     assert workers.RETRIES == 2 and "is tried twice more" in TEXT
