@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from advkd.stages.metrics.features import Look
-from advkd.stages.metrics.saved import SmallNetwork, save_network
+from advkd.stages.metrics.saved import SmallNetwork, convolutions, save_network
 
 
 class SmallClassifier(SmallNetwork):
@@ -28,14 +28,7 @@ class SmallClassifier(SmallNetwork):
     def __init__(self, channels: int, size: int, num_classes: int, width: int = 32, num_features: int = 64) -> None:
         super().__init__(channels=channels, size=size, num_classes=num_classes, width=width, num_features=num_features)
         self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1, stride=2),
-            nn.ReLU(),
+            *convolutions(channels, width),
             nn.Flatten(),
             nn.Linear(2 * width * (size // 4) ** 2, num_features),
             nn.ReLU(),

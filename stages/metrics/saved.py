@@ -22,6 +22,20 @@ from advkd.cache.files.durable import write_atomically, write_json
 from advkd.stages.metrics.features import Look
 
 
+def convolutions(channels: int, width: int) -> list[nn.Module]:
+    """The layers that small networks begin with: (N, channels, H, W) → (N, 2 · width, H / 4, W / 4)."""
+    return [
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1, stride=2),
+        nn.ReLU(),
+    ]
+
+
 class SmallNetwork(nn.Module):
     """A small network that looks at images of one shape.
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from advkd.stages.metrics.features import Look
-from advkd.stages.metrics.saved import SmallNetwork
+from advkd.stages.metrics.saved import SmallNetwork, convolutions
 from advkd.stages.reporter import Reporter
 
 MAX_SIDE = 32
@@ -59,14 +59,7 @@ class SelfSupervisedCnn(SmallNetwork):
     def __init__(self, channels: int, size: int, width: int = 32, num_features: int = 64) -> None:
         super().__init__(channels=channels, size=size, width=width, num_features=num_features)
         self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1, stride=2),
-            nn.ReLU(),
+            *convolutions(channels, width),
             nn.AdaptiveAvgPool2d(GRID),
             nn.Flatten(),
             nn.Linear(2 * width * GRID**2, num_features),
