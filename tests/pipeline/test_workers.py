@@ -3,8 +3,9 @@
 import copy
 import os
 import signal
+import socket
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,14 @@ def test_stopping_while_workers_start_leaves_nothing_behind(
 
 
 def test_a_useless_teacher_is_one_line_and_nothing_is_made(tmp_path: Path, pipeline_folder: Path) -> None:
+    """One line also where dask's default port is in use."""
     with_other_weights(pipeline_folder, tmp_path / "nan", lambda weights: weights["conv_in.bias"].fill_(float("nan")))
     command = ("advkd-cache", "build", "--teacher", "nan", *SETTINGS, "--steps", 6, "--seeds", "0:40")
-    process = start(tmp_path, *command, "--workers", 1, "--out", "toy.zarr")
-    output, error = process.communicate(timeout=60)
+    with socket.socket() as other:
+        with suppress(OSError):  # somebody has it already
+            other.bind(("", 8787))
+        process = start(tmp_path, *command, "--workers", 1, "--out", "toy.zarr")
+        output, error = process.communicate(timeout=60)
     assert (process.returncode, output) == (1, "")
     assert error == (
         f"error: teacher {tmp_path / 'nan'}: x_0 of seeds 0:4 is not finite (NaN or infinite); check the checkpoint\n"

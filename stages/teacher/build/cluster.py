@@ -86,6 +86,7 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
             n_workers=workers,
             threads_per_worker=1,
             dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # else it warns where port 8787 is in use
             worker_dashboard_address=None,
             memory_limit=0,
             silence_logs=_SILENT,
