@@ -21,7 +21,7 @@ from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.solver_path import SolverPath
-from advkd.stages.teacher.sample.sampling import sample
+from advkd.stages.teacher.sample.sampling import record_states
 from benchmarks.comparison import Comparison, Target, ratio_between, rows_of
 from benchmarks.harness import Benchmark, Method, interleaved, missing, run, wait_for
 from benchmarks.networks import CIFAR_SHAPE, CIFAR_UNET, DIGITS_SHAPE, save_random, smooth_store
@@ -93,7 +93,7 @@ def _evaluation(teacher: Teacher, images: torch.Tensor, device: str) -> Method:
 def _solver(teacher: Teacher, name: str, steps: int, noise: Any) -> Method:
     path = SolverPath.of(teacher.scheduler_config, SamplerConfig(name=name, steps=steps))
     seeds = range(len(noise))
-    return lambda: sample(teacher, path, noise, seeds=seeds, root_seed=0, record=[steps])
+    return lambda: record_states(teacher, path, noise, seeds=seeds, root_seed=0, record=[steps])
 
 
 def _agreement(student: Any, compiled: Any, sessions: dict[str, OnnxStudent], noise: torch.Tensor) -> str:

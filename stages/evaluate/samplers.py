@@ -18,7 +18,7 @@ from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import find_solver
-from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
 FAST_SOLVERS = ("ddim", "dpmsolver++")
 Generate = Callable[[range], Tensor]
@@ -55,7 +55,7 @@ def teacher_sampler(name: str, teacher: Teacher, path: SolverPath, recipe: Recip
 
     def generate(seeds: range) -> Tensor:
         noise = initial_noise(recipe.root_seed, seeds, recipe.item_shape, dtype)
-        return sample(teacher, path, noise, seeds=seeds, root_seed=recipe.root_seed, record=[steps])[steps]
+        return record_states(teacher, path, noise, seeds=seeds, root_seed=recipe.root_seed, record=[steps])[steps]
 
     x0 = None if path.x0 is None else str(path.x0)
     return Sampler(name=name, evaluations=path.evaluations, generate=generate, x0=x0)

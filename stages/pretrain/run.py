@@ -36,7 +36,7 @@ from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.path.solver_path import SolverPath
-from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
 HALVINGS = 10
 REPORT_ROOT_SEED = 1
@@ -147,7 +147,7 @@ def sample_pipeline(
     for start in range(0, count, batch_size):
         seeds = range(start, min(start + batch_size, count))
         noise = initial_noise(REPORT_ROOT_SEED, seeds, teacher.item_shape, "float32")
-        states = sample(
+        states = record_states(
             teacher,
             path,
             noise,

@@ -16,7 +16,7 @@ from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.writer import CacheWriter
 from advkd.pipeline.cli.cache import main as command
 from advkd.stages.teacher.build.recompute import plan_of
-from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 from tests.cache import golden
 from tests.conftest import Invoke
 from tests.stores import block_states, make_layout, make_recipe, tree, write_store
@@ -55,7 +55,7 @@ def test_rounding_is_what_storing_cost(built: Path) -> None:
     cache = TrajectoryCache.open(built)
     plan, seeds = plan_of(cache, None, 8, "cpu"), range(8, 16)
     noise = initial_noise(0, seeds, cache.item_shape, "float16")
-    computed = sample(plan.teacher, plan.path, noise, seeds=seeds, root_seed=0, record=cache.states)
+    computed = record_states(plan.teacher, plan.path, noise, seeds=seeds, root_seed=0, record=cache.states)
     for step in cache.states:
         lost = cache.rows(step, range(8, 16)).astype(np.float64) - computed[step].numpy()
         entry = cache.record(1).arrays[f"states/{step:04d}"]

@@ -29,7 +29,7 @@ from advkd.stages.teacher.build.block import SampledBlock
 from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
-from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 from tests.cache.labels import add_arrays
 from tests.stores import tree
 
@@ -307,7 +307,7 @@ def test_the_ledger_is_that_of_the_values_as_they_were_computed(
     for start in range(0, 8, batch_size):
         seeds = range(start, min(start + batch_size, 8))
         noise = initial_noise(0, seeds, plan.recipe.item_shape, "float16")
-        kept = sample(plan.teacher, plan.path, noise, seeds=seeds, root_seed=0, record=[0, 2, 4])
+        kept = record_states(plan.teacher, plan.path, noise, seeds=seeds, root_seed=0, record=[0, 2, 4])
         for step, values in kept.items():
             computed.setdefault(step, []).append(values.numpy())
     other = CacheWriter.open(tmp_path / "b.zarr", plan.recipe, plan.layout)

@@ -21,7 +21,7 @@ from advkd.stages.teacher.path.schedulers import KNOWN_SCHEDULERS
 from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import SOLVERS
 from advkd.stages.teacher.path.x0 import X0Rule
-from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 from tests.stores import make_recipe
 
 T = 1000
@@ -66,7 +66,7 @@ def run(teacher: Teacher, sampler: SamplerConfig, num_seeds: int = 3) -> tuple[S
     """All states, in the solver's own units."""
     path, seeds = SolverPath.of(teacher.scheduler_config, sampler), range(num_seeds)
     noise = initial_noise(0, seeds, teacher.item_shape, "float32")
-    kept = sample(teacher, path, noise, seeds=seeds, root_seed=0, record=range(sampler.steps + 1))
+    kept = record_states(teacher, path, noise, seeds=seeds, root_seed=0, record=range(sampler.steps + 1))
     return path, {step: values * path.states[step].scale for step, values in kept.items()}
 
 

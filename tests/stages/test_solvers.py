@@ -20,7 +20,7 @@ from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.levels import alpha_bars, sigmas
 from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import SOLVERS, is_deterministic
-from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
 SAMPLERS = [
     SamplerConfig(name="ddim", steps=10),
@@ -55,7 +55,7 @@ def teacher(pipeline_folder: Path) -> Teacher:
 def run(teacher: Teacher, sampler: SamplerConfig, seeds: range, root_seed: int = 3) -> dict[int, Tensor]:
     noise = initial_noise(root_seed, seeds, teacher.item_shape, "float16")
     path = SolverPath.of(teacher.scheduler_config, sampler)
-    return sample(teacher, path, noise, seeds=seeds, root_seed=root_seed, record=range(sampler.steps + 1))
+    return record_states(teacher, path, noise, seeds=seeds, root_seed=root_seed, record=range(sampler.steps + 1))
 
 
 def with_options(teacher: Teacher, **options: object) -> Teacher:
@@ -175,7 +175,7 @@ def test_levels_are_diffusers_own_and_the_same_on_every_machine(
 ) -> None:
     """Another CPU's torch rounds the levels otherwise, and what identifies a store must not notice."""
     path = SolverPath.of(teacher.scheduler_config | BETAS[betas], sampler)
-    scheduler, states = path.plain_scheduler(), path.states
+    scheduler, states = path.original_scheduler(), path.states
     np.testing.assert_allclose(alpha_bars(scheduler), scheduler.alphas_cumprod, rtol=1e-3)
     if hasattr(scheduler, "sigmas"):
         np.testing.assert_allclose(sigmas(scheduler), scheduler.sigmas, rtol=1e-3)
@@ -187,7 +187,7 @@ def test_levels_are_diffusers_own_and_the_same_on_every_machine(
                 values = getattr(scheduler, name)
                 noise = torch.rand(values.shape, generator=generator) - 0.5
                 setattr(scheduler, name, values * (1 + 3e-7 * noise))
-        monkeypatch.setattr(SolverPath, "plain_scheduler", lambda path: scheduler)
+        monkeypatch.setattr(SolverPath, "original_scheduler", lambda path: scheduler)
         assert dataclasses.replace(path).states == states
 
 
@@ -226,7 +226,7 @@ def test_evaluations_are_counted_as_they_happen(teacher: Teacher) -> None:
 
         noise = initial_noise(0, range(1), teacher.item_shape, "float32")
         path = SolverPath.of(teacher.scheduler_config, sampler)
-        sample(teacher, path, noise, seeds=range(1), root_seed=0, record=[], evaluated=count)
+        record_states(teacher, path, noise, seeds=range(1), root_seed=0, record=[], evaluated=count)
         assert calls == SOLVERS[sampler.name].num_evaluations(sampler.steps)
 
 

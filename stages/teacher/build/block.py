@@ -23,7 +23,7 @@ from advkd.cache.format.seeds import seeds_of
 from advkd.cache.format.store_paths import provenance_path
 from advkd.stages.provenance import versions
 from advkd.stages.teacher.build.plan import Plan
-from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
 MAX_VALUE = 2.0
 """Images lie in [−1, 1]; a sampler that doesn't clip overshoots a little, latents by far."""
@@ -66,7 +66,7 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
     for start in range(0, len(seeds), plan.config.batch_size):
         part = slice(start, min(start + plan.config.batch_size, len(seeds)))
         states[0][part] = initial_noise(plan.recipe.root_seed, seeds[part], plan.recipe.item_shape, plan.layout.dtype)
-        kept = sample(
+        kept = record_states(
             plan.teacher,
             plan.path,
             states[0][part],

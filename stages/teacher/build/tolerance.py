@@ -20,7 +20,7 @@ from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.read.compare import MAX_TOLERANCE, TOLERANCE_FILE, distance
 from advkd.stages.teacher.build.plan import Plan
-from advkd.stages.teacher.sample.sampling import initial_noise, sample
+from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
 NUM_SEEDS = 4
 MARGIN = 4.0
@@ -57,7 +57,7 @@ def measure_tolerance(plan: Plan) -> dict[int, float]:
     seeds = list(plan.seeds[:NUM_SEEDS]) * 2
     noise = initial_noise(plan.recipe.root_seed, seeds, plan.recipe.item_shape, plan.layout.dtype)
     disturbed = _Disturbed(plan.teacher.unet, RELATIVE_ERROR[plan.config.precision])
-    kept = sample(
+    kept = record_states(
         dataclasses.replace(plan.teacher, unet=disturbed),
         plan.path,
         noise,

@@ -115,7 +115,7 @@ class SolverPath:
     @cached_property
     def timesteps(self) -> Tensor:
         """The timestep of each evaluation; on the CPU, shape (evaluations,)."""
-        timesteps: Tensor = self.plain_scheduler().timesteps
+        timesteps: Tensor = self.original_scheduler().timesteps
         return timesteps
 
     @cached_property
@@ -127,7 +127,7 @@ class SolverPath:
         Raises:
             ConfigError: their noise levels are not finite.
         """
-        scheduler, steps = self.plain_scheduler(), self.sampler.steps
+        scheduler, steps = self.original_scheduler(), self.sampler.steps
         levels = self.solver.levels(scheduler, self._next_landing() if self.next_landing else self._landing())
         # Where a step takes two evaluations, every later timestep stands twice.
         evaluated = [float(t) for t in scheduler.timesteps]
@@ -159,7 +159,7 @@ class SolverPath:
 
     def new_scheduler(self) -> Scheduler:
         """A fresh diffusers scheduler with its timesteps set; multistep solvers keep history, so one per batch."""
-        scheduler = self.plain_scheduler()
+        scheduler = self.original_scheduler()
         if self.next_landing:
             # Respaced (Nichol & Dhariwal 2021, section 4): only the visited timesteps remain, one apart.
             scheduler.alphas_cumprod = scheduler.alphas_cumprod[scheduler.timesteps.flip(0)]
@@ -167,7 +167,7 @@ class SolverPath:
             scheduler.timesteps = torch.arange(self.sampler.steps).flip(0)
         return scheduler
 
-    def plain_scheduler(self) -> Scheduler:
+    def original_scheduler(self) -> Scheduler:
         """The scheduler as diffusers makes it, with exactly the path's number of evaluations."""
         cls = getattr(diffusers(), self.solver.scheduler)
         options = {key: -math.inf if value == "-inf" else value for key, value in self.options.items()}
@@ -197,7 +197,7 @@ class SolverPath:
                 raise TeacherError(
                     f"steps {sampler.steps} don't fit the teacher: it was trained with {limit} timesteps"
                 )
-            scheduler = self.plain_scheduler()
+            scheduler = self.original_scheduler()
             num_bars, timesteps = len(scheduler.alphas_cumprod), scheduler.timesteps.tolist()
         except TeacherError:
             raise

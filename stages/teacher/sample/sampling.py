@@ -30,7 +30,7 @@ def initial_noise(
 
 
 @torch.inference_mode()
-def sample(
+def record_states(
     teacher: Teacher,
     path: SolverPath,
     noise: npt.NDArray[Any],
