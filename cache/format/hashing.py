@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+Seeds = npt.NDArray[np.int64]
+"""Seeds of a cache, shape (N,)."""
+
 
 def mix64(values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     """SplitMix64's finaliser (Steele et al., OOPSLA 2014): a bijective hash of 64-bit integers."""

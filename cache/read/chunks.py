@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from advkd.cache.errors import DamagedError
 from advkd.cache.format.array_record import SEGMENT_BYTES, ArrayRecord, crc32c
+from advkd.cache.format.hashing import Seeds
 from advkd.cache.format.layout import State
 from advkd.cache.format.ledger import HOW_TO_FIX, BlockRecord
 from advkd.cache.format.records import Records
@@ -27,7 +28,6 @@ MAX_MAPPED_FILES = 4096
 MAX_MAPPED_BYTES = 1 << 40
 """Per state: address space, not memory."""
 Bytes = npt.NDArray[np.uint8]
-Seeds = npt.NDArray[np.int64]
 Checked = npt.NDArray[np.bool_]
 _NOT_READY = -(1 << 62)
 _Identity = tuple[int, int, int]

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from advkd.cache.errors import UsageError
-from advkd.cache.format.hashing import is_held_out
+from advkd.cache.format.hashing import Seeds, is_held_out
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.device import best_device, forbid_tf32
 from advkd.stages.evaluate.config import (
@@ -54,8 +53,6 @@ from advkd.stages.student.run import Run, seeds_of_run
 from advkd.stages.student.student import generate, load_student, weights_sha256
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.load.identity import tensors_sha256
-
-Seeds = npt.NDArray[np.int64]
 
 
 def evaluate(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from advkd.cache.format.hashing import Seeds
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import MAX_FRESH_SEEDS
 from advkd.stages.evaluate.samplers import Sampler
@@ -26,7 +27,6 @@ from advkd.stages.student.training.data import read_float
 FIRST_FRESH_SEED = 1 << 40
 """Seeds of caches lie below this one."""
 SEEDS_IN_PICTURES = 16
-Seeds = npt.NDArray[np.int64]
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
 Observations = dict[Observed, list[Floats]]
 """Of one set of one sampler: parts of shape (n, …) that make up the set."""

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.files.durable import fsync_folder, write_json
 from advkd.cache.format.differences import differences
-from advkd.cache.format.hashing import is_held_out
+from advkd.cache.format.hashing import Seeds, is_held_out
 from advkd.cache.format.recipe import digest
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
 from advkd.cache.read.reader import TrajectoryCache
@@ -37,7 +36,6 @@ from advkd.stages.student.config import KINDS, TrainConfig
 
 FORMAT = 1
 LOCK_FILE = "run.lock"
-Seeds = npt.NDArray[np.int64]
 OnMismatch = Literal["stop", "set-aside"]
 Status = Literal["new", "resume", "complete"]
 

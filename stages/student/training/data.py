@@ -13,13 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from advkd.cache.format.hashing import mix64, mixed
+from advkd.cache.format.hashing import Seeds, mix64, mixed
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter
 
 PREFETCH = 2
 """Batches read ahead. One is enough to hide reading behind a step; the second absorbs a slow block."""
-Seeds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
