@@ -17,9 +17,9 @@ from advkd.stages.evaluate.config import SELF, EvaluateConfig
 from advkd.stages.evaluate.measure import cached_batches
 from advkd.stages.metrics import inception
 from advkd.stages.metrics.classifier import SmallClassifier
-from advkd.stages.metrics.features import FeatureNetwork, clipped
+from advkd.stages.metrics.features import FeatureNetwork, clipped, shrunk
 from advkd.stages.metrics.saved import load_network, save_network
-from advkd.stages.metrics.self_supervised import NUM_STEPS, SelfSupervisedCnn, shrunk, train_self_supervised
+from advkd.stages.metrics.self_supervised import NUM_STEPS, SelfSupervisedCnn, train_self_supervised
 from advkd.stages.reporter import Reporter
 
 ARCHITECTURES = {network.architecture: network for network in (SmallClassifier, SelfSupervisedCnn)}

@@ -7,20 +7,16 @@ deviate from q by chance, so tables show them side by side.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from advkd.stages.metrics.base import Floats, Measure, Reference, Score
 
-Shares = npt.NDArray[np.floating[Any]]
 
-
-def class_shares(probabilities: Floats) -> Shares:
+def class_shares(probabilities: Floats) -> Floats:
     """Share of samples whose most probable class is k; from shape (N, K) to (K,)."""
     count, num_classes = probabilities.shape
-    shares: Shares = np.bincount(probabilities.argmax(1), minlength=num_classes) / count
+    shares: Floats = np.bincount(probabilities.argmax(1), minlength=num_classes) / count
     return shares
 
 
@@ -29,18 +25,18 @@ def mean_confidence(probabilities: Floats) -> float:
     return float(probabilities.max(1).mean())
 
 
-def overlap(shares: Shares, reference: Shares) -> float:
+def overlap(shares: Floats, reference: Floats) -> float:
     """Σ_k min(p_k, q_k) in [0, 1]: one minus the total variation distance of the two histograms."""
     return float(np.minimum(shares, reference).sum())
 
 
-def rarest_class(shares: Shares, reference: Shares) -> float:
+def rarest_class(shares: Floats, reference: Floats) -> float:
     """min_k p_k / q_k over the classes that the reference has: 0 if one is missing, 1 at best."""
     present = reference > 0.0
     return float((shares[present] / reference[present]).min())
 
 
-def _of_shares(score: Callable[[Shares, Shares], float]) -> Callable[[Reference], Score | None]:
+def _of_shares(score: Callable[[Floats, Floats], float]) -> Callable[[Reference], Score | None]:
     def prepare(reference: Reference) -> Score | None:
         wanted = reference.class_shares
         return None if wanted is None else lambda probabilities, _: score(class_shares(probabilities), wanted)

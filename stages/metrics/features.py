@@ -12,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 LOOK_BATCH = 64
 """Images at one time, so that the layers of two looks fit into memory."""
+MAX_SIDE = 32
+"""`shrunk` averages larger images down to it, which bounds the cost of training and of pixel distances."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,12 @@ def clipped(images: Tensor) -> Tensor:
     return images.clamp(-1.0, 1.0)
 
 
+def shrunk(images: Tensor) -> Tensor:
+    """Images of at most `MAX_SIDE` pixels per side, by averaging; shape (N, C, H, W)."""
+    height, width = (min(length, MAX_SIDE) for length in images.shape[-2:])
+    return images if images.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(images, (height, width))
+
+
 @torch.no_grad()
 def observe(network: FeatureNetwork, images: Tensor) -> Iterator[tuple[slice, Look]]:
     """What a network sees in images (N, C, H, W), clipped, in parts."""
@@ -61,15 +70,13 @@ def see(
     network: FeatureNetwork, batches: Iterable[Tensor]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
     """Features (N, D) and, of a classifier, probabilities (N, K) of all images (n, C, H, W) of some batches."""
-    looks = [look for batch in batches for look in _without_maps(network, batch)]
-    probabilities = [to_numpy(look.probabilities) for look in looks if look.probabilities is not None]
-    features = np.concatenate([to_numpy(look.features) for look in looks])
-    return features, np.concatenate(probabilities) if probabilities else None
-
-
-def _without_maps(network: FeatureNetwork, images: Tensor) -> Iterator[Look]:
-    for _, look in observe(network, images):
-        yield Look(features=look.features, maps=[], probabilities=look.probabilities)
+    features, probabilities = [], []
+    for batch in batches:
+        for _, look in observe(network, batch):
+            features.append(to_numpy(look.features))
+            if look.probabilities is not None:
+                probabilities.append(to_numpy(look.probabilities))
+    return np.concatenate(features), np.concatenate(probabilities) if probabilities else None
 
 
 def to_numpy(values: Tensor) -> npt.NDArray[np.float32]:

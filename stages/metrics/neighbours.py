@@ -11,20 +11,16 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from advkd.stages.metrics.base import Floats, Measure, mean_of_set
+from advkd.stages.metrics.features import shrunk, to_numpy
 
-MAX_SIDE = 32
 CLOSEST = 0.01
 
 
 def to_rows(images: Tensor) -> npt.NDArray[np.float32]:
     """Images (N, C, H, W) as rows of at most C · 32 · 32 values, shape (N, D)."""
-    height, width = (min(side, MAX_SIDE) for side in images.shape[-2:])
-    small = images if images.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(images, (height, width))
-    rows: npt.NDArray[np.float32] = small.flatten(1).float().cpu().numpy()
-    return rows
+    return to_numpy(shrunk(images).flatten(1))
 
 
 def nearest_distances(samples: Floats, training: Iterable[Floats]) -> npt.NDArray[np.float64]:

@@ -24,12 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from advkd.stages.metrics.features import Look
+from advkd.stages.metrics.features import Look, shrunk
 from advkd.stages.metrics.saved import SmallNetwork, convolutions
 from advkd.stages.reporter import Reporter
 
-MAX_SIDE = 32
-"""Larger images are averaged down to it: training takes a minute on two cores."""
 GRID = 4
 """Height and width of the last map."""
 NUM_STEPS = 200
@@ -156,9 +154,3 @@ def view(images: Tensor, generator: torch.Generator) -> Tensor:
 def _rate(num_steps: int) -> Callable[[int], float]:
     """Linear warm-up, then half a cosine."""
     return lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
-
-
-def shrunk(images: Tensor) -> Tensor:
-    """Images of at most `MAX_SIDE` pixels per side, by averaging; shape (N, C, H, W)."""
-    height, width = (min(length, MAX_SIDE) for length in images.shape[-2:])
-    return images if images.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(images, (height, width))

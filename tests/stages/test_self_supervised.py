@@ -12,15 +12,13 @@ from torch.nn import functional as F  # noqa: N812
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.networks import ARCHITECTURES, load_features
 from advkd.stages.images.datasets import load_dataset
-from advkd.stages.metrics.features import FeatureNetwork, see
+from advkd.stages.metrics.features import MAX_SIDE, FeatureNetwork, see, shrunk
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.metrics.saved import SmallNetwork, load_network, save_network
 from advkd.stages.metrics.self_supervised import (
-    MAX_SIDE,
     TEMPERATURE,
     SelfSupervisedCnn,
     contrastive_loss,
-    shrunk,
     train_self_supervised,
     view,
 )
