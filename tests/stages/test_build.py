@@ -230,13 +230,13 @@ def test_nan_stops_the_build_and_leaves_the_committed_blocks(pipeline_folder: Pa
 def test_constant_output_stops_at_the_first_block(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = sampling_blocks.sample
+    original = sampling_blocks.record_states
 
     def constant(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
         kept = original(*arguments, **options)  # type: ignore[arg-type]
         return {step: torch.full_like(states, 0.25) for step, states in kept.items()}
 
-    monkeypatch.setattr(sampling_blocks, "sample", constant)
+    monkeypatch.setattr(sampling_blocks, "record_states", constant)
     with pytest.raises(TeacherError, match=r"x_0 is constant over 8 seeds"):
         build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
     assert not (tmp_path / "a.zarr").exists()
@@ -244,7 +244,7 @@ def test_constant_output_stops_at_the_first_block(
 
 def with_images(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Let the sampler's x_0 be this many times as large, in some pixels."""
-    original = sampling_blocks.sample
+    original = sampling_blocks.record_states
 
     def larger(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
         kept = original(*arguments, **options)  # type: ignore[arg-type]
@@ -252,7 +252,7 @@ def with_images(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
         images[..., 0] = factor
         return {**kept, max(kept): images}
 
-    monkeypatch.setattr(sampling_blocks, "sample", larger)
+    monkeypatch.setattr(sampling_blocks, "record_states", larger)
 
 
 def test_values_that_are_no_images_stop_at_the_first_block(
