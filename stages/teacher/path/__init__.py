@@ -1,1 +1,1 @@
-"""Noise paths: at what level of noise a scheduler's states are."""
+"""Noise paths: the noise levels that a solver passes through."""

@@ -1,10 +1,9 @@
 """Noise levels of a diffusers scheduler, the same numbers on every machine.
 
-diffusers computes its betas and their products in float32 with torch, whose `linspace` rounds otherwise on a CPU with
-other vector instructions. The levels are part of what identifies a store, so two machines could not build one
-together. Here they are computed again in double precision from the scheduler's configuration and rounded to ten
-digits; whatever diffusers has and this has not (another schedule of betas, a clipped last level) stays as diffusers
-computed it.
+diffusers computes betas and their products in float32 with torch, whose `linspace` rounds differently on CPUs with
+different vector instructions. The levels identify a store, so such machines could not build one together. This module
+recomputes them in double precision from the scheduler's configuration and rounds them to ten digits. It keeps
+diffusers' own numbers for what it does not reproduce (another schedule of betas, a clipped last level).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Scheduler = Any
 """A diffusers scheduler after `set_timesteps`; diffusers' own types are not imported here."""
 Levels = npt.NDArray[np.float64]
 _SAME = 1e-2
-"""Relative: above what float32 leaves of 1 − ᾱ near x_0, below what another schedule makes."""
+"""Relative tolerance: above float32's error in 1 − ᾱ near x_0, below the difference between two schedules."""
 
 
 def rounded(value: float) -> float:
@@ -29,7 +28,7 @@ def rounded(value: float) -> float:
 def alpha_bars(scheduler: Scheduler) -> Levels:
     """ᾱ at every training timestep (Ho et al. 2020, eq. 4): float64, shape (T,)."""
     config = scheduler.config
-    # As `_DIFFUSION_KEYS` of the loader brings them; a schedule that only torch computes is taken from it.
+    # Any other schedule is taken as torch computed it.
     betas = np.asarray(scheduler.betas, dtype=np.float64)
     if config.get("trained_betas") is None and config.beta_schedule == "linear":
         betas = _ramp(config.beta_start, config.beta_end, len(betas))

@@ -1,4 +1,4 @@
-"""Stores made by rules that have changed since: they are extended and checked by the rules they were made by."""
+"""Rules that have changed: a store is extended and checked by the rules that made it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from advkd.cache.format.recipe import Recipe
 
 
 def older_rules(found: Recipe, wanted: Recipe) -> tuple[str, ...] | None:
-    """Which older rules made a store that the present ones would make as `wanted`.
+    """The older rules that explain how a store's recipe differs from the one that today's rules give.
 
     Returns:
         A line per older rule; none if the recipes give the same numbers; None if they differ in anything else.

@@ -33,7 +33,7 @@ class SolverPath:
     options: dict[str, Any]
     """Of the scheduler's class, all of them, as JSON."""
     x0: X0Rule | None
-    """What happens to x̂_0, whoever applies it."""
+    """How x̂_0 is constrained, by the scheduler's class or by advkd."""
     next_landing: bool = False
     """Whether DDIM's steps are made to end at the next timestep of its list. Otherwise they end at t − T // n, which
     is the same where n divides T."""
@@ -189,7 +189,7 @@ class SolverPath:
         return [*(int(t) for t in self.timesteps[1:]), -1]
 
     def _check(self) -> None:
-        """Refuse what diffusers would take and sample nonsense by."""
+        """Refuse options that diffusers accepts but that give meaningless samples."""
         sampler, name = self.sampler, self.solver.scheduler
         try:
             limit = int(self.options["num_train_timesteps"])
