@@ -188,15 +188,18 @@ class ScoreTable:
         return lines
 
     def to_csv(self, **constants: object) -> str:
-        """One line per row: mean and standard deviation of every measure, empty where not measured, then constants."""
+        """One line per row: `x0` as in `Row`, mean and standard deviation of every measure, then constants.
+
+        What was not measured is empty.
+        """
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         columns = [f"{measure}{suffix}" for measure in MEASURES for suffix in ("", "_sd")]
-        writer.writerow(["sampler", "evaluations", *columns, *constants])
+        writer.writerow(["sampler", "evaluations", "x0", *columns, *constants])
         for row in self.rows:
             found = [value for measure in MEASURES for value in (row.mean(measure), row.deviation(measure))]
             cells = ["" if value is None else f"{value:.6g}" for value in found]
-            writer.writerow([row.name, row.evaluations, *cells, *constants.values()])
+            writer.writerow([row.name, row.evaluations, row.x0 or "", *cells, *constants.values()])
         return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def model_card(name: str, kind: str, num_parameters: int, geometry: Geometry, kn
     """
     parts = [
         f"---\n{yaml.safe_dump(_metadata(known), sort_keys=False)}---",
-        f"# {_plain(name.split('/')[-1])}",
+        f"# {_escaped(name.split('/')[-1])}",
         _summary(kind, num_parameters, geometry),
         _use(name, geometry),
         _scores(_mapping(known.get("scores"))),
@@ -91,19 +91,19 @@ def _provenance(geometry: Geometry, known: Provenance) -> str:
     teacher = _mapping(known.get("teacher"))
     cache, seeds = _mapping(known.get("cache")), _mapping(known.get("seeds"))
     sampler, versions = _mapping(known.get("sampler")), _mapping(known.get("versions"))
-    commit = f", commit {_plain(teacher['commit'])}" if teacher.get("commit") else ""
+    commit = f", commit {_escaped(teacher['commit'])}" if teacher.get("commit") else ""
     rows = {
-        "teacher": f"{_plain(teacher.get('source', ''))}{commit}",
-        "teacher's licence": _plain(teacher.get("license", "")),
+        "teacher": f"{_escaped(teacher.get('source', ''))}{commit}",
+        "teacher's licence": _escaped(teacher.get("license", "")),
         "SHA-256 of the teacher's weights": _code(teacher.get("tensors_sha256")),
-        "sampler": f"{_plain(sampler['name'])}, {_plain(sampler.get('steps'))} steps" if sampler.get("name") else "",
+        "sampler": f"{_escaped(sampler['name'])}, {_escaped(sampler.get('steps'))} steps" if sampler.get("name") else "",
         "fingerprint of the cache": _code(cache.get("fingerprint")),
         "digest of its blocks": _code(cache.get("digest")),
         "seeds": _seeds(seeds, cache),
         "noise": f"root seed {geometry.root_seed}, {geometry.noise_dtype}",
-        "training steps": _plain(known.get("step", "")),
-        "training seed": _plain(_mapping(known.get("config")).get("seed", "")),
-        "versions": ", ".join(f"{_plain(package)} {_plain(number)}" for package, number in sorted(versions.items())),
+        "training steps": _escaped(known.get("step", "")),
+        "training seed": _escaped(_mapping(known.get("config")).get("seed", "")),
+        "versions": ", ".join(f"{_escaped(package)} {_escaped(number)}" for package, number in sorted(versions.items())),
     }
     lines = [f"| {label} | {value or 'not recorded'} |" for label, value in rows.items()]
     return (
@@ -116,11 +116,11 @@ def _provenance(geometry: Geometry, known: Provenance) -> str:
 def _seeds(seeds: dict[str, Any], cache: dict[str, Any]) -> str:
     if {"first", "last", "num_training", "num_held_out"} <= seeds.keys():
         return (
-            f"{_plain(seeds['first'])} to {_plain(seeds['last'])}: {_plain(seeds['num_training'])} to train on, "
-            f"{_plain(seeds['num_held_out'])} held out"
+            f"{_escaped(seeds['first'])} to {_escaped(seeds['last'])}: {_escaped(seeds['num_training'])} to train on, "
+            f"{_escaped(seeds['num_held_out'])} held out"
         )
     blocks = cache.get("blocks")
-    return f"blocks {_plain(blocks[0])}:{_plain(blocks[-1])}" if isinstance(blocks, list) and blocks else ""
+    return f"blocks {_escaped(blocks[0])}:{_escaped(blocks[-1])}" if isinstance(blocks, list) and blocks else ""
 
 
 def _scores(scores: dict[str, Any]) -> str:
@@ -134,16 +134,16 @@ def _scores(scores: dict[str, Any]) -> str:
         return ""
     if not rows:
         return ""
-    lines = [f"| {' | '.join([_plain(name), *numbers])} |" for name, *numbers in rows]
-    notes = [f"{_plain(mark)} {_plain(treatment)}." for mark, treatment in table.marks().items()]
+    lines = [f"| {' | '.join([_escaped(name), *numbers])} |" for name, *numbers in rows]
+    notes = [f"{_escaped(mark)} {_escaped(treatment)}." for mark, treatment in table.marks().items()]
     held_out = _number(scores.get("held_out_mse"), ".4f")
     notes += [f"Mean squared error to the teacher's images on held-out seeds: {held_out}."] if held_out else []
     return "\n\n".join(
         [
             "## Scores",
             "Fréchet distance to the teacher's own samples, mean ± standard deviation over "
-            f"{_plain(protocol.get('num_sets'))} sets of {_plain(protocol.get('set_size'))} fresh seeds, against "
-            f"{_plain(protocol.get('num_reference'))} reference seeds, {_plain(protocol.get('features'))} features; "
+            f"{_escaped(protocol.get('num_sets'))} sets of {_escaped(protocol.get('set_size'))} fresh seeds, against "
+            f"{_escaped(protocol.get('num_reference'))} reference seeds, {_escaped(protocol.get('features'))} features; "
             "all samplers start from the same noise.",
             "| sampler | network evaluations | Fréchet distance | precision, % | recall, % "
             "| student minus this, 95 % |\n|---|---|---|---|---|---|\n" + "\n".join(lines),
@@ -161,8 +161,8 @@ def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _plain(text: object) -> str:
-    """One short line without markup or control characters."""
+def _escaped(text: object) -> str:
+    """One short line, without control characters and with markup escaped."""
     line = "".join(letter if letter.isprintable() else " " for letter in str(text)[:200])
     return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(line.split()))
 
