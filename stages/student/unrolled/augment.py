@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from advkd.stages.student.unrolled.config import COLOURS, MOVES
+
 SHIFT = 8
 """Translations reach up to the image size divided by this, as in the paper."""
 CUT = 2
@@ -75,5 +77,5 @@ def _contrast(images: Tensor, draw: Draw) -> Tensor:
     return mean + (images - mean) * (draw(1, 1, 1) + 0.5)
 
 
-_MOVES: dict[str, Callable[[Tensor, Draw], Tensor]] = {"flip": _flip, "translate": _translate, "cutout": _cutout}
-_COLOURS: dict[str, Callable[[Tensor, Draw], Tensor]] = {"brightness": _brightness, "contrast": _contrast}
+_MOVES = dict(zip(MOVES, (_flip, _translate, _cutout), strict=True))
+_COLOURS = dict(zip(COLOURS, (_brightness, _contrast), strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -134,7 +135,7 @@ def _request(plan: Plan, teacher: TeacherConfig, workers: int | None, command: s
         teacher=dataclasses.replace(
             teacher,
             source=teacher.source if folder is None else str(folder.absolute()),
-            scheduler=None if scheduler is None else str(Path(scheduler).expanduser().absolute()),
+            scheduler=None if scheduler is None else str(Path(os.path.expanduser(scheduler)).absolute()),
         ),
         sampler=plan.sampler,
         config=plan.config,

@@ -6,6 +6,7 @@ Only JSON, safetensors and the model card are read: a pipeline from someone else
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
     if config.scheduler is None:
         scheduler = _part(folder, "scheduler", _SCHEDULER_CONFIG, index, config) / _SCHEDULER_CONFIG
     else:
-        scheduler = _separate_scheduler(Path(config.scheduler).expanduser(), config.source)
+        scheduler = _separate_scheduler(Path(os.path.expanduser(config.scheduler)), config.source)
     if commit is not None:  # only this part: others may be large; all its variants, so that an error can name them
         subfolder = "" if unet == folder else f"{unet.relative_to(folder).as_posix()}/"
         _find_folder(config, [f"{subfolder}{_WEIGHTS}*.safetensors"], commit)
@@ -63,7 +64,7 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
 
 def local_folder(source: str) -> Path | None:
     """A teacher's folder on this machine; None if `source` names none."""
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     return folder if folder.is_dir() else None
 
 
