@@ -71,6 +71,43 @@ SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
     | _SIGMAS
     | _CLIP
     | {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False},
+    "UniPCMultistepScheduler": _DIFFUSION
+    | _THRESHOLD
+    | _SIGMAS
+    | {
+        "solver_order": 2,
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "solver_p": None,
+        "use_flow_sigmas": False,
+        "flow_shift": 1.0,
+        "final_sigmas_type": "zero",
+        "rescale_betas_zero_snr": False,
+        "use_dynamic_shifting": False,
+        "time_shift_type": "exponential",
+        "sigma_min": None,
+        "sigma_max": None,
+        "shift_terminal": None,
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "use_dynamic_shifting": False,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "invert_sigmas": False,
+        "shift_terminal": None,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "time_shift_type": "exponential",
+        "stochastic_sampling": False,
+    },
+    "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
 }
 """By solver class: its options and their defaults, as JSON."""
 

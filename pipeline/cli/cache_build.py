@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 @config_option("digits")
 @click.option("--teacher", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline: a folder or a Hub id.")
 @click.option("--steps", type=int, help="Solver steps from x_T to x_0.")
-@click.option("--sampler", metavar="NAME", help="ddim, ddpm, dpmsolver++, euler or heun.")
+@click.option(
+    "--sampler",
+    metavar="NAME",
+    help="ddim, dpmsolver++, unipc, euler, heun, flow-euler, flow-heun; ddpm or dpmsolver++sde.",
+)
 @click.option("--eta", type=float, help="Of ddim: 0 is deterministic, 1 as noisy as ddpm.")
 @click.option("--spacing", metavar="NAME", help="How timesteps are chosen: trailing, leading, linspace or teacher.")
 @click.option(
@@ -132,6 +136,7 @@ def _dry_run(experiment: Experiment, store: Path, workers: int | None, scheduler
 
 
 def _estimate(experiment: Experiment, store: Path, teacher: str, workers: int | None, scheduler: str | None) -> None:
+    from advkd.pipeline.progress import duration
     from advkd.stages.teacher.build.resources import BLOCKS_AT_ONCE, check_memory, measure_evaluation, memory_bytes
 
     plan = _plan(experiment, store)
@@ -156,7 +161,7 @@ def _estimate(experiment: Experiment, store: Path, teacher: str, workers: int | 
         f"evaluations   {num_seeds * plan.evaluations_per_seed:,} of one image\n"
         f"disk          {len(todo) * plan.block_bytes / 1e9:.3f} GB in {len(todo)} blocks\n"
         f"memory        about {memory / 1e9:.3f} GB for {at_once} blocks at a time{where}; the network comes on top\n"
-        f"time          about {_duration(total)} ({seconds * 1e3:.1f} ms for a batch of {batch} here{shared})\n"
+        f"time          about {duration(total)} ({seconds * 1e3:.1f} ms for a batch of {batch} here{shared})\n"
         "nothing was written (dry run)"
     )
 
@@ -219,9 +224,3 @@ def _build(
             )
     done = f"built {built.num_blocks} blocks, {built.num_present} were there"
     click.echo(f"{store}: seeds {plan.seeds.start}:{plan.seeds.stop}; {done}")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -39,7 +39,7 @@ class EvaluateConfig:
     seed: int = 0
     """Which fresh seeds: two evaluations with different values share none. Runs are compared on equal ones."""
     solver_steps: list[int] = field(default_factory=lambda: [5, 10, 20])
-    """Steps of DDIM and DPM-Solver++ with the same teacher."""
+    """Steps of DDIM and DPM-Solver++ with the same teacher; of Euler and Heun for a flow-matching one."""
     batch_size: int = 256
     """Seeds at one time."""
 

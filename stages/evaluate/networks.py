@@ -45,20 +45,19 @@ def load_features(
     shape = "×".join(map(str, item_shape))
     if config.features == SELF:
         raise UsageError(
-            "features self: expected a network's folder; give RUN/evaluation/features, which `advkd-evaluate "
-            "--features self` writes"
+            "features self: `advkd-evaluate --features self` trains them into RUN/evaluation/features; give that folder"
         )
     if config.features != inception.NAME:
         small = load_network(Path(os.path.expanduser(config.features)), ARCHITECTURES).to(device)
         channels, size = small.options["channels"], small.options["size"]
-        if (channels, size) != tuple(item_shape[:2]):
+        square = item_shape[1] == item_shape[2] or not isinstance(small, SmallClassifier)
+        if (channels, size) != tuple(item_shape[:2]) or not square:
             raise UsageError(f"features {config.features}: made for {channels}×{size}×{size} images, these are {shape}")
         return FeatureNetwork(name=small.architecture, network=small, look=small.look)
-    if item_shape[0] != 3 or item_shape[1] < inception.MIN_SIDE:
+    if item_shape[0] != 3 or min(item_shape[1:]) < inception.MIN_SIDE:
         raise UsageError(
             f"features inception: needs colour images of at least {inception.MIN_SIDE} pixels, these are {shape}; "
-            "give a classifier's folder, or RUN/evaluation/features, which `advkd-evaluate --features self` writes "
-            "(docs/evaluation.md explains both)"
+            "`advkd-evaluate --features self` trains others, --features FOLDER names a classifier (docs/evaluation.md)"
         )
     network = inception.load_inception(config.inception_weights).to(device)
     return FeatureNetwork(name=inception.NAME, network=network, look=partial(inception.look_with_inception, network))

@@ -20,7 +20,8 @@ from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import find_solver
 from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
-FAST_SOLVERS = ("ddim", "dpmsolver++")
+FAST_SOLVERS, FAST_FLOW_SOLVERS = ("ddim", "dpmsolver++"), ("flow-euler", "flow-heun")
+"""What a teacher's users would sample with in few steps."""
 Generate = Callable[[range], Tensor]
 
 
@@ -77,7 +78,7 @@ def all_samplers(
     recorded = SolverPath.recorded(recipe)
     own = recorded.sampler
     wanted = {f"teacher ({own.name} {own.steps})": own}
-    for name in FAST_SOLVERS:
+    for name in FAST_FLOW_SOLVERS if recorded.solver.flow else FAST_SOLVERS:
         for steps in solver_steps:
             if (name, steps) != (own.name, own.steps):
                 wanted[f"{name} {steps}"] = SamplerConfig(name=name, steps=steps, spacing=own.spacing)

@@ -46,6 +46,9 @@ class RealImages:
         if source in DATASETS:
             if item_shape[0] != 1:
                 raise UsageError(f"real images {source}: they are grey, the cache's have {item_shape[0]} channels")
+            if item_shape[1] != item_shape[2]:
+                shape = "×".join(map(str, item_shape[1:]))
+                raise UsageError(f"real images {source}: they are square, the cache's are {shape}; give a folder")
             self._images = load_dataset(source, item_shape[1])[0]
             self.resizing, self.num_images = DATASETS[source].resizing, len(self._images)
             native = DATASETS[source].native_size

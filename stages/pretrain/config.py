@@ -10,6 +10,8 @@ from advkd.stages.images.datasets import check_dataset
 SOURCE_NOTE = "teacher.json"
 """File in the teacher's folder that names a teacher from elsewhere."""
 
+PATHS = ("vp", "flow")
+
 HEAD_WIDTH = 16
 """Channels of one of the UNet's attention heads."""
 
@@ -46,10 +48,13 @@ class PretrainConfig:
     """Widths of the UNet's resolutions."""
     layers_per_block: int = 1
     """Residual blocks per resolution."""
+    path: str = "vp"
+    """How noise is added: `vp`, variance-preserving diffusion, or `flow`, flow matching, whose network predicts the
+    velocity ε − x_0."""
     beta_schedule: str = "squaredcos_cap_v2"
-    """Noise schedule, by its name in diffusers: `linear`, `scaled_linear` or `squaredcos_cap_v2`."""
+    """vp: noise schedule, by its name in diffusers: `linear`, `scaled_linear` or `squaredcos_cap_v2`."""
     prediction_type: str = "v_prediction"
-    """What the network predicts: `epsilon`, `sample` or `v_prediction`."""
+    """vp: what the network predicts: `epsilon`, `sample` or `v_prediction`."""
     steps: int = 3000
     """Optimizer steps."""
     batch_size: int = 64
@@ -69,6 +74,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_dataset(self.data, self.size)
+        if self.path not in PATHS:
+            raise ConfigError(f"pretrain.path: {self.path!r} is none of {', '.join(PATHS)}")
         for key in ("size", "layers_per_block", "steps", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"pretrain.{key}: {getattr(self, key)} is not positive")

@@ -35,12 +35,13 @@ from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
+from advkd.stages.teacher.path.schedulers import is_flow
 from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
 HALVINGS = 10
 REPORT_ROOT_SEED = 1
-REPORT_SAMPLER = SamplerConfig(name="ddim", steps=50)
+REPORT_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,10 +141,11 @@ def check_folder(folder: Path) -> None:
 def sample_pipeline(
     pipeline: Path, count: int, reporter: Reporter, device: torch.device, batch_size: int = 256
 ) -> Tensor:
-    """x_0 of `count` seeds by DDIM in 50 steps, clipped to [−1, 1], shape (count, C, H, W)."""
+    """x_0 of `count` seeds by DDIM (flow matching: Euler) in 50 steps, clipped to [−1, 1], shape (count, C, H, W)."""
     teacher = load_teacher(TeacherConfig(source=str(pipeline)), device)
     reporter.start("samples", count, "images")
-    path, parts = SolverPath.of(teacher.scheduler_config, REPORT_SAMPLER), []
+    sampler = SamplerConfig(name="flow-euler" if is_flow(teacher.scheduler_config) else "ddim", steps=REPORT_STEPS)
+    path, parts = SolverPath.of(teacher.scheduler_config, sampler), []
     for start in range(0, count, batch_size):
         seeds = range(start, min(start + batch_size, count))
         noise = initial_noise(REPORT_ROOT_SEED, seeds, teacher.item_shape, "float32")
@@ -153,9 +155,9 @@ def sample_pipeline(
             noise,
             seeds=seeds,
             root_seed=REPORT_ROOT_SEED,
-            record=[REPORT_SAMPLER.steps],
+            record=[REPORT_STEPS],
         )
-        parts.append(states[REPORT_SAMPLER.steps].clamp(-1.0, 1.0))
+        parts.append(states[REPORT_STEPS].clamp(-1.0, 1.0))
         reporter.advance(len(seeds))
     reporter.finish()
     return torch.cat(parts)

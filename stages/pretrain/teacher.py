@@ -1,4 +1,5 @@
-"""Training a small diffusion teacher (Ho et al. 2020) with a velocity target (Salimans & Ho 2022, app. D)."""
+"""Training a small teacher: diffusion (Ho et al. 2020) with a velocity target (Salimans & Ho 2022, app. D), or flow
+matching (Lipman et al. 2023)."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def make_network(config: PretrainConfig) -> nn.Module:
 
 
 def make_scheduler(config: PretrainConfig) -> Any:
-    """The forward diffusion of its training."""
+    """How its training adds noise."""
+    if config.path == "flow":
+        return diffusers().FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
     return diffusers().DDPMScheduler(
         num_train_timesteps=NUM_TIMESTEPS,
         beta_schedule=config.beta_schedule,
@@ -62,7 +65,7 @@ def train_teacher(
     """Train on images in [−1, 1], shape (N, C, H, W); the same seed gives the same teacher on a CPU.
 
     Returns:
-        The averaged UNet and its `DDPMScheduler`.
+        The averaged UNet and its scheduler.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -102,6 +105,8 @@ def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: t
     Random numbers are drawn on the CPU whatever the images' device, so that every machine draws the same.
     """
     strata = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
+    if not hasattr(scheduler, "add_noise"):
+        return _flow_loss(unet, images, strata.to(images.device), generator)
     timesteps = (strata * NUM_TIMESTEPS).long().clamp_(max=NUM_TIMESTEPS - 1)  # the last stratum may round up to 1
     timesteps = timesteps.to(images.device)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
@@ -112,3 +117,10 @@ def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: t
     else:
         target = noise if kind == "epsilon" else images
     return nn.functional.mse_loss(unet(noisy, timesteps).sample, target)
+
+
+def _flow_loss(unet: nn.Module, images: Tensor, sigmas: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity ε − x_0 at x = (1 − σ) · x_0 + σ · ε (Lipman et al. 2023, eq. 23)."""
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    mixed = torch.lerp(images, noise, sigmas[:, None, None, None])
+    return nn.functional.mse_loss(unet(mixed, sigmas * NUM_TIMESTEPS).sample, noise - images)

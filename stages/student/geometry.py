@@ -75,7 +75,7 @@ class Geometry:
             ValueError: a value is out of range.
         """
         channels, height, width = (int(n) for n in value["item_shape"])
-        sizes_fit = 1 <= channels <= MAX_CHANNELS and 1 <= height == width <= MAX_SIDE
+        sizes_fit = 1 <= channels <= MAX_CHANNELS and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE
         levels_fit = 2 <= len(value["levels"]) <= MAX_LEVELS and all(sigma > 0 for _, sigma in value["levels"][:-1])
         noise_fits = value["noise_dtype"] in DTYPES and 0 <= int(value["root_seed"]) < 1 << 63
         levels_fit = levels_fit and all(math.isfinite(float(number)) for level in value["levels"] for number in level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class TeacherConfig:
         """
         parts = {key: origin[key] for key in PARTS if key in origin}
         if source is not None:
-            if "scheduler" in parts and not Path(parts["scheduler"]).expanduser().exists():
+            if "scheduler" in parts and not Path(os.path.expanduser(parts["scheduler"])).exists():
                 del parts["scheduler"]  # a path on the machine that built the store
             return cls(source=source, **parts)
         return cls(source=origin["source"], revision=origin.get("commit"), **parts)
@@ -52,14 +53,16 @@ class SamplerConfig:
     """Which diffusers scheduler denoises, in how many steps."""
 
     name: str = "ddim"
-    """`ddim`, `ddpm`, `dpmsolver++`, `euler` or `heun`."""
+    """`ddim`, `ddpm`, `dpmsolver++`, `dpmsolver++sde`, `euler`, `heun` or `unipc`; `flow-euler` or `flow-heun` for a
+    flow-matching teacher."""
     steps: int = 50
     """Solver steps from x_T to x_0."""
     eta: float = 0.0
     """Only for ddim: 0 is the deterministic ODE solver, 1 as noisy as DDPM (Song et al. 2021, eq. 16)."""
     spacing: str = "trailing"
     """How timesteps are chosen: trailing, leading or linspace (Lin et al. 2024, table 2), or teacher, which is what the
-    teacher's own scheduler has. Trailing starts at pure noise."""
+    teacher's own scheduler has. Trailing starts at pure noise. Of flow matching, where it spaces σ before the shift:
+    trailing (as Flux) or linspace (as Stable Diffusion 3)."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

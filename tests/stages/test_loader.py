@@ -27,10 +27,11 @@ from tests.conftest import Invoke
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"sample_size": [8, 16]}, "8×16; expected square"),
+        ({"sample_size": [8, 16, 4]}, r"\[8, 16, 4\]; expected up to"),
+        ({"sample_size": [8, 7]}, "can't evaluate an image of 1×8×7 .*expected a multiple of 2"),
         ({"sample_size": None}, "no sample_size"),
         ({"_class_name": "UNet2DConditionModel"}, "is a UNet2DConditionModel"),
-        ({"out_channels": 2}, "1 channels in, 2 out .*variance"),
+        ({"out_channels": 3}, "1 channels in, 3 out .*something else than an image"),
         ({"in_channels": 2}, "2 channels in, 1 out .*conditioned on an image"),
         ({"num_class_embeds": 10}, "conditioned on a class"),
         ({"block_out_channels": [8, 12]}, r"don't fit its UNet's configuration .*\d+ mismatched keys"),
@@ -63,7 +64,7 @@ def test_unusable_folders_are_refused(pipeline_folder: Path, tmp_path: Path) -> 
     scheduler = tmp_path / "teacher/scheduler/scheduler_config.json"
     text = scheduler.read_text()
     scheduler.write_text(text.replace("DDPMScheduler", "ScoreSdeVeScheduler"))
-    refused(r"'ScoreSdeVeScheduler' is unknown; expected one of .*DDPMScheduler")
+    refused(r"'ScoreSdeVeScheduler' is unknown; expected a discrete .*DDPMScheduler.*FlowMatchEuler")
     scheduler.write_text("{")
     refused("not readable JSON")
     scheduler.write_text(text)

@@ -17,7 +17,7 @@ from advkd.stages.evaluate.samplers import Sampler, all_samplers
 from advkd.stages.teacher.config import SPACINGS, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
-from advkd.stages.teacher.path.schedulers import KNOWN_SCHEDULERS
+from advkd.stages.teacher.path.schedulers import VP_SCHEDULERS
 from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import SOLVERS
 from advkd.stages.teacher.path.x0 import X0Rule
@@ -28,6 +28,7 @@ T = 1000
 SHAPE = (1, 4, 4)
 DDPM = dict(diffusers.DDPMScheduler(num_train_timesteps=T, clip_sample=False).config) | {"_class_name": "DDPMScheduler"}
 MEAN = torch.linspace(-0.9, 0.9, 16).reshape(SHAPE)
+VP_SOLVERS = [name for name, solver in SOLVERS.items() if not solver.flow]
 STEPS = (1, 2, 7, 13, 50, 61, 103, 300, 333, 600, 700, 997, 999, T)
 """Divisors, primes, others, 1 and T; at 61 and 103 diffusers makes one timestep too many for trailing."""
 
@@ -78,7 +79,7 @@ def exact_x0(path: SolverPath, x_T: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", VP_SOLVERS)
 def test_every_path_falls_to_x0_or_is_refused(name: str, spacing: str) -> None:
     refused = []
     for steps in STEPS:
@@ -92,21 +93,22 @@ def test_every_path_falls_to_x0_or_is_refused(name: str, spacing: str) -> None:
         assert ratios[-1] == 0.0
         assert all(late < early for early, late in itertools.pairwise(ratios))
         assert len(path.timesteps) == path.evaluations == len(path.new_scheduler().timesteps)
-    # One timestep at 0 removes no noise; DPM-Solver++ wants one timestep more than there are.
-    few, many = ([T], []) if name == "dpmsolver++" else ([], [1])
+    # One timestep at 0 removes no noise; DPM-Solver++ and UniPC want one timestep more than there are.
+    few, many = ([T], []) if name in ("dpmsolver++", "dpmsolver++sde", "unipc") else ([], [1])
     assert refused == ([] if spacing == "trailing" else [*many, *few])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if not solver.ancestral])
+@pytest.mark.parametrize("name", [name for name in VP_SOLVERS if not SOLVERS[name].ancestral])
 def test_x0_converges_to_the_exact_solution(name: str, spacing: str) -> None:
     errors = []
     for steps in (7, 13, 31, 61, 103, 307, 700, 997):
         path, states = run(oracle(), SamplerConfig(name=name, steps=steps, spacing=spacing))
         errors.append(float((states[steps] - exact_x0(path, states[0])).square().mean().sqrt()))
     assert errors[0] < 0.2 and errors[-1] < 2e-3
+    rounding = 3e-4 if name == "unipc" else 2e-4  # its corrector repeats float32's at every step
     for earlier, later in itertools.pairwise(errors):
-        assert later < earlier + 2e-4
+        assert later < earlier + rounding
 
 
 def test_ddim_keeps_its_recipe_where_the_steps_divide() -> None:
@@ -127,7 +129,7 @@ def test_ddim_ends_at_the_teachers_own_last_level() -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("kind", ["clip", "threshold"])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", VP_SOLVERS)
 def test_every_solver_ends_at_the_constrained_image(name: str, kind: str, prediction_type: str) -> None:
     """For a single image μ every x̂_0 is μ; where it exceeds the range, x_0 is what the rule makes of it."""
     mean = 1.8 * MEAN
@@ -197,7 +199,7 @@ def test_clipped_euler_is_heun_without_its_correction(teacher: Teacher) -> None:
         torch.testing.assert_close(euler[step + 1], x, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("class_name", KNOWN_SCHEDULERS)
+@pytest.mark.parametrize("class_name", VP_SCHEDULERS)
 def test_a_configuration_that_does_not_mention_clipping_means_its_class_default(class_name: str) -> None:
     """As diffusers makes the teacher's own scheduler; under DDIM, whose own default is to clip."""
     own = getattr(diffusers, class_name)()

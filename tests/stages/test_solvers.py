@@ -36,10 +36,24 @@ SAMPLERS = [
     SamplerConfig(name="euler", steps=10, spacing="leading"),
     SamplerConfig(name="heun", steps=10),
     SamplerConfig(name="heun", steps=1),
+    SamplerConfig(name="unipc", steps=10),
+    SamplerConfig(name="unipc", steps=1),
+    SamplerConfig(name="dpmsolver++sde", steps=10),
+    SamplerConfig(name="flow-euler", steps=10),
+    SamplerConfig(name="flow-euler", steps=10, spacing="linspace"),
+    SamplerConfig(name="flow-heun", steps=10, spacing="linspace"),
+    SamplerConfig(name="flow-heun", steps=10),
+    SamplerConfig(name="flow-heun", steps=1),
 ]
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 BETWEEN = SAMPLERS[2:4]
 """Where diffusers' steps of T // n don't end at the next timestep of the list."""
-AS_DIFFUSERS = [sampler for sampler in SAMPLERS if sampler not in BETWEEN]
+AS_DIFFUSERS = [
+    sampler
+    for sampler in SAMPLERS
+    if sampler not in BETWEEN and not (sampler.name == "flow-heun" and sampler.spacing == "trailing")
+]
+"""diffusers' Heun for flow matching has no trailing spacing."""
 DETERMINISTIC = [sampler for sampler in SAMPLERS if is_deterministic(sampler)]
 
 
@@ -56,6 +70,11 @@ def run(teacher: Teacher, sampler: SamplerConfig, seeds: range, root_seed: int =
     noise = initial_noise(root_seed, seeds, teacher.item_shape, "float16")
     path = SolverPath.of(teacher.scheduler_config, sampler)
     return record_states(teacher, path, noise, seeds=seeds, root_seed=root_seed, record=range(sampler.steps + 1))
+
+
+def follows(teacher: Teacher, sampler: SamplerConfig) -> Teacher:
+    """The same network with a scheduler that the sampler can follow."""
+    return dataclasses.replace(teacher, scheduler_config=FLOW) if SOLVERS[sampler.name].flow else teacher
 
 
 def with_options(teacher: Teacher, **options: object) -> Teacher:
@@ -75,25 +94,32 @@ def test_states_equal_diffusers_own_loop(
     """The loop of diffusers' documentation, from the cached noise, with nothing of ours in it."""
     seeds = range(4)
     teacher = with_options(teacher, clip_sample=rule == "clip", thresholding=rule == "threshold", sample_max_value=1.5)
+    teacher = follows(teacher, sampler)
     ours = run(teacher, sampler, seeds)
+    spacing = {} if SOLVERS[sampler.name].flow else {"timestep_spacing": sampler.spacing}
+    sde = {"algorithm_type": "sde-dpmsolver++"} if sampler.name == "dpmsolver++sde" else {}
     scheduler = getattr(diffusers, SOLVERS[sampler.name].scheduler).from_config(
-        teacher.scheduler_config, timestep_spacing=sampler.spacing
+        teacher.scheduler_config, **spacing, **sde
     )
-    scheduler.set_timesteps(sampler.steps)
+    if sampler.name == "flow-euler" and sampler.spacing == "trailing":  # as Flux's pipeline does
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / sampler.steps, sampler.steps))
+    else:
+        scheduler.set_timesteps(sampler.steps)
     drawn = [torch.from_numpy(standard_normal(3, seeds, teacher.item_shape, 1 + i)) for i in range(sampler.steps)]
     options: dict[str, Any] = {"eta": sampler.eta} if sampler.name == "ddim" else {}
-    x = ours[0] * scheduler.init_noise_sigma
+    flow = SOLVERS[sampler.name].flow
+    x = ours[0] if flow else ours[0] * scheduler.init_noise_sigma
     calls = [x]
     for call, timestep in enumerate(scheduler.timesteps):
-        prediction = teacher.unet(scheduler.scale_model_input(x, timestep), timestep).sample
-        if sampler.eta:
+        prediction = teacher.unet(x if flow else scheduler.scale_model_input(x, timestep), timestep).sample
+        if sampler.eta or sde:
             options["variance_noise"] = drawn[call]
         module = f"{type(scheduler).__module__}.randn_tensor"
         if sampler.name == "ddpm":
             monkeypatch.setattr(module, lambda *_, noise=drawn[call], **__: noise)
         x = scheduler.step(prediction, timestep, x, **options).prev_sample
         calls.append(x)
-    per_step = [calls[0], *calls[2::2], calls[-1]] if sampler.name == "heun" else calls
+    per_step = [calls[0], *calls[2::2], calls[-1]] if SOLVERS[sampler.name].evaluations_per_step == 2 else calls
     states = SolverPath.of(teacher.scheduler_config, sampler).states
     assert len(per_step) == len(states) == sampler.steps + 1
     for state, expected in zip(states, per_step, strict=True):
@@ -101,32 +127,34 @@ def test_states_equal_diffusers_own_loop(
 
 
 class PointMass(nn.Module):
-    """The exact denoiser of a distribution that is a single image μ: ε = (x − α μ) / σ."""
+    """The exact denoiser of a distribution that is a single image μ: ε = (x − α μ) / σ, or the velocity (x − μ) / σ."""
 
-    def __init__(self, mu: Tensor, alphas_cumprod: Tensor) -> None:
+    def __init__(self, mu: Tensor, alphas_cumprod: Tensor | None) -> None:
         super().__init__()
         self.mu = nn.Parameter(mu, requires_grad=False)
         self.alphas_cumprod = alphas_cumprod
 
     def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
+        if self.alphas_cumprod is None:
+            return SimpleNamespace(sample=(x - self.mu) / (timestep / 1000))
         alpha_bar = self.alphas_cumprod[int(timestep)]
         return SimpleNamespace(sample=(x - alpha_bar.sqrt() * self.mu) / (1 - alpha_bar).sqrt())
 
 
-def point_mass_teacher() -> tuple[Teacher, Tensor]:
+def point_mass_teacher(sampler: SamplerConfig) -> tuple[Teacher, Tensor]:
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, clip_sample=False)
     mu = torch.linspace(-0.9, 0.9, 16).reshape(1, 4, 4)
-    unet = PointMass(mu, scheduler.alphas_cumprod)
+    unet = PointMass(mu, None if SOLVERS[sampler.name].flow else scheduler.alphas_cumprod)
     teacher = Teacher(
         unet=unet, scheduler_config=dict(scheduler.config), item_shape=(1, 4, 4), source="oracle", commit=None
     )
-    return teacher, mu
+    return follows(teacher, sampler), mu
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC, ids=label)
 def test_every_state_lies_at_the_recorded_level(sampler: SamplerConfig) -> None:
     """For a single image every ODE solver is exact: x = alpha · μ + sigma · ε, with one ε along the whole path."""
-    teacher, mu = point_mass_teacher()
+    teacher, mu = point_mass_teacher(sampler)
     kept = run(teacher, sampler, range(3))
     states = SolverPath.of(teacher.scheduler_config, sampler).states
     first = states[0]
@@ -139,9 +167,9 @@ def test_every_state_lies_at_the_recorded_level(sampler: SamplerConfig) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
 def test_noise_only_falls_and_stored_states_have_unit_variance(teacher: Teacher, sampler: SamplerConfig) -> None:
-    states = SolverPath.of(teacher.scheduler_config, sampler).states
-    ratios = [state.sigma / state.alpha for state in states]
-    assert ratios == sorted(ratios, reverse=True)
+    states = SolverPath.of(follows(teacher, sampler).scheduler_config, sampler).states
+    ratios = [state.alpha / state.sigma if state.sigma else np.inf for state in states]
+    assert ratios == sorted(ratios)
     assert len(set(ratios)) == len(ratios)
     for state in states[1:]:
         assert state.stored_alpha**2 + state.stored_sigma**2 == pytest.approx(1.0)
@@ -159,7 +187,9 @@ BETAS: dict[str, dict[str, Any]] = {
 
 
 def has_levels(sampler: SamplerConfig, betas: str) -> bool:
-    """diffusers has the sigmoid for DDPM only, and no x_T without any signal for Heun."""
+    """diffusers has the sigmoid for DDPM only, no x_T without any signal for Heun; flows have no betas."""
+    if SOLVERS[sampler.name].flow:
+        return False
     if betas == "zero_snr":
         return sampler.name != "heun"
     return betas != "sigmoid" or sampler.name == "ddpm"
@@ -201,6 +231,7 @@ def test_levels_keep_their_golden_values(teacher: Teacher) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
 def test_a_trajectory_does_not_depend_on_its_company(teacher: Teacher, sampler: SamplerConfig) -> None:
     """Each seed has its own noise stream, for ancestral samplers too."""
+    teacher = follows(teacher, sampler)
     together = run(teacher, sampler, range(4))
     apart = [run(teacher, sampler, range(seed, seed + 1)) for seed in range(4)]
     for step, states in together.items():
@@ -225,7 +256,7 @@ def test_evaluations_are_counted_as_they_happen(teacher: Teacher) -> None:
             calls += 1
 
         noise = initial_noise(0, range(1), teacher.item_shape, "float32")
-        path = SolverPath.of(teacher.scheduler_config, sampler)
+        path = SolverPath.of(follows(teacher, sampler).scheduler_config, sampler)
         record_states(teacher, path, noise, seeds=range(1), root_seed=0, record=[], evaluated=count)
         assert calls == SOLVERS[sampler.name].num_evaluations(sampler.steps)
 

@@ -71,7 +71,9 @@ class ProgressiveStudent(StudentNetwork):
 
     def __init__(self, geometry: Geometry, base_channels: int = 16, max_channels: int = 128) -> None:
         super().__init__()
-        channels, size, _ = geometry.item_shape
+        channels, size, width = geometry.item_shape
+        if size != width:
+            raise TrainingError(f"progressive needs square items, not {size}×{width}: use student.kind unrolled")
         num_submodules = len(geometry.levels) - 1
         doubling = upsampling_submodules(num_submodules, size)
         self.submodules = nn.ModuleList()

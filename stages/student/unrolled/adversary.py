@@ -81,9 +81,10 @@ class Adversary:
         self._seed = seed
         self._accelerator = accelerator
         self._generator_loss, self._critic_loss = ADVERSARIAL[config.loss]
-        if config.weight and geometry.item_shape[1] % 2:
+        sides = geometry.item_shape[1:]
+        if config.weight and any(side % 2 for side in sides):
             raise UsageError(
-                f"critics work on patches of 2×2 pixels, images of {geometry.item_shape[1]} don't divide into them: "
+                f"critics work on patches of 2×2 pixels, images of {'×'.join(map(str, sides))} don't divide into them: "
                 "set objective.adversarial.weight to 0 to train without critics"
             )
         # With weight 0 only x_0 is loaded.

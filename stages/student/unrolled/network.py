@@ -172,13 +172,13 @@ class UnrolledStudent(StudentNetwork):
         coarse: int = 0,
     ) -> None:
         super().__init__()
-        channels, size, _ = geometry.item_shape
-        if size % patch:
+        channels, *sides = geometry.item_shape
+        if any(side % patch for side in sides):
+            size = "×".join(map(str, sides))
             raise TrainingError(f"items of {size} pixels don't divide into patches of {patch}: choose student.patch")
-        if coarse and size // patch % 2:
-            raise TrainingError(
-                f"{size // patch} positions per side can't be halved: choose student.coarse 0 or student.patch"
-            )
+        if coarse and any(side // patch % 2 for side in sides):
+            size = "×".join(str(side // patch) for side in sides)
+            raise TrainingError(f"{size} positions can't be halved: choose student.coarse 0 or student.patch")
         self.levels = geometry.levels
         num_submodules = len(geometry.levels) - 1
         self.submodules = nn.ModuleList(

@@ -10,7 +10,7 @@ import torch
 
 from advkd.cache.errors import TeacherError, UsageError
 from advkd.cache.files.durable import holds_something
-from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.layout import Layout
 from advkd.cache.format.metadata import read_metadata
 from advkd.cache.format.noise import NOISE_RULE
 from advkd.cache.format.recipe import Recipe
@@ -121,7 +121,7 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
     recorded = check_request(sampler, config, store)
     loaded = load_teacher(teacher, best_device(config.device), config.precision)
     path = SolverPath.of(loaded.scheduler_config, sampler)
-    _check_evaluations(loaded, path.sampler, path.timesteps, path.states[0])
+    _check_evaluations(loaded, path)
     recipe = Recipe(
         teacher=loaded.identity(),
         sampler=path.identity(),
@@ -150,20 +150,29 @@ def say_older_rules(plan: Plan, reporter: Reporter) -> None:
         )
 
 
-def _check_evaluations(teacher: Teacher, sampler: SamplerConfig, timesteps: torch.Tensor, start: State) -> None:
-    """Check that the teacher says something at every timestep that the sampler visits.
+def _check_evaluations(teacher: Teacher, path: SolverPath) -> None:
+    """Check that the teacher says what the sampler needs at every timestep that it visits.
 
     Raises:
         TeacherError: it has an embedding per timestep, and the sampler visits timesteps between them; or it predicts
-            the noise, and is asked for it where there is nothing but noise.
+            the noise, and is asked for it where there is nothing but noise; or it lacks the variance that it should
+            have learned.
     """
+    sampler, timesteps, start = path.sampler, path.timesteps, path.states[0]
+    if path.uses_variance and not teacher.learned_variance:
+        raise TeacherError(
+            f"teacher {teacher.source}: its scheduler has variance_type {path.options['variance_type']!r}, and its "
+            f"network gives no variance ({teacher.item_shape[0]} channels out); expected twice as many, or another "
+            "sampler than ddpm"
+        )
     if teacher.only_whole_timesteps and not bool((timesteps == timesteps.round()).all()):
         raise TeacherError(
             f"teacher {teacher.source}: it learned one embedding per timestep, and {sampler.name} with spacing "
             f"{sampler.spacing!r} and {sampler.steps} steps visits fractional ones; expected whole timesteps: choose "
             "spacing trailing or leading, or ddim"
         )
-    if start.alpha == 0.0 and teacher.scheduler_config.get("prediction_type", "epsilon") == "epsilon":
+    predicts_noise = teacher.scheduler_config.get("prediction_type", "epsilon") == "epsilon"
+    if start.alpha == 0.0 and predicts_noise and not path.solver.flow:
         raise TeacherError(
             f"teacher {teacher.source}: it predicts the noise, and {sampler.name} with spacing {sampler.spacing!r} "
             f"starts at timestep {start.timestep:g} without any signal (rescale_betas_zero_snr), where x_0 doesn't "

@@ -17,7 +17,7 @@ from advkd.stages.teacher.diffusers_api import diffusers, first_line
 from advkd.stages.teacher.load.folders import find_files
 from advkd.stages.teacher.load.identity import tensors_sha256
 from advkd.stages.teacher.load.network import Teacher, best_memory_format
-from advkd.stages.teacher.path.schedulers import KNOWN_SCHEDULERS
+from advkd.stages.teacher.path.schedulers import check_scheduler
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Attention layers' names in files of diffusers before 0.15, such as google/ddpm-cifar10-32's, and today's."""
@@ -32,13 +32,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
     source = config.source
     files = find_files(config)
     item_shape = _check_unet(files.unet_config, source)
-    class_name = files.scheduler_config.get("_class_name")
-    if class_name not in KNOWN_SCHEDULERS:
-        raise TeacherError(
-            f"teacher {source}: its scheduler {class_name!r} is unknown; expected one of the discrete "
-            f"variance-preserving ones ({', '.join(KNOWN_SCHEDULERS)})"
-        )
-    _check_timesteps(files.scheduler_config, source)
+    check_scheduler(files.scheduler_config, source)
     forbid_tf32()
     unet = _load_unet(files.unet_config, files.weights, source)
     checkpoint_hash = tensors_sha256(unet.state_dict())
@@ -108,37 +102,26 @@ def _check_unet(config: Mapping[str, Any], source: str) -> tuple[int, int, int]:
             'pixels: write it into config.json, such as `"sample_size": 32`'
         )
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-    if not isinstance(height, int) or height != width:
-        raise TeacherError(f"teacher {source}: its images are {height}×{width}; expected square ones")
     channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
-    if not isinstance(channels, int) or not 1 <= channels <= MAX_CHANNELS or not 1 <= height <= MAX_SIDE:
+    whole = all(type(number) is int for number in (channels, height, width))
+    if not whole or not 1 <= channels <= MAX_CHANNELS or not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
         raise TeacherError(
             f"teacher {source}: its images are {channels}×{height}×{width}; expected up to {MAX_CHANNELS} channels and "
             f"{MAX_SIDE} pixels a side"
         )
-    if channels != out_channels:
+    if out_channels not in (channels, 2 * channels):  # the second half is a variance, of which only DDPM makes use
         raise TeacherError(
             f"teacher {source}: {channels} channels in, {out_channels} out ({_why(channels, out_channels)}); "
-            "expected the same"
+            "expected the same, or twice as many where it learned the variance"
         )
-    return int(channels), height, height
+    return channels, height, width
 
 
 def _why(channels: int, out_channels: Any) -> str:
     """What a network with other channels out than in is for."""
-    if out_channels == 2 * channels:
-        return "it predicts a variance too"
     if isinstance(out_channels, int) and out_channels < channels:
         return "it is conditioned on an image, as for super-resolution or inpainting"
     return "it predicts something else than an image"
-
-
-def _check_timesteps(config: Mapping[str, Any], source: str) -> None:
-    num_timesteps = config.get("num_train_timesteps", 1000)
-    if type(num_timesteps) is not int or num_timesteps < 1:
-        raise TeacherError(
-            f"teacher {source}: its scheduler has num_train_timesteps {num_timesteps!r}; expected a positive integer"
-        )
 
 
 def _try_out(teacher: Teacher) -> None:
@@ -152,15 +135,15 @@ def _try_out(teacher: Teacher) -> None:
     try:
         with torch.inference_mode():
             found = tuple(teacher.predict(x, torch.tensor(teacher.num_timesteps - 1, device=teacher.device)).shape[1:])
-        if found == teacher.item_shape:
+        if found == (teacher.config.get("out_channels", 3), *teacher.item_shape[1:]):
             return
         problem = f"it gives {'×'.join(map(str, found))}"
     except Exception as error:  # whatever a foreign configuration makes diffusers and torch raise
         problem, cause = first_line(error), error
-    side, halvings = teacher.item_shape[-1], len(teacher.config.get("block_out_channels", ())) - 1
+    halvings = len(teacher.config.get("block_out_channels", ())) - 1
     expected = "expected a network that runs at its own sample_size and at all of its scheduler's timesteps"
-    if halvings > 0 and side % 2**halvings:
-        expected = f"its blocks halve the side {halvings} times: expected a multiple of {2**halvings} as sample_size"
+    if halvings > 0 and any(side % 2**halvings for side in teacher.item_shape[1:]):
+        expected = f"its blocks halve the sides {halvings} times: expected a multiple of {2**halvings} as sample_size"
     raise TeacherError(
         f"teacher {teacher.source}: its UNet can't evaluate an image of {'×'.join(map(str, teacher.item_shape))} at "
         f"timestep {teacher.num_timesteps - 1} ({problem}); {expected}"

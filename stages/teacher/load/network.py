@@ -53,8 +53,16 @@ class Teacher:
         """Whether it learned one embedding per timestep, so that there is nothing between two of them."""
         return self.config.get("time_embedding_type") == "learned"
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network gives a variance besides its prediction: 2C channels."""
+        return bool(self.config.get("out_channels") == 2 * self.item_shape[0])
+
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """One network evaluation in the network's own precision; float32 in and out, shape (B, C, H, W)."""
+        """One network evaluation in the network's own precision; float32 in and out, shape (B, C, H, W).
+
+        Where the network learned the variance too, the result has 2C channels, the prediction first.
+        """
         if self.only_whole_timesteps:  # Euler's and Heun's are floats; `_check_evaluations` requires whole ones
             timestep = timestep.long()
         return self.unet(x.to(self.dtype), timestep).sample.float()  # type: ignore[no-any-return]

@@ -27,7 +27,7 @@ def older_rules(found: Recipe, wanted: Recipe) -> tuple[str, ...] | None:
     if found_clips and config.get("clip_sample") is False and "clip_sample" not in found.teacher["scheduler"]:
         config["clip_sample"] = found_clips
         lines.append("it clips x̂_0, which the teacher's own scheduler does not")
-    offset = config["steps_offset"]
+    offset = config.get("steps_offset")  # flow matching's have none
     if offset and found.sampler["config"].get("steps_offset") == 0:
         config["steps_offset"] = 0
         sampler["timesteps"] = [timestep - offset for timestep in sampler["timesteps"]]

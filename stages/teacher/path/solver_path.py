@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from advkd.cache.format.recipe import Recipe
 from advkd.stages.teacher.config import SamplerConfig
 from advkd.stages.teacher.diffusers_api import diffusers, first_line
 from advkd.stages.teacher.path.levels import Scheduler, rounded
-from advkd.stages.teacher.path.schedulers import own_spacing, solver_options
+from advkd.stages.teacher.path.schedulers import LEARNED, own_spacing, solver_options
 from advkd.stages.teacher.path.solvers import SOLVERS, Solver, find_solver, is_deterministic
 from advkd.stages.teacher.path.x0 import X0Rule
 
@@ -49,7 +50,7 @@ class SolverPath:
         solver = find_solver(sampler.name)
         if sampler.spacing == "teacher":
             sampler = replace(sampler, spacing=own_spacing(scheduler_config))
-        options = solver_options(scheduler_config, solver.scheduler, sampler.spacing)
+        options = solver_options(scheduler_config, solver, sampler.spacing)
         path = cls(sampler=sampler, options=options, x0=X0Rule.of(scheduler_config))
         path._check()
         if solver.strides and path._landing() != path._next_landing():
@@ -103,6 +104,11 @@ class SolverPath:
         return str(self.options.get("prediction_type", "epsilon"))
 
     @property
+    def uses_variance(self) -> bool:
+        """Whether the solver takes the variance that the network may give besides its prediction."""
+        return self.solver.scheduler == "DDPMScheduler" and self.options.get("variance_type") in LEARNED
+
+    @property
     def stochastic(self) -> bool:
         """Whether steps add noise."""
         return not is_deterministic(self.sampler)
@@ -138,7 +144,7 @@ class SolverPath:
             )
         states = []
         for step, timestep, (alpha, sigma) in zip(range(steps + 1), timesteps, levels, strict=True):
-            scale = _initial_scale(scheduler, sigma) if step == 0 else (alpha**2 + sigma**2) ** 0.5
+            scale = _exact_scale(scheduler, sigma) if step == 0 else (alpha**2 + sigma**2) ** 0.5
             numbers = {"alpha": rounded(alpha), "sigma": rounded(sigma), "scale": rounded(scale)}
             states.append(State(step=step, timestep=timestep, **numbers))
         return tuple(states)
@@ -173,12 +179,25 @@ class SolverPath:
         options = {key: -math.inf if value == "-inf" else value for key, value in self.options.items()}
         scheduler = cls.from_config(options)
         scheduler.set_timesteps(self.sampler.steps)
+        if self.solver.flow and self.sampler.spacing == "trailing":
+            self._space_trailing(scheduler)
         # By rounding, "trailing" has one timestep too many for some numbers of steps (61, 103 … of 1000).
         scheduler.timesteps = scheduler.timesteps[: self.evaluations]
         if hasattr(scheduler, "sigmas"):
             scheduler.sigmas = torch.cat([scheduler.sigmas[: self.evaluations], scheduler.sigmas[-1:]])
         scheduler.num_inference_steps = self.sampler.steps
         return scheduler
+
+    def _space_trailing(self, scheduler: Scheduler) -> None:
+        """σ = 1, 1 − 1/n, … 1/n before the shift, as Flux's and Sana's pipelines give them to flow matching's Euler."""
+        steps = self.sampler.steps
+        euler = diffusers().FlowMatchEulerDiscreteScheduler.from_config(self.options)
+        euler.set_timesteps(steps, sigmas=np.linspace(1.0, 1.0 / steps, steps))
+        scheduler.sigmas, scheduler.timesteps = euler.sigmas, euler.timesteps
+        if self.solver.evaluations_per_step == 2:  # as Heun's own `set_timesteps` does
+            first, inner, last = torch.split(euler.sigmas, [1, steps - 1, 1])
+            scheduler.sigmas = torch.cat([first, inner.repeat_interleave(2), last])
+            scheduler.timesteps = torch.cat([euler.timesteps[:1], euler.timesteps[1:].repeat_interleave(2)])
 
     def _landing(self) -> list[int]:
         """The timestep at which each step of DDIM ends in diffusers; negative for x_0."""
@@ -198,7 +217,8 @@ class SolverPath:
                     f"steps {sampler.steps} don't fit the teacher: it was trained with {limit} timesteps"
                 )
             scheduler = self.original_scheduler()
-            num_bars, timesteps = len(scheduler.alphas_cumprod), scheduler.timesteps.tolist()
+            timesteps = scheduler.timesteps.tolist()
+            num_bars = limit if self.solver.flow else len(scheduler.alphas_cumprod)
         except TeacherError:
             raise
         except Exception as error:  # whatever a foreign configuration makes diffusers raise
@@ -209,12 +229,14 @@ class SolverPath:
         if num_bars != limit:
             raise TeacherError(f"the teacher has {num_bars} betas for {limit} timesteps")
         visited = [*timesteps[:1], *timesteps[1 :: self.solver.evaluations_per_step]]
-        fits = len(timesteps) == self.evaluations and limit > visited[0] and visited[-1] >= 0
+        fits = len(timesteps) == self.evaluations and limit > visited[0] - self.solver.flow and visited[-1] >= 0
         if not fits or any(late >= early for early, late in itertools.pairwise(visited)):
             raise ConfigError(
                 f"sampler {sampler.name!r}: {sampler.steps} steps with spacing {sampler.spacing!r} don't visit "
                 f"{sampler.steps} different timesteps below {limit}; choose fewer steps or spacing 'trailing'"
             )
+        if sampler.spacing == "leading" and self.solver.flow:
+            raise ConfigError(f"sampler {sampler.name!r}: spacing 'leading' has no meaning in flow matching")
         if visited[0] < limit // 4:
             raise ConfigError(
                 f"sampler {sampler.name!r}: with spacing {sampler.spacing!r} and {sampler.steps} steps x_T would be at "
@@ -225,6 +247,8 @@ class SolverPath:
         """Which other samplers know the teacher's schedule of betas."""
         fitting = []
         for name, solver in SOLVERS.items():
+            if solver.flow:
+                continue
             try:
                 getattr(diffusers(), solver.scheduler).from_config(
                     {key: value for key, value in self.options.items() if key.startswith(("beta", "num_train"))}
@@ -235,8 +259,13 @@ class SolverPath:
         return f"; choose {' or '.join(fitting)}" if 0 < len(fitting) < len(SOLVERS) else ""
 
 
-def _initial_scale(scheduler: Scheduler, sigma: float) -> float:
+def initial_scale(scheduler: Scheduler) -> float:
+    """The scheduler's `init_noise_sigma`, by which it wants unit noise multiplied; flow matching's have none."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def _exact_scale(scheduler: Scheduler, sigma: float) -> float:
     """The scheduler's `init_noise_sigma`: 1, σ or √(σ² + 1), whichever it is to float32's rounding."""
-    theirs = float(scheduler.init_noise_sigma)
+    theirs = initial_scale(scheduler)
     ours = min((1.0, sigma, (sigma**2 + 1.0) ** 0.5), key=lambda value: abs(value - theirs))
     return ours if math.isclose(ours, theirs, rel_tol=1e-4) else theirs

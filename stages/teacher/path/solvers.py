@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +43,10 @@ class Solver:
     """Kinds of `X0Rule` that the class applies itself; the others are applied to the prediction that it is given."""
     strides: bool = False
     """Whether a step of the class ends at t − T // n, whatever its next timestep is."""
+    flow: bool = False
+    """Whether it integrates the velocity of flow matching, instead of a variance-preserving diffusion."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Options that make the class this solver."""
 
     def num_evaluations(self, steps: int) -> int:
         """Network evaluations of a whole trajectory."""
@@ -96,7 +100,8 @@ def _ddpm_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
 
 
 def _vp_sigma_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
-    """DPM-Solver++ (Lu et al. 2022) keeps sigma/alpha ratios; its states are variance preserving."""
+    """DPM-Solver++ (Lu et al. 2022) and UniPC (Zhao et al. 2023) keep sigma/alpha ratios; their states are variance
+    preserving. UniPC's are those that its predictor gives, which the network sees."""
     return [_variance_preserving(1.0 / (1.0 + float(ratio) ** 2)) for ratio in sigmas(scheduler)]
 
 
@@ -107,8 +112,22 @@ def _euler_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
 
 def _heun_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
     """Heun (Karras et al. 2022, algorithm 1): as Euler, each inner sigma held twice, once for either evaluation."""
-    first, *twice, last = (float(sigma) for sigma in sigmas(scheduler))
-    return [(1.0, sigma) for sigma in [first, *twice[::2], last]]
+    return [(1.0, sigma) for sigma in _once(sigmas(scheduler))]
+
+
+def _flow_euler_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
+    """Flow matching (Lipman et al. 2023, eq. 22, with time reversed): x = (1 − σ) · x_0 + σ · ε."""
+    return [(1.0 - float(sigma), float(sigma)) for sigma in scheduler.sigmas]
+
+
+def _flow_heun_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
+    return [(1.0 - sigma, sigma) for sigma in _once(scheduler.sigmas)]
+
+
+def _once(sigmas: Iterable[Any]) -> list[float]:
+    """The sigmas of Heun's states: the list has each inner one twice."""
+    first, *twice, last = (float(sigma) for sigma in sigmas)
+    return [first, *twice[::2], last]
 
 
 SOLVERS: dict[str, Solver] = {
@@ -120,6 +139,18 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(scheduler="EulerDiscreteScheduler", levels=_euler_levels),
     "heun": Solver(
         scheduler="HeunDiscreteScheduler", levels=_heun_levels, evaluations_per_step=2, own_x0_rules=("clip",)
+    ),
+    "unipc": Solver(scheduler="UniPCMultistepScheduler", levels=_vp_sigma_levels, own_x0_rules=("threshold",)),
+    "dpmsolver++sde": Solver(
+        scheduler="DPMSolverMultistepScheduler",
+        levels=_vp_sigma_levels,
+        ancestral=True,
+        own_x0_rules=("threshold",),
+        fixed={"algorithm_type": "sde-dpmsolver++"},
+    ),
+    "flow-euler": Solver(scheduler="FlowMatchEulerDiscreteScheduler", levels=_flow_euler_levels, flow=True),
+    "flow-heun": Solver(
+        scheduler="FlowMatchHeunDiscreteScheduler", levels=_flow_heun_levels, evaluations_per_step=2, flow=True
     ),
 }
 

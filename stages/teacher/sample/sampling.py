@@ -17,7 +17,7 @@ from torch import Tensor
 from advkd.cache.errors import TeacherError
 from advkd.cache.format.noise import standard_normal
 from advkd.stages.teacher.load.network import Teacher
-from advkd.stages.teacher.path.solver_path import SolverPath
+from advkd.stages.teacher.path.solver_path import SolverPath, initial_scale
 
 Evaluated = Callable[[], None]
 
@@ -61,10 +61,12 @@ def record_states(
     timesteps = path.timesteps.to(device)  # at once: a copy per step would make the host wait for the device
     x = torch.from_numpy(noise.astype(np.float32)).to(device, memory_format=teacher.memory_format)
     kept = {0: x} if 0 in record else {}
-    x = x * float(scheduler.init_noise_sigma)  # as diffusers rounds it; the state's scale is the same to ten digits
+    x = x * initial_scale(scheduler)  # as diffusers rounds it; the state's scale is the same to ten digits
     for call in range(path.evaluations):
-        seen = scheduler.scale_model_input(x, scheduler.timesteps[call])
+        seen = x if path.solver.flow else scheduler.scale_model_input(x, scheduler.timesteps[call])
         prediction = teacher.predict(seen, timesteps[call])
+        if not path.uses_variance:
+            prediction = prediction[:, : x.shape[1]]
         if path.applied_x0 is not None:
             ratio = float(scheduler.sigmas[call])
             prediction = path.applied_x0.constrain(prediction, seen, ratio, path.prediction_type)
