@@ -45,7 +45,8 @@ def load_features(
     shape = "×".join(map(str, item_shape))
     if config.features == SELF:
         raise UsageError(
-            "features self: `advkd-evaluate --features self` trains them into RUN/evaluation/features; give that folder"
+            "features self: expected a network's folder; give RUN/evaluation/features, which `advkd-evaluate "
+            "--features self` writes"
         )
     if config.features != inception.NAME:
         small = load_network(Path(os.path.expanduser(config.features)), ARCHITECTURES).to(device)
@@ -57,7 +58,8 @@ def load_features(
     if item_shape[0] != 3 or min(item_shape[1:]) < inception.MIN_SIDE:
         raise UsageError(
             f"features inception: needs colour images of at least {inception.MIN_SIDE} pixels, these are {shape}; "
-            "`advkd-evaluate --features self` trains others, --features FOLDER names a classifier (docs/evaluation.md)"
+            "give a classifier's folder, or RUN/evaluation/features, which `advkd-evaluate --features self` writes "
+            "(docs/evaluation.md explains both)"
         )
     network = inception.load_inception(config.inception_weights).to(device)
     return FeatureNetwork(name=inception.NAME, network=network, look=partial(inception.look_with_inception, network))

@@ -188,7 +188,10 @@ class ScoreTable:
         return lines
 
     def to_csv(self, **constants: object) -> str:
-        """One line per row: what it does to x̂_0, mean and standard deviation of every measure, then constants."""
+        """One line per row: `x0` as in `Row`, mean and standard deviation of every measure, then constants.
+
+        What was not measured is empty.
+        """
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         columns = [f"{measure}{suffix}" for measure in MEASURES for suffix in ("", "_sd")]
@@ -196,7 +199,7 @@ class ScoreTable:
         for row in self.rows:
             found = [value for measure in MEASURES for value in (row.mean(measure), row.deviation(measure))]
             cells = ["" if value is None else f"{value:.6g}" for value in found]
-            writer.writerow([row.name, row.evaluations, row.x0, *cells, *constants.values()])
+            writer.writerow([row.name, row.evaluations, row.x0 or "", *cells, *constants.values()])
         return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ untrusted folder, so text is cut to one line without markup, and numbers must be
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
 from typing import Any
 
@@ -35,10 +35,10 @@ def model_card(name: str, kind: str, num_parameters: int, geometry: Geometry, kn
     """
     parts = [
         f"---\n{yaml.safe_dump(_metadata(known), sort_keys=False)}---",
-        f"# {_plain(name.split('/')[-1])}",
+        f"# {_text(name.split('/')[-1])}",
         _summary(kind, num_parameters, geometry),
         _use(name, geometry),
-        _scores(_mapping(known.get("scores"))),
+        _scores(_section(known, "scores")),
         _provenance(geometry, known),
         "## Limits\n\nThe student reproduces its teacher's images, including the teacher's faults and biases. It was "
         "trained on samples of the teacher, not on the teacher's training data. The teacher's licence says whether it "
@@ -48,7 +48,7 @@ def model_card(name: str, kind: str, num_parameters: int, geometry: Geometry, kn
 
 
 def _metadata(known: dict[str, Any]) -> dict[str, Any]:
-    teacher = _mapping(known.get("teacher"))
+    teacher = _section(known, "teacher")
     value: dict[str, Any] = {
         "library_name": "advkd",
         "pipeline_tag": "unconditional-image-generation",
@@ -88,62 +88,60 @@ def _use(name: str, geometry: Geometry) -> str:
 
 
 def _provenance(geometry: Geometry, known: Provenance) -> str:
-    teacher = _mapping(known.get("teacher"))
-    cache, seeds = _mapping(known.get("cache")), _mapping(known.get("seeds"))
-    sampler, versions = _mapping(known.get("sampler")), _mapping(known.get("versions"))
-    commit = f", commit {_plain(teacher['commit'])}" if teacher.get("commit") else ""
+    teacher = _section(known, "teacher")
+    cache, sampler, versions = (_section(known, name) for name in ("cache", "sampler", "versions"))
+    commit = f", commit {_text(teacher['commit'])}" if teacher.get("commit") else ""
     rows = {
-        "teacher": f"{_plain(teacher.get('source', ''))}{commit}",
-        "teacher's licence": _plain(teacher.get("license", "")),
+        "teacher": f"{_text(teacher.get('source', ''))}{commit}",
+        "teacher's licence": _text(teacher.get("license", "")),
         "SHA-256 of the teacher's weights": _code(teacher.get("tensors_sha256")),
-        "sampler": f"{_plain(sampler['name'])}, {_plain(sampler.get('steps'))} steps" if sampler.get("name") else "",
+        "sampler": f"{_text(sampler['name'])}, {_text(sampler.get('steps'))} steps" if sampler.get("name") else "",
         "fingerprint of the cache": _code(cache.get("fingerprint")),
         "digest of its blocks": _code(cache.get("digest")),
-        "seeds": _seeds(seeds, cache),
+        "seeds": _seeds(_section(known, "seeds"), cache),
         "noise": f"root seed {geometry.root_seed}, {geometry.noise_dtype}",
-        "training steps": _plain(known.get("step", "")),
-        "training seed": _plain(_mapping(known.get("config")).get("seed", "")),
-        "versions": ", ".join(f"{_plain(package)} {_plain(number)}" for package, number in sorted(versions.items())),
+        "training steps": _text(known.get("step", "")),
+        "training seed": _text(_section(known, "config").get("seed", "")),
+        "versions": ", ".join(f"{_text(package)} {_text(number)}" for package, number in sorted(versions.items())),
     }
     lines = [f"| {label} | {value or 'not recorded'} |" for label, value in rows.items()]
-    return (
-        "## Provenance\n\n| | |\n|---|---|\n"
-        + "\n".join(lines)
-        + ("\n\n`provenance.json` has the whole configuration." if known.get("config") else "")
-    )
+    if known.get("config"):
+        lines += ["", "`provenance.json` has the whole configuration."]
+    return "\n".join(["## Provenance\n", "| | |", "|---|---|", *lines])
 
 
 def _seeds(seeds: dict[str, Any], cache: dict[str, Any]) -> str:
     if {"first", "last", "num_training", "num_held_out"} <= seeds.keys():
         return (
-            f"{_plain(seeds['first'])} to {_plain(seeds['last'])}: {_plain(seeds['num_training'])} to train on, "
-            f"{_plain(seeds['num_held_out'])} held out"
+            f"{_text(seeds['first'])} to {_text(seeds['last'])}: {_text(seeds['num_training'])} to train on, "
+            f"{_text(seeds['num_held_out'])} held out"
         )
     blocks = cache.get("blocks")
-    return f"blocks {_plain(blocks[0])}:{_plain(blocks[-1])}" if isinstance(blocks, list) and blocks else ""
+    return f"blocks {_text(blocks[0])}:{_text(blocks[-1])}" if isinstance(blocks, list) and blocks else ""
 
 
 def _scores(scores: dict[str, Any]) -> str:
     from advkd.stages.metrics.table import ScoreTable  # here, for a student without scores needs no SciPy
 
-    protocol = _mapping(scores.get("protocol"))
+    protocol = _section(scores, "protocol")
     try:
-        table = ScoreTable.from_json(dict(list(_mapping(scores.get("samplers")).items())[:MAX_ROWS]))
+        table = ScoreTable.from_json(dict(itertools.islice(_section(scores, "samplers").items(), MAX_ROWS)))
         rows = [cells[:-1] for cells in table.cells(COLUMNS)]  # without ahead or behind, which the interval says
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # they come from an untrusted folder
         return ""
     if not rows:
         return ""
-    lines = [f"| {' | '.join([_plain(name), *numbers])} |" for name, *numbers in rows]
-    notes = [f"{_plain(mark)} {_plain(treatment)}." for mark, treatment in table.marks().items()]
-    held_out = _number(scores.get("held_out_mse"), ".4f")
-    notes += [f"Mean squared error to the teacher's images on held-out seeds: {held_out}."] if held_out else []
+    lines = [f"| {' | '.join([_text(name), *numbers])} |" for name, *numbers in rows]
+    notes = [f"{_text(mark)} {_text(treatment)}." for mark, treatment in table.marks().items()]
+    held_out = scores.get("held_out_mse")
+    if isinstance(held_out, float):
+        notes.append(f"Mean squared error to the teacher's images on held-out seeds: {held_out:.4f}.")
     return "\n\n".join(
         [
             "## Scores",
             "Fréchet distance to the teacher's own samples, mean ± standard deviation over "
-            f"{_plain(protocol.get('num_sets'))} sets of {_plain(protocol.get('set_size'))} fresh seeds, against "
-            f"{_plain(protocol.get('num_reference'))} reference seeds, {_plain(protocol.get('features'))} features; "
+            f"{_text(protocol.get('num_sets'))} sets of {_text(protocol.get('set_size'))} fresh seeds, against "
+            f"{_text(protocol.get('num_reference'))} reference seeds, {_text(protocol.get('features'))} features; "
             "all samplers start from the same noise.",
             "| sampler | network evaluations | Fréchet distance | precision, % | recall, % "
             "| student minus this, 95 % |\n|---|---|---|---|---|---|\n" + "\n".join(lines),
@@ -152,17 +150,13 @@ def _scores(scores: dict[str, Any]) -> str:
     )
 
 
-def _number(value: object, form: str) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return format(value, form) if is_number and math.isfinite(value) else ""  # type: ignore[arg-type]
-
-
-def _mapping(value: object) -> dict[str, Any]:
+def _section(known: dict[str, Any], name: str) -> dict[str, Any]:
+    value = known.get(name)
     return value if isinstance(value, dict) else {}
 
 
-def _plain(text: object) -> str:
-    """One short line without markup or control characters."""
+def _text(text: object) -> str:
+    """One short line, without control characters and with markup escaped."""
     line = "".join(letter if letter.isprintable() else " " for letter in str(text)[:200])
     return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(line.split()))
 

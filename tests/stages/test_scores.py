@@ -283,6 +283,8 @@ def test_rows_tell_what_their_solver_does_to_x0() -> None:
     names = [line[0] for line in table.cells(["frechet"])]
     assert names == ["student", f"teacher (ddim 50) {mark}"]
     assert ScoreTable.from_json(table.to_json()) == table
+    lines = csv.DictReader(io.StringIO(table.to_csv()))
+    assert [line["x0"] for line in lines] == ["", "x̂_0 clipped to ±1", "x̂_0 clipped to ±1"]
 
 
 @pytest.mark.parametrize("name", MEASURES)

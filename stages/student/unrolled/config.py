@@ -13,7 +13,8 @@ HEAD_WEIGHTINGS = ("uniform", "snr")
 PERCEPTUAL = ("critic", "lpips")
 JUDGED = ("last", "each", "shared")
 MOVES, COLOURS = ("flip", "translate", "cutout"), ("brightness", "contrast")
-"""Augmentations: of an image with its x_T, and of the image alone. `augment.py` has a function for each."""
+"""Augmentations of an image with its x_T, and of the image alone; `augment.py` has a function for each."""
+AUGMENTATIONS = (*MOVES, *COLOURS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class AdversarialConfig:
         one_of("adversarial.loss", self.loss, ADVERSARIAL)
         one_of("adversarial.judged", self.judged, JUDGED)
         for name in self.augment:
-            one_of("adversarial.augment", name, (*MOVES, *COLOURS))
+            one_of("adversarial.augment", name, AUGMENTATIONS)
         for key in ("start", "ramp", "lead"):
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ConfigError(f"adversarial.{key}: {getattr(self, key)} is no fraction of the steps")
