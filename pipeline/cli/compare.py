@@ -21,9 +21,9 @@ def main(runs: tuple[Path, ...], out: Path | None) -> None:
 
     Differences are paired: all students were scored on the same fresh seeds. `advkd-cache diff` compares caches.
     """
-    from advkd.stages.evaluate.compare import read_rungs, table_lines, write_ladder
+    from advkd.stages.evaluate.compare import read_runs, table_lines, write_comparison
 
-    rungs = read_rungs(runs)
-    click.echo("\n".join(table_lines(rungs)))
+    evaluated = read_runs(runs)
+    click.echo("\n".join(table_lines(evaluated)))
     if out is not None:
-        click.echo("look: " + "  ".join(map(str, write_ladder(rungs, out))))
+        click.echo("look: " + "  ".join(map(str, write_comparison(evaluated, out))))

@@ -54,7 +54,7 @@ def _samplers(evaluation: Evaluation) -> Table:
     treatments = "".join(f"\n{mark}: {treatment}" for mark, treatment in evaluation.table.marks().items())
     table = _table(
         f"Against the teacher's cached x_0 of {evaluation.num_reference:,} seeds, in {evaluation.features} features "
-        f"({form}).\nMean ± sd over {evaluation.num_sets} sets of {evaluation.set_size:,} fresh seeds "
+        f"({form}).\nMean ± sd over {evaluation.config.num_sets} sets of {evaluation.config.set_size:,} fresh seeds "
         "(KID: ± standard error; precision, recall: %)\n",
         "student minus this: Fréchet distance, 95 % interval; ahead or behind where it excludes 0\n"
         f"{TEACHER}: {teacher.removeprefix('teacher ').strip('()')}{treatments}\n",

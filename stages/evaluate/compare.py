@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.format.differences import differences
@@ -22,7 +20,7 @@ from advkd.stages.student.student import weights_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
+class EvaluatedRun:
     """One run's scores."""
 
     name: str
@@ -38,28 +36,28 @@ class Rung:
     """Its distances minus those of the run before."""
 
 
-def read_rungs(runs: Sequence[Path]) -> list[Rung]:
+def read_runs(folders: Sequence[Path]) -> list[EvaluatedRun]:
     """Read the scores of evaluated runs, each with its difference from the one before.
 
     Raises:
         TrainingError: a run was not evaluated.
         UsageError: they were not evaluated alike, so that their scores are not comparable; or a path is a cache.
     """
-    rungs: list[Rung] = []
-    for run in runs:
-        rung = _read(run)
-        if rungs and rung.protocol != rungs[0].protocol:
+    runs: list[EvaluatedRun] = []
+    for folder in folders:
+        run = _read(folder)
+        if runs and run.protocol != runs[0].protocol:
             raise UsageError(
-                f"{runs[0]} and {run} were evaluated differently "
-                f"({'; '.join(differences(rungs[0].protocol, rung.protocol))}): evaluate all runs alike, on one cache"
+                f"{folders[0]} and {folder} were evaluated differently "
+                f"({'; '.join(differences(runs[0].protocol, run.protocol))}): evaluate all runs alike, on one cache"
             )
-        if rungs:
-            rung = dataclasses.replace(rung, gain=difference(rung.student, rungs[-1].student, "frechet"))
-        rungs.append(rung)
-    return rungs
+        runs.append(
+            dataclasses.replace(run, gain=difference(run.student, runs[-1].student, "frechet")) if runs else run
+        )
+    return runs
 
 
-def _read(run: Path) -> Rung:
+def _read(run: Path) -> EvaluatedRun:
     path = run / "evaluation" / "scores.json"
     if (run / "zarr.json").is_file():
         raise UsageError(
@@ -72,15 +70,17 @@ def _read(run: Path) -> Rung:
             raise TrainingError(
                 f"{run} was trained further after its evaluation: run `advkd-evaluate --run {run} --cache STORE` again"
             )
-        protocol = {key: value["protocol"][key] for key in ("features", "num_sets", "set_size", "num_reference")}
-        protocol["features_sha256"] = value["protocol"].get("features_sha256")
-        protocol["seed"] = value["protocol"].get("seed", 0)
-        protocol["cache"] = value["student"]["cache"]["fingerprint"][:12]
+        known = value["protocol"]
+        protocol = {key: known[key] for key in ("features", "num_sets", "set_size", "num_reference")} | {
+            "features_sha256": known.get("features_sha256"),
+            "seed": known.get("seed", 0),
+            "cache": value["student"]["cache"]["fingerprint"][:12],
+        }
         cost = value["cost"]["student"]
         student, *others = ScoreTable.from_json(value["samplers"]).rows
         if student.mean("frechet") is None:
             raise ValueError("the student's Fréchet distance is missing")
-        return Rung(
+        return EvaluatedRun(
             name=run.name,
             student=student,
             teacher=next((row for row in others if row.name.startswith("teacher") and row.values), None),
@@ -97,21 +97,21 @@ def _read(run: Path) -> Rung:
         raise TrainingError(f"{path} is not what advkd-evaluate writes ({type(error).__name__}: {error})") from None
 
 
-def write_ladder(rungs: Sequence[Rung], out: Path) -> list[Path]:
+def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> list[Path]:
     """Write a Markdown table, `out`.md, and a plot, `out`.png.
 
     Returns:
         Their paths.
     """
     table, plot = out.with_name(out.name + ".md"), out.with_name(out.name + ".png")
-    write_atomically(table, ["\n".join([*table_lines(rungs), ""]).encode()])
-    _plot(rungs, plot)
+    write_atomically(table, ["\n".join([*table_lines(runs), ""]).encode()])
+    _plot(runs, plot)
     return [table, plot]
 
 
-def table_lines(rungs: Sequence[Rung]) -> list[str]:
+def table_lines(runs: Sequence[EvaluatedRun]) -> list[str]:
     """The table as Markdown."""
-    protocol = rungs[0].protocol
+    protocol = runs[0].protocol
     lines = [
         f"Fréchet distance to the teacher's cached x_0, mean ± sd over {protocol['num_sets']} sets of "
         f"{protocol['set_size']:,} fresh seeds; {protocol['features']} features, reference of "
@@ -120,15 +120,15 @@ def table_lines(rungs: Sequence[Rung]) -> list[str]:
         "| run | distance | minus the run before, 95 % | held-out MSE | parameters | M MACs |",
         "|---|---|---|---|---|---|",
     ]
-    for rung in rungs:
-        gain = rung.gain.text(1) if rung.gain else ""
-        mse = "" if rung.held_out_mse is None else f"{rung.held_out_mse:.4f}"
+    for run in runs:
+        gain = run.gain.text(1) if run.gain else ""
+        mse = "" if run.held_out_mse is None else f"{run.held_out_mse:.4f}"
         lines.append(
-            f"| {rung.name} | {_distance(rung.student)} | {gain} | {mse} | {rung.num_parameters:,} | "
-            f"{rung.macs / 1e6:.1f} |"
+            f"| {run.name} | {_distance(run.student)} | {gain} | {mse} | {run.num_parameters:,} | "
+            f"{run.macs / 1e6:.1f} |"
         )
-    if rungs[0].teacher:
-        lines.append(f"| the teacher itself | {_distance(rungs[0].teacher)} | | | | |")
+    if runs[0].teacher:
+        lines.append(f"| the teacher itself | {_distance(runs[0].teacher)} | | | | |")
     return lines
 
 
@@ -136,25 +136,20 @@ def _distance(row: Row) -> str:
     return f"{row.mean('frechet'):.1f} ± {row.deviation('frechet'):.1f}"
 
 
-def _plot(rungs: Sequence[Rung], path: Path) -> None:
+def _plot(runs: Sequence[EvaluatedRun], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 0.45 * len(rungs) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    places = range(len(rungs))
-    sets = np.array([rung.student.values["frechet"] for rung in rungs])
-    means, spreads = sets.mean(1), sets.std(1, ddof=1)
-    axes.barh(places, means, xerr=spreads, capsize=3)
-    axes.set_yticks(places, [rung.name for rung in rungs])
+    figure = Figure(figsize=(7.0, 0.45 * len(runs) + 1.2), layout="constrained")
+    axes: Any = figure.add_subplot()
+    means = [run.student.mean("frechet") for run in runs]
+    deviations = [run.student.deviation("frechet") for run in runs]
+    axes.barh(range(len(runs)), means, xerr=deviations, capsize=3)
+    axes.set_yticks(range(len(runs)), [run.name for run in runs])
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="Fréchet distance to the teacher")
     axes.xaxis.set_major_formatter("{x:g}")
-    if rungs[0].teacher:
-        axes.axvline(
-            float(np.mean(rungs[0].teacher.values["frechet"])),
-            color="black",
-            linestyle="--",
-            label="the teacher itself",
-        )
+    if runs[0].teacher:
+        mean = runs[0].teacher.mean("frechet")
+        axes.axvline(mean, color="black", linestyle="--", label="the teacher itself")
         axes.legend()
     save_figure(path, figure)

@@ -12,7 +12,7 @@ from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import LARGE_BATCH, interleaved_latency
 from advkd.stages.evaluate.evaluate import check_same_cache
-from advkd.stages.evaluate.measure import Sets, cached_batches, make_reference, measure, reported
+from advkd.stages.evaluate.measure import cached_batches, make_reference, measure, reported
 from advkd.stages.evaluate.samplers import Sampler
 from advkd.stages.metrics.features import FeatureNetwork
 from advkd.stages.metrics.table import ScoreTable
@@ -23,6 +23,7 @@ Form = Callable[[Tensor], Tensor]
 """x_T (N, C, H, W) → x_0."""
 
 
+@torch.no_grad()
 def score_forms(
     forms: Mapping[str, Form],
     student: Student,
@@ -49,20 +50,15 @@ def score_forms(
         CacheError: the cache can't be read.
     """
     check_cache_of(student, cache)
-    samplers = [_sampler(name, form, student) for name, form in forms.items()]
+    samplers = [_one_pass(name, form, student) for name, form in forms.items()]
     reporter, seeds = reporter or SilentReporter(), cache.seeds()
     cached = cached_batches(cache, student.geometry.steps[-1], seeds, config.batch_size)
     reference = make_reference(network, reported(cached, "reference", len(seeds), reporter), None, config.num_sets)
-    sets = Sets(num_sets=config.num_sets, set_size=config.set_size, batch_size=config.batch_size)
-    return measure(samplers, network, reference, sets, reporter=reporter).table
+    return measure(samplers, network, reference, config, reporter=reporter).table
 
 
-def _sampler(name: str, form: Form, student: Student) -> Sampler:
-    @torch.no_grad()
-    def generate(seeds: range) -> Tensor:
-        return form(student.noise(seeds))
-
-    return Sampler(name=name, evaluations=1, generate=generate)
+def _one_pass(name: str, form: Form, student: Student) -> Sampler:
+    return Sampler(name=name, evaluations=1, generate=lambda seeds: form(student.noise(seeds)))
 
 
 def check_cache_of(student: Student, cache: TrajectoryCache) -> None:
@@ -88,10 +84,6 @@ def time_forms(forms: Mapping[str, Form], student: Student) -> dict[int, dict[st
     timed: dict[int, dict[str, float]] = {}
     for batch in (1, LARGE_BATCH):
         noise = student.noise(range(batch))
-        passes = {name: _timed_pass(form, noise) for name, form in forms.items()}
+        passes = {name: lambda _, form=form, noise=noise: form(noise) for name, form in forms.items()}
         timed[batch] = interleaved_latency(passes, batch)
     return timed
-
-
-def _timed_pass(form: Form, noise: Tensor) -> Callable[[int], Tensor]:
-    return lambda _: form(noise)

@@ -32,7 +32,6 @@ from advkd.stages.evaluate.config import (
 from advkd.stages.evaluate.cost import LARGE_BATCH, compare_costs
 from advkd.stages.evaluate.measure import (
     ImageDistance,
-    Sets,
     cached_batches,
     make_reference,
     measure,
@@ -95,7 +94,12 @@ def evaluate(
     student = student.to(on)
     seeds = cache.seeds()
     if full:
-        config = _whole_protocol(config)
+        config = dataclasses.replace(
+            config,
+            num_sets=max(FULL_NUM_SETS, config.num_sets),
+            set_size=max(FULL_SET_SIZE, config.set_size),
+            solver_steps=FULL_SOLVER_STEPS,
+        )
         if len(seeds) < FULL_REFERENCE:
             raise UsageError(
                 f"--full needs a reference of {FULL_REFERENCE} seeds; {cache_path} has {len(seeds)}: the "
@@ -135,7 +139,7 @@ def evaluate(
         samplers,
         network,
         reference,
-        Sets(num_sets=config.num_sets, set_size=config.set_size, batch_size=config.batch_size, seed=config.seed),
+        config,
         reporter=reporter,
         teacher=samplers[1].name if teacher else None,
         distance=distance,
@@ -146,10 +150,7 @@ def evaluate(
         table=measured.table,
         features=network.name,
         features_sha256=tensors_sha256(network.network.state_dict()),
-        perceptual=config.perceptual,
-        num_sets=config.num_sets,
-        set_size=config.set_size,
-        seed=config.seed,
+        config=config,
         num_reference=len(seeds),
         num_training=len(trained_on),
         held_out=_held_out(student, network, distance, cache, (first, last), held_out, config.batch_size),
@@ -163,15 +164,6 @@ def evaluate(
         weights_sha256=weights,
         identity=identity,
         device=str(on),
-    )
-
-
-def _whole_protocol(config: EvaluateConfig) -> EvaluateConfig:
-    return dataclasses.replace(
-        config,
-        num_sets=max(FULL_NUM_SETS, config.num_sets),
-        set_size=max(FULL_SET_SIZE, config.set_size),
-        solver_steps=FULL_SOLVER_STEPS,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from advkd.cache.format.hashing import Seeds
 from advkd.cache.read.reader import TrajectoryCache
-from advkd.stages.evaluate.config import MAX_FRESH_SEEDS
+from advkd.stages.evaluate.config import MAX_FRESH_SEEDS, EvaluateConfig
 from advkd.stages.evaluate.samplers import Sampler
 from advkd.stages.metrics.base import Floats, Observed, Reference
 from advkd.stages.metrics.classes import class_shares
@@ -32,31 +32,19 @@ Observations = dict[Observed, list[Floats]]
 """Of one set of one sampler: parts of shape (n, …) that make up the set."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sets:
-    """The sets of fresh seeds that every sampler makes."""
-
-    num_sets: int
-    set_size: int
-    """Seeds per set."""
-    batch_size: int
-    """Seeds at one time."""
-    seed: int = 0
-    """Which fresh seeds: sets of another `seed` share none."""
-
-    def batches(self, index: int) -> Iterable[range]:
-        """The seeds of one set, in batches."""
-        first = FIRST_FRESH_SEED + self.seed * MAX_FRESH_SEEDS + index * self.set_size
-        for start in range(first, first + self.set_size, self.batch_size):
-            yield range(start, min(start + self.batch_size, first + self.set_size))
-
-
 @dataclass(kw_only=True)
 class Measured:
     """Rows in the samplers' order, and the first images of each."""
 
     table: ScoreTable
     pictures: dict[str, Tensor]
+
+
+def fresh_seeds(config: EvaluateConfig, index: int) -> Iterator[range]:
+    """The seeds of one set, the same for every sampler, in batches; sets of another `config.seed` share none."""
+    first = FIRST_FRESH_SEED + config.seed * MAX_FRESH_SEEDS + index * config.set_size
+    for start in range(first, first + config.set_size, config.batch_size):
+        yield range(start, min(start + config.batch_size, first + config.set_size))
 
 
 def cached_batches(cache: TrajectoryCache, step: int, seeds: Seeds, batch_size: int) -> Iterator[Tensor]:
@@ -98,7 +86,7 @@ def measure(
     samplers: Sequence[Sampler],
     network: FeatureNetwork,
     reference: Reference,
-    sets: Sets,
+    config: EvaluateConfig,
     *,
     reporter: Reporter,
     teacher: str | None = None,
@@ -111,7 +99,7 @@ def measure(
         samplers: to score; one that can't generate gets a row without scores.
         network: the features.
         reference: what sets are compared with.
-        sets: of fresh seeds.
+        config: the sets of fresh seeds.
         reporter: reports progress.
         teacher: the sampler whose images the others' are paired with; None for no pairs.
         distance: of image pairs in [−1, 1]; None compares in the layers of `network`.
@@ -127,11 +115,11 @@ def measure(
     near: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in beside}
     probabilities: dict[str, list[Floats]] = defaultdict(list)
     pictures: dict[str, Tensor] = {}
-    work = sum(sampler.evaluations for sampler in measurable) * sets.num_sets * sets.set_size
+    work = sum(sampler.evaluations for sampler in measurable) * config.num_sets * config.set_size
     reporter.start("evaluate", work, "evaluations")
-    for index in range(sets.num_sets):
+    for index in range(config.num_sets):
         found: dict[str, Observations] = {sampler.name: defaultdict(list) for sampler in measurable}
-        for seeds in sets.batches(index):
+        for seeds in fresh_seeds(config, index):
             images = {sampler.name: _generate(sampler, seeds, reporter) for sampler in measurable}
             _observe(network, images, teacher, distance, found)
             for name, made in images.items():
@@ -147,7 +135,7 @@ def measure(
     for name, of_sets in probabilities.items():
         rows[name].class_shares = class_shares(np.concatenate(of_sets)).tolist()
     if training and near:
-        add_neighbours(rows, near, sets.num_sets, scorer, training())
+        add_neighbours(rows, near, config.num_sets, scorer, training())
     return Measured(table=ScoreTable(rows=list(rows.values())), pictures=pictures)
 
 

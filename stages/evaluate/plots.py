@@ -33,7 +33,7 @@ def plot_scores(path: Path, evaluation: Evaluation) -> Path:
         draw(axes, evaluation)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    sets = f"mean ± sd over {evaluation.num_sets} sets of {evaluation.set_size} fresh seeds"
+    sets = f"mean ± sd over {evaluation.config.num_sets} sets of {evaluation.config.set_size} fresh seeds"
     figure.suptitle(f"{sets}; reference {evaluation.num_reference} seeds; {evaluation.features} features", fontsize=10)
     return save_figure(path, figure)
 

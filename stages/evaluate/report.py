@@ -25,7 +25,8 @@ def write_report(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) -
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", metrics(evaluation))
     write_json(folder / "scores.json", details(evaluation))
-    table = evaluation.table.to_csv(num_sets=evaluation.num_sets, set_size=evaluation.set_size)
+    config = evaluation.config
+    table = evaluation.table.to_csv(num_sets=config.num_sets, set_size=config.set_size)
     write_atomically(folder / "samplers.csv", [table.encode()])
     shown = [name for name in _picture_order(evaluation) if name in evaluation.pictures][:MAX_ROWS]
     compared = save_rows(
@@ -71,6 +72,7 @@ def metrics(evaluation: Evaluation) -> dict[str, Any]:
 def details(evaluation: Evaluation) -> dict[str, Any]:
     """Everything that was measured, and how; what was not measured is null."""
     held_out, shares, real = evaluation.held_out, evaluation.reference_shares, evaluation.real
+    config = evaluation.config
     return {
         "student": evaluation.identity,
         "weights_sha256": evaluation.weights_sha256,
@@ -79,13 +81,13 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
             "form": "full" if evaluation.full else "short",
             "features": evaluation.features,
             "features_sha256": evaluation.features_sha256,
-            "perceptual": evaluation.perceptual,
-            "num_sets": evaluation.num_sets,
-            "set_size": evaluation.set_size,
-            "seed": evaluation.seed,
+            "perceptual": config.perceptual,
+            "num_sets": config.num_sets,
+            "set_size": config.set_size,
+            "seed": config.seed,
             "num_reference": evaluation.num_reference,
-            "num_kid_reference": min(evaluation.num_reference // evaluation.num_sets, MAX_REFERENCE),
-            "num_precision_recall": min(evaluation.set_size, evaluation.num_reference),
+            "num_kid_reference": min(evaluation.num_reference // config.num_sets, MAX_REFERENCE),
+            "num_precision_recall": min(config.set_size, evaluation.num_reference),
             "num_training": evaluation.num_training,
             "num_held_out": held_out.num_seeds if held_out else 0,
             "real": real.source if real else None,

@@ -12,7 +12,7 @@ from advkd.cache.errors import ConfigError, TeacherError
 from advkd.cache.format.equivalence import equivalent_teachers
 from advkd.cache.format.recipe import Recipe
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.student import noise_of
+from advkd.stages.student.student import generate, noise_of
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.load.network import Teacher
@@ -40,14 +40,11 @@ class Sampler:
 
 def student_sampler(student: nn.Module, geometry: Geometry) -> Sampler:
     """The student: one pass."""
-    device = next(student.parameters()).device
-
-    @torch.no_grad()
-    def generate(seeds: range) -> Tensor:
-        images: Tensor = student(noise_of(geometry, list(seeds)).to(device))
-        return images.float().cpu()
-
-    return Sampler(name="student", evaluations=1, generate=generate)
+    return Sampler(
+        name="student",
+        evaluations=1,
+        generate=lambda seeds: generate(student, noise_of(geometry, seeds), batch_size=len(seeds)),
+    )
 
 
 def teacher_sampler(name: str, teacher: Teacher, path: SolverPath, recipe: Recipe, dtype: str) -> Sampler:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_REFERENCE, FULL_SET_SIZE
+from advkd.stages.evaluate.config import FULL_NUM_SETS, FULL_REFERENCE, FULL_SET_SIZE, EvaluateConfig
 from advkd.stages.evaluate.cost import Cost
 from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.base import Floats
@@ -33,11 +33,8 @@ class Evaluation:
     features: str
     features_sha256: str
     """Of that network's weights: only scores by the same weights are comparable."""
-    perceptual: str
-    num_sets: int
-    set_size: int
-    seed: int
-    """Which fresh seeds the sets are of."""
+    config: EvaluateConfig
+    """Of the sets, as they were made."""
     num_reference: int
     num_training: int
     """Cached training images among which nearest neighbours were searched."""
@@ -61,7 +58,7 @@ class Evaluation:
     @property
     def full(self) -> bool:
         """Whether sets and reference are at least the whole protocol's, whichever options asked for them."""
-        enough = self.num_sets >= FULL_NUM_SETS and self.set_size >= FULL_SET_SIZE
+        enough = self.config.num_sets >= FULL_NUM_SETS and self.config.set_size >= FULL_SET_SIZE
         return enough and self.num_reference >= FULL_REFERENCE
 
     def latency_ratio(self, batch: int) -> float | None:

@@ -98,10 +98,8 @@ class Student(nn.Module):
         Raises:
             TrainingError: there is no student that this advkd can load.
         """
-        source = Path(pretrained_model_name_or_path)
-        if source.is_dir():
-            folder = _student_folder(source)
-        else:
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
             folder = _fetch(
                 str(pretrained_model_name_or_path),
                 revision=revision,
@@ -110,26 +108,17 @@ class Student(nn.Module):
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
+        elif (folder / "run.json").is_file() or (folder / "student" / "config.json").is_file():
+            folder = folder / "student"
         network, config, geometry = read_student(folder)
         return cls(network, config, geometry, read_provenance(folder)).eval()
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        token: str | None = None,
-        private: bool | None = None,
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None) -> None:
         """Write weights, configuration, provenance and a model card; each file is replaced atomically.
 
         Args:
             save_directory: created if missing.
-            push_to_hub: publish it too.
-            repo_id: the Hub repository, and the name on the card; the folder's name if not given.
-            token: for the Hub.
-            private: whether a new repository is private.
+            repo_id: the name on the card, as of a Hub repository; the folder's name if not given.
 
         Raises:
             UsageError: the folder holds something else.
@@ -139,16 +128,13 @@ class Student(nn.Module):
             raise UsageError(f"{folder} is a file: give a folder")
         if folder.is_dir() and any(folder.iterdir()) and not is_student(folder):
             raise UsageError(f"{folder} holds something other than a student: give an empty or a new folder")
-        name = repo_id or folder.absolute().name
         folder.mkdir(parents=True, exist_ok=True)
         save_student(folder, self.network, self.config, self.geometry)
         if self.provenance:
             write_provenance(folder, self.provenance)
         else:
             (folder / PROVENANCE).unlink(missing_ok=True)
-        write_atomically(folder / "README.md", [self.model_card(name).encode()])
-        if push_to_hub:
-            self.push_to_hub(name, token=token, private=private)
+        write_atomically(folder / "README.md", [self.model_card(repo_id or folder.absolute().name).encode()])
 
     def push_to_hub(
         self,
@@ -196,12 +182,6 @@ class Student(nn.Module):
         return str(commit.commit_url)
 
 
-def _student_folder(folder: Path) -> Path:
-    """The student's folder within a run's, or the folder itself."""
-    inner = folder / "student"
-    return inner if (folder / "run.json").is_file() or (inner / "config.json").is_file() else folder
-
-
 def _fetch(source: str, **options: Any) -> Path:
     if not _HUB_ID.fullmatch(source):
         raise TrainingError(f"no student in {source}: neither a folder nor the id of a Hub repository")
@@ -217,5 +197,5 @@ def _fetch(source: str, **options: Any) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

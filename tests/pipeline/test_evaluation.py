@@ -12,6 +12,7 @@ import pytest
 
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.evaluate_tables import print_evaluation
+from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import Cost
 from advkd.stages.evaluate.scores import Evaluation
 from advkd.stages.metrics.registry import MEASURES
@@ -72,9 +73,9 @@ def test_the_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) ->
     cost = Cost(num_parameters=35_746_307, macs=6.1e9, latency={1: 0.1, 64: 6.0})
     print_evaluation(
         Evaluation(
-            table=ScoreTable(rows=rows), features="small-cnn", features_sha256="", perceptual="features",
-            num_sets=5, set_size=2048, seed=0, num_reference=1_000_000, num_training=937_500, held_out=None,
-            student=cost, teacher=cost,
+            table=ScoreTable(rows=rows), features="small-cnn", features_sha256="",
+            config=EvaluateConfig(num_sets=5, set_size=2048), num_reference=1_000_000, num_training=937_500,
+            held_out=None, student=cost, teacher=cost,
             deployed_parameters=1, without_teacher="", real=None, reference_shares=None, pictures={},
             weights_sha256=None, identity={}, device="cpu",
         )

@@ -11,7 +11,7 @@ import yaml
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.pipeline.cli.compare import main as compare_command
 from advkd.pipeline.config import load_experiment
-from advkd.stages.evaluate.compare import read_rungs, table_lines
+from advkd.stages.evaluate.compare import read_runs, table_lines
 from advkd.stages.student.train import train
 from tests.conftest import Invoke
 from tests.stores import write_store
@@ -36,7 +36,7 @@ def test_differences_are_paired(tmp_path: Path, invoke: Invoke) -> None:
     """Sets differ by far more than the runs do, and still the second is ahead."""
     one = write_scores(tmp_path / "one", [10.0, 20.0, 30.0])
     two = write_scores(tmp_path / "two", [8.9, 19.0, 29.1])
-    first, second = read_rungs([one, two])
+    first, second = read_runs([one, two])
     assert first.gain is None and second.gain is not None
     assert second.gain.mean == pytest.approx(-1.0)
     assert second.gain.excludes_zero
@@ -54,26 +54,26 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     one = write_scores(tmp_path / "one", [1.0, 2.0, 3.0])
     other = write_scores(tmp_path / "other", [1.0, 2.0, 3.0], set_size=128)
     with pytest.raises(UsageError, match=r"one and .*other .*\(set_size: 64 → 128\)"):
-        read_rungs([one, other])
+        read_runs([one, other])
     otherwise = write_scores(tmp_path / "otherwise", [1.0, 2.0, 3.0], features_sha256="ab" * 32)
     with pytest.raises(UsageError, match="features_sha256: "):
-        read_rungs([one, otherwise])
+        read_runs([one, otherwise])
     (other / "student").mkdir()
     (other / "student/model.safetensors").write_bytes(b"weights of a later step")
     with pytest.raises(TrainingError, match=r"other .*`advkd-evaluate --run .*other"):
-        read_rungs([other])
+        read_runs([other])
     with pytest.raises(TrainingError, match=r"none was not evaluated .*`advkd-evaluate --run"):
-        read_rungs([tmp_path / "none"])
+        read_runs([tmp_path / "none"])
     again = write_scores(tmp_path / "again", [1.0, 2.0, 3.0], seed=1)
     with pytest.raises(UsageError, match="seed: 0 → 1"):
-        read_rungs([one, again])
+        read_runs([one, again])
     for malformed in ('{"protocol": 3}', "[]", '{"protocol": [], "samplers": []}'):
         (one / "evaluation/scores.json").write_text(malformed)
         with pytest.raises(TrainingError, match="is not what advkd-evaluate writes"):
-            read_rungs([one])
+            read_runs([one])
     (other / "evaluation/scores.json").write_text("[]")
     with pytest.raises(TrainingError, match="is not what advkd-evaluate writes"):
-        read_rungs([other])
+        read_runs([other])
 
 
 def test_caches_are_compared_by_another_command(tmp_path: Path, invoke: Invoke) -> None:

@@ -16,7 +16,7 @@ from advkd.stages.evaluate import evaluate as evaluating
 from advkd.stages.evaluate import networks
 from advkd.stages.evaluate.config import MAX_SEED, EvaluateConfig
 from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
-from advkd.stages.evaluate.measure import Sets
+from advkd.stages.evaluate.measure import fresh_seeds
 from advkd.stages.evaluate.networks import load_features
 from advkd.stages.evaluate.report import write_report
 from advkd.stages.images.real import RealImages
@@ -240,8 +240,13 @@ def test_a_report_tells_what_was_measured_and_harms_no_linked_file(
     assert scores.num_training == len(split_seeds(cache, CONFIG.seeds).training)
     # The whole protocol is what is one, whichever option asked for it.
     whole = {"num_sets": 5, "set_size": 2048, "num_reference": 8192}
-    assert not scores.full and dataclasses.replace(scores, **whole).full
-    assert not any(dataclasses.replace(scores, **whole | {name: value - 1}).full for name, value in whole.items())
+
+    def is_full(num_reference: int, **sets: int) -> bool:
+        config = dataclasses.replace(scores.config, **sets)
+        return dataclasses.replace(scores, config=config, num_reference=num_reference).full
+
+    assert not scores.full and is_full(**whole)
+    assert not any(is_full(**whole | {name: value - 1}) for name, value in whole.items())
     # As DVC leaves its outputs where `cache.type` is hardlink: the same file as in its own cache.
     evaluation = tmp_path / "evaluation"
     write_report(evaluation, scores, cache)
@@ -294,12 +299,11 @@ def test_another_seed_gives_other_sets_and_the_same_seed_the_same(
 
 def test_fresh_seeds_of_all_evaluations_are_disjoint() -> None:
     """At the bounds: the longest evaluation of one seed ends where the next begins, the last where others do."""
-    sets = Sets(num_sets=1 << 13, set_size=1 << 11, batch_size=1 << 11)
-    last = [*sets.batches(sets.num_sets - 1)][-1]
-    following = next(iter(dataclasses.replace(sets, seed=1).batches(0)))
-    assert last.stop == following.start
-    final = dataclasses.replace(sets, seed=MAX_SEED)
-    assert [*final.batches(sets.num_sets - 1)][-1].stop == FIRST_CHECK_SEED
+    config = EvaluateConfig(num_sets=1 << 13, set_size=1 << 11, batch_size=1 << 11)
+    *_, last = fresh_seeds(config, config.num_sets - 1)
+    assert last.stop == next(fresh_seeds(dataclasses.replace(config, seed=1), 0)).start
+    *_, last = fresh_seeds(dataclasses.replace(config, seed=MAX_SEED), config.num_sets - 1)
+    assert last.stop == FIRST_CHECK_SEED
     for wrong in ({"seed": MAX_SEED + 1}, {"seed": -1}, {"num_sets": (1 << 13) + 1, "set_size": 1 << 11}):
         with pytest.raises(ConfigError):
             EvaluateConfig(**wrong)

@@ -98,6 +98,10 @@ def test_what_deviates_is_not_written(student: Student, tmp_path: Path, monkeypa
         export_onnx(student, path)
     assert path.read_bytes() == b"what was there" and list(tmp_path.iterdir()) == [path]
     assert export_onnx(student, path, max_error=0.1).rms == pytest.approx(0.01, abs=1e-4)
+    with torch.no_grad():
+        other.network.submodules[-1].read.bias *= float("nan")  # type: ignore[union-attr,operator]
+    with pytest.raises(TrainingError, match=r"deviates from PyTorch by nan, more than inf"):
+        export_onnx(student, path, max_error=float("inf"))
 
 
 def test_int8_is_smaller_and_near(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,18 +70,7 @@ def export_onnx(student: Student, path: Path, *, max_error: float = MAX_ERROR) -
         TrainingError: the deviation is larger; nothing is written.
         UsageError: packages are missing.
     """
-    check_packages()
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "float32.onnx")
-        _to_onnx(student, made)
-        deviation = compare(student, OnnxStudent(made))
-        if not deviation.largest <= max_error:
-            raise TrainingError(
-                f"the exported student deviates from PyTorch by {deviation.largest:.2g}, more than {max_error:g}; "
-                f"{path} was not written"
-            )
-        write_atomically(path, [made.read_bytes()])
-    return deviation
+    return _write_if_close(student, path, lambda made: _to_onnx(student, made), max_error)
 
 
 def export_int8(student: Student, source: Path, path: Path) -> Deviation:
@@ -96,13 +85,20 @@ def export_int8(student: Student, source: Path, path: Path) -> Deviation:
         TrainingError: the images are not finite; nothing is written.
         UsageError: packages are missing.
     """
+    return _write_if_close(student, path, lambda made: _quantise(student, source, made), math.inf)
+
+
+def _write_if_close(student: Student, path: Path, make: Callable[[Path], None], max_error: float) -> Deviation:
     check_packages()
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "int8.onnx")
-        _quantise(student, source, made)
+        made = Path(folder, "made.onnx")
+        make(made)
         deviation = compare(student, OnnxStudent(made))
-        if not math.isfinite(deviation.largest):
-            raise TrainingError(f"the quantised student's images are not finite; {path} was not written")
+        if not (math.isfinite(deviation.largest) and deviation.largest <= max_error):
+            raise TrainingError(
+                f"the exported student deviates from PyTorch by {deviation.largest:.2g}, more than {max_error:g}; "
+                f"{path} was not written"
+            )
         write_atomically(path, [made.read_bytes()])
     return deviation
 
