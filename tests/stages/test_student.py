@@ -152,7 +152,7 @@ def test_unrolled_shapes_and_gradients(attention: bool, coarse: int, shared: boo
     assert len(list(student.submodules)) == (1 if shared else 2)
     with pytest.raises(TrainingError, match="patches of 3"):
         UnrolledStudent(geometry(), patch=3)
-    with pytest.raises(TrainingError, match="1 positions per side can't be halved"):
+    with pytest.raises(TrainingError, match="1×1 positions can't be halved"):
         UnrolledStudent(geometry(channels=1, size=2), patch=2, coarse=1)
 
 
