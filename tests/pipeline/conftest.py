@@ -5,6 +5,13 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time networks once per batch size: scoring spends half of its time on the latency table."""
+    monkeypatch.setattr("advkd.stages.evaluate.cost.MIN_REPEATS", 1)
+    monkeypatch.setattr("advkd.stages.evaluate.cost.SECONDS_OF_TIMING", 0.0)
+
+
 @pytest.fixture
 def toy_yaml(tmp_path: Path, pipeline_folder: Path) -> Path:
     path = tmp_path / "toy.yaml"
