@@ -107,20 +107,24 @@ def measure(
             neighbours.
     """
     scorer = Scorer(reference)
-    measurable = [sampler for sampler in samplers if sampler.generate]
+    measurable = [(sampler, sampler.generate) for sampler in samplers if sampler.generate]
     rows = {
         sampler.name: Row(name=sampler.name, evaluations=sampler.evaluations, x0=sampler.x0) for sampler in samplers
     }
-    beside = [sampler.name for sampler in samplers[:2] if sampler.generate and training]
-    near: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in beside}
+    near: dict[str, list[npt.NDArray[np.float32]]] = {
+        sampler.name: [] for sampler in samplers[:2] if sampler.generate and training
+    }
     probabilities: dict[str, list[Floats]] = defaultdict(list)
     pictures: dict[str, Tensor] = {}
-    work = sum(sampler.evaluations for sampler in measurable) * config.num_sets * config.set_size
+    work = sum(sampler.evaluations for sampler, _ in measurable) * config.num_sets * config.set_size
     reporter.start("evaluate", work, "evaluations")
     for index in range(config.num_sets):
-        found: dict[str, Observations] = {sampler.name: defaultdict(list) for sampler in measurable}
+        found: dict[str, Observations] = {sampler.name: defaultdict(list) for sampler, _ in measurable}
         for seeds in fresh_seeds(config, index):
-            images = {sampler.name: _generate(sampler, seeds, reporter) for sampler in measurable}
+            images = {}
+            for sampler, generate in measurable:
+                images[sampler.name] = generate(seeds)
+                reporter.advance(len(seeds) * sampler.evaluations, sampler.name)
             _observe(network, images, teacher, distance, found)
             for name, made in images.items():
                 pictures.setdefault(name, clipped(made[:SEEDS_IN_PICTURES]))
@@ -137,13 +141,6 @@ def measure(
     if training and near:
         add_neighbours(rows, near, config.num_sets, scorer, training())
     return Measured(table=ScoreTable(rows=list(rows.values())), pictures=pictures)
-
-
-def _generate(sampler: Sampler, seeds: range, reporter: Reporter) -> Tensor:
-    assert sampler.generate is not None
-    images = sampler.generate(seeds)
-    reporter.advance(len(seeds) * sampler.evaluations, sampler.name)
-    return images
 
 
 def _observe(

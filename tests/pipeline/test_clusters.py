@@ -148,9 +148,3 @@ def test_numbers_are_the_codes() -> None:
     assert workers.RETRIES == 2 and "is tried twice more" in TEXT
     assert dask.config.get("distributed.scheduler.allowed-failures") == 3 and "died four times" in TEXT
     assert "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES" in TEXT
-
-
-def test_links_are_there() -> None:
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", TEXT)
-    assert all((ROOT / "docs" / target).is_file() for target in targets)
-    assert "](docs/clusters.md)" in (ROOT / "README.md").read_text()

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -83,10 +82,3 @@ def test_the_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out
     assert "teacher itself: dpmsolver++ 1000" in said
     assert max(map(len, said.splitlines())) <= 100 and "…" not in said
-
-
-def test_its_links_are_there() -> None:
-    for page in ("README.md", "docs/training.md"):
-        assert "evaluation.md)" in (ROOT / page).read_text()
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", PAGE)
-    assert all((ROOT / "docs" / target).is_file() for target in targets)

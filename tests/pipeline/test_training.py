@@ -78,11 +78,6 @@ def test_every_key_that_the_page_names_exists() -> None:
         assert key in TrainConfig.__dataclass_fields__, key
 
 
-def test_links_are_there() -> None:
-    for text in (TRAINING, ABLATION):
-        assert all((ROOT / "docs" / target).is_file() for target in re.findall(r"\]\((?!http)([^)#]+)\)", text))
-
-
 @pytest.mark.slow
 def test_the_ladder_runs_from_one_command(tmp_path: Path) -> None:
     """As it stands in the repository, with the smallest students on the smallest teacher."""
