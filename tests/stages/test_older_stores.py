@@ -249,11 +249,11 @@ from advkd.stages.teacher.config import SamplerConfig
 from advkd.stages.teacher.path.solvers import SOLVERS
 from tests.stages.test_older_stores import plan_for
 
-teacher, folder, seeds, version = sys.argv[1:]
+vp, flow, folder, seeds, version = sys.argv[1:]
 assert diffusers.__version__.startswith(version), diffusers.__version__
-for name in SOLVERS:
+for name, solver in SOLVERS.items():
     sampler = SamplerConfig(name=name, steps=5)
-    build(plan_for(Path(teacher), sampler, Path(folder, f"{name}.zarr"), seeds=seeds))
+    build(plan_for(Path(flow if solver.flow else vp), sampler, Path(folder, f"{name}.zarr"), seeds=seeds))
 """
 
 
@@ -265,9 +265,12 @@ def test_stores_cross_from_the_oldest_diffusers_to_the_installed_one(pipeline_fo
     install = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", packages)
     subprocess.run([*install, f"diffusers=={oldest}.*"], check=True)
 
+    flow = teacher_with(pipeline_folder, tmp_path / "flow")
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(flow / "scheduler")
+
     def extend(version: str, folder: Path, seeds: str) -> None:
         paths = os.pathsep.join([*([str(packages)] if version == oldest else []), str(ROOT)])
-        command = (sys.executable, "-c", EXTEND, pipeline_folder, folder, seeds, version)
+        command = (sys.executable, "-c", EXTEND, pipeline_folder, flow, folder, seeds, version)
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
