@@ -180,7 +180,7 @@ def test_a_solver_of_the_other_kind_is_refused_with_the_right_ones(tmp_path: Pat
     ("options", "sampler", "message"),
     [
         ({"shift_terminal": 0.02}, SamplerConfig(name="flow-heun", steps=4), "has no shift_terminal.*flow-euler"),
-        ({}, SamplerConfig(name="flow-euler", steps=4, spacing="leading"), "'leading' has no meaning"),
+        ({}, SamplerConfig(name="flow-euler", steps=4, spacing="leading"), "'leading' is none of flow matching"),
         ({}, SamplerConfig(name="flow-euler", steps=2000), "steps 2000 don't fit"),
     ],
 )

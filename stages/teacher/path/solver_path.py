@@ -210,6 +210,10 @@ class SolverPath:
     def _check(self) -> None:
         """Refuse options that diffusers accepts but that give meaningless samples."""
         sampler, name = self.sampler, self.solver.scheduler
+        if self.solver.flow and sampler.spacing == "leading":
+            raise ConfigError(
+                f"sampler {sampler.name!r}: spacing 'leading' is none of flow matching; choose trailing or linspace"
+            )
         try:
             limit = int(self.options["num_train_timesteps"])
             if sampler.steps > limit:
@@ -229,14 +233,13 @@ class SolverPath:
         if num_bars != limit:
             raise TeacherError(f"the teacher has {num_bars} betas for {limit} timesteps")
         visited = [*timesteps[:1], *timesteps[1 :: self.solver.evaluations_per_step]]
-        fits = len(timesteps) == self.evaluations and limit > visited[0] - self.solver.flow and visited[-1] >= 0
+        within = visited[0] <= limit if self.solver.flow else visited[0] < limit  # flow matching counts from 1
+        fits = len(timesteps) == self.evaluations and within and visited[-1] >= 0
         if not fits or any(late >= early for early, late in itertools.pairwise(visited)):
             raise ConfigError(
                 f"sampler {sampler.name!r}: {sampler.steps} steps with spacing {sampler.spacing!r} don't visit "
                 f"{sampler.steps} different timesteps below {limit}; choose fewer steps or spacing 'trailing'"
             )
-        if sampler.spacing == "leading" and self.solver.flow:
-            raise ConfigError(f"sampler {sampler.name!r}: spacing 'leading' has no meaning in flow matching")
         if visited[0] < limit // 4:
             raise ConfigError(
                 f"sampler {sampler.name!r}: with spacing {sampler.spacing!r} and {sampler.steps} steps x_T would be at "
