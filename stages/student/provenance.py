@@ -35,7 +35,6 @@ def describe(cache: TrajectoryCache, identity: dict[str, Any], split: SeedSplit)
     """
     sampler = {key: cache.recipe.sampler.get(key) for key in ("name", "steps", "eta")}
     return {
-        "format": FORMAT,
         "teacher": {"tensors_sha256": cache.recipe.teacher.get("tensors_sha256"), **_without_paths(origin_of(cache))},
         "sampler": sampler,
         **identity,

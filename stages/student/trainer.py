@@ -204,14 +204,14 @@ class Trainer:
         real = read_float(self.cache, self.geometry.steps[-1], seeds)
         return float((made - real).square().mean())
 
-    def _preview(self) -> Path:
-        """The teacher's x_0 beside the student's, on the same seeds every time, held-out ones where there are any."""
+    def _preview(self) -> None:
+        """Save x_0 of teacher and student, on the same seeds every time, held-out ones where there are any."""
         seeds = self.split.held_out[:PREVIEW_SEEDS] if len(self.split.held_out) else self.split.training[:PREVIEW_SEEDS]
         noise = read_float(self.cache, self.geometry.steps[0], seeds)
         real = read_float(self.cache, self.geometry.steps[-1], seeds)
         made = generate(self.average.model, noise)
         path = self.run.preview / f"step-{self.step:06d}.png"
-        return save_rows(path, {"x_T": noise.numpy(), "teacher": real.numpy(), "student": made.numpy()})
+        save_rows(path, {"x_T": noise.numpy(), "teacher": real.numpy(), "student": made.numpy()})
 
     def _save(self) -> None:
         """Save a checkpoint and the student; weights that are not finite never replace good ones."""
