@@ -79,8 +79,11 @@ class Geometry:
         levels_fit = 2 <= len(value["levels"]) <= MAX_LEVELS and all(sigma > 0 for _, sigma in value["levels"][:-1])
         noise_fits = value["noise_dtype"] in DTYPES and 0 <= int(value["root_seed"]) < 1 << 63
         levels_fit = levels_fit and all(math.isfinite(float(number)) for level in value["levels"] for number in level)
+        levels_fit = levels_fit and len(value["levels"]) == len(value["timesteps"]) == len(value["steps"])
         if not (sizes_fit and levels_fit and noise_fits):
-            raise ValueError("geometry: item_shape, levels, root_seed or noise_dtype is out of range")
+            raise ValueError(
+                "geometry: item_shape, root_seed or noise_dtype is out of range, or levels, timesteps, steps don't fit"
+            )
         return cls(
             item_shape=(channels, height, width),
             levels=tuple((float(alpha), float(sigma)) for alpha, sigma in value["levels"]),

@@ -189,6 +189,8 @@ def test_what_is_no_student_is_refused(tmp_path: Path) -> None:
         ("geometry", "root_seed", -1),
         ("geometry", "noise_dtype", "object"),
         ("geometry", "levels", [[0.1, 0.0], [1.0, 0.0]]),
+        ("geometry", "steps", [0]),
+        ("geometry", "timesteps", []),
     ):
         changed = json.loads(json.dumps(value))
         changed[section][key] = wrong
