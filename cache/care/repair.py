@@ -11,7 +11,8 @@ from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target
 from advkd.cache.files.strict_json import pretty_json
 from advkd.cache.format.store_paths import record_path
-from advkd.cache.read.reader import TrajectoryCache, local_root
+from advkd.cache.read.contents import local_root
+from advkd.cache.read.reader import TrajectoryCache
 
 
 def repair(cache: TrajectoryCache, findings: tuple[Finding, ...]) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any
 from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.format.array_record import ArrayRecord
-from advkd.cache.format.arrays import further_names
 from advkd.cache.format.equivalence import SCHEDULER_OPTIONS
 from advkd.cache.format.ledger import BlockRecord, content_digest
 from advkd.cache.format.recipe import Recipe
@@ -37,7 +36,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
     origin = origin_of(cache)
     content, records = _read_ledger(cache, sampled)
     if records:
-        cache.further_names = further_names(records[:1], cache.layout, [0])  # so that no record is read twice
+        cache.further_names = records[0].further_names  # so that no record is read twice
     further_bytes = sum(spec.block_bytes + CRC_BYTES for spec in cache.further)
     return {
         "store": cache.address,

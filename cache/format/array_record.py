@@ -15,7 +15,7 @@ import numpy.typing as npt
 from advkd.cache.format.zarr_metadata import CRC_BYTES
 
 SEGMENT_BYTES = 1 << 20
-_HEX = re.compile(r"[0-9a-f]*")
+_SHA256, _CRCS = re.compile(r"[0-9a-f]{64}"), re.compile(r"([0-9a-f]{8})*")
 _LARGEST = float(np.finfo(np.float32).max)
 _PIECE = 1 << 18
 Values = npt.NDArray[Any]
@@ -98,39 +98,26 @@ class ArrayRecord:
             stored: its values.
             computed: the values that were rounded to `stored`, or what that has changed; None if nothing was rounded.
         """
-        if computed is None:
-            return cls._unrounded(file_bytes, stored)
-        rounding = computed if isinstance(computed, Rounding) else Rounding().add(stored, computed)
-        low, high, num_finite = math.inf, -math.inf, 0
-        flat = stored.reshape(-1)
+        rounding = Rounding().add(stored, computed) if isinstance(computed, np.ndarray) else computed
+        extremes: list[float] = []
+        num_finite, flat, is_float = 0, stored.reshape(-1), stored.dtype.kind == "f"
         for start in range(0, flat.size, _PIECE):  # in pieces, so that a large block needs no large temporaries
-            piece = flat[start : start + _PIECE].astype(np.float64)
+            piece = flat[start : start + _PIECE]
+            piece = piece.astype(np.float64) if is_float else piece  # NumPy compares float16 slowly
             piece = piece[np.isfinite(piece)]
             num_finite += piece.size
-            low, high = min(low, np.min(piece, initial=low)), max(high, np.max(piece, initial=high))
+            extremes += [piece.min().item(), piece.max().item()] if piece.size else []
+        of_kind = float if is_float else int
         return cls(
             num_bytes=len(file_bytes),
             sha256=hashlib.sha256(file_bytes).hexdigest(),
             segments=segment_crcs(memoryview(file_bytes)[:-CRC_BYTES]),
-            minimum=float(low) if num_finite else 0.0,
-            maximum=float(high) if num_finite else 0.0,
+            minimum=of_kind(min(extremes, default=0)),
+            maximum=of_kind(max(extremes, default=0)),
             num_nonfinite=int(flat.size - num_finite),
             # Three digits, so that another order of summation gives the same record.
-            rounding_rms=float(f"{math.sqrt(rounding.squares / max(1, num_finite)):.2e}"),
-            rounding_max=float(f"{rounding.largest:.2e}"),
-        )
-
-    @classmethod
-    def _unrounded(cls, file_bytes: bytes, stored: npt.NDArray[Any]) -> Self:
-        finite = stored[np.isfinite(stored)]
-        of_kind = float if stored.dtype.kind == "f" else int
-        return cls(
-            num_bytes=len(file_bytes),
-            sha256=hashlib.sha256(file_bytes).hexdigest(),
-            segments=segment_crcs(memoryview(file_bytes)[:-CRC_BYTES]),
-            minimum=of_kind(finite.min()) if finite.size else of_kind(0),
-            maximum=of_kind(finite.max()) if finite.size else of_kind(0),
-            num_nonfinite=int(stored.size - finite.size),
+            rounding_rms=None if rounding is None else float(f"{math.sqrt(rounding.squares / max(1, num_finite)):.2e}"),
+            rounding_max=None if rounding is None else float(f"{rounding.largest:.2e}"),
         )
 
     @classmethod
@@ -141,15 +128,13 @@ class ArrayRecord:
             ValueError: a number is out of range, or a hash is none.
         """
         record = cls(**value)
-        sizes, rounding = (record.num_bytes, record.num_nonfinite), (record.rounding_rms, record.rounding_max)
-        extremes = (record.minimum, record.maximum)
-        fits = all(type(number) is int and 0 <= number < 1 << 63 for number in sizes)
+        numbers: list[float | None] = [record.minimum, record.maximum]
+        kinds: tuple[type, ...] = (int, float)
         if "rounding_rms" in value or "rounding_max" in value:
-            fits = fits and all(type(number) is float and abs(number) <= _LARGEST for number in (*extremes, *rounding))
-        else:
-            fits = fits and all(type(number) in (int, float) and abs(number) <= _LARGEST for number in extremes)
-        fits = fits and all(_HEX.fullmatch(digits) for digits in (record.sha256, record.segments))
-        if not fits or len(record.sha256) != 64 or len(record.segments) % 8:
+            numbers, kinds = [*numbers, record.rounding_rms, record.rounding_max], (float,)
+        fits = all(type(number) is int and 0 <= number < 1 << 63 for number in (record.num_bytes, record.num_nonfinite))
+        fits = fits and all(type(number) in kinds and abs(number or 0) <= _LARGEST for number in numbers)
+        if not (fits and _SHA256.fullmatch(record.sha256) and _CRCS.fullmatch(record.segments)):
             raise ValueError("a number is out of range, or a hash is none")
         return record
 

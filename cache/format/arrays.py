@@ -9,18 +9,14 @@ resizes a store handles every array through `ArraySpec`, so that a new kind of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from advkd.cache.errors import DamagedError, NotCachedError
+from advkd.cache.errors import DamagedError
 from advkd.cache.files.strict_json import integer, parse_json
 from advkd.cache.format.array_record import ArrayRecord, num_segments
 from advkd.cache.format.layout import MAX_BLOCK_BYTES, Layout, State
-from advkd.cache.format.ledger import LedgerRecord
 from advkd.cache.format.recipe import Recipe
-from advkd.cache.format.records import Records
 from advkd.cache.format.source import Source, check_num_blocks
 from advkd.cache.format.store_paths import chunk_path, metadata_path, states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES, array_metadata, group_metadata, metadata_files, zarr_codecs
@@ -54,9 +50,14 @@ class ArraySpec:
         return metadata_path(self.path)
 
     @property
+    def item_bytes(self) -> int:
+        """Bytes of one seed's values."""
+        return math.prod(self.item_shape) * ITEM_SIZES[self.dtype]
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of the values of one block, not packed and without their CRC."""
-        return self.block_size * math.prod(self.item_shape) * ITEM_SIZES[self.dtype]
+        return self.block_size * self.item_bytes
 
     def fits(self, record: ArrayRecord) -> bool:
         """Whether a ledger entry, not of a packed state, is of a chunk of this size."""
@@ -128,16 +129,6 @@ def _expected(value: dict[str, Any], spec: ArraySpec, num_seeds: int) -> dict[st
         **{name: value[name] for name in ("dimension_names", "attributes") if name in value},
         **({"storage_transformers": []} if "storage_transformers" in value else {}),
     }
-
-
-def further_names(
-    records: Records[Any] | Sequence[LedgerRecord[Any]], layout: Layout, blocks: Iterable[int]
-) -> tuple[str, ...]:
-    """Paths of the arrays besides the states: those that the first valid record names, as all blocks have the same."""
-    for block in blocks:
-        with suppress(DamagedError, NotCachedError):
-            return tuple(sorted(records[block].arrays.keys() - {states_path(state) for state in layout.states}))
-    return ()
 
 
 def store_metadata(

@@ -83,6 +83,11 @@ class LedgerRecord(Generic[Entry]):
         )
 
     @property
+    def further_names(self) -> tuple[str, ...]:
+        """Paths of the arrays besides the states."""
+        return tuple(sorted(name for name in self.arrays if not name.startswith("states/")))
+
+    @property
     def record_hash(self) -> str:
         """sha256 of the record."""
         return digest(self.to_json())

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from advkd.cache.errors import DamagedError, NotCachedError
-from advkd.cache.format.array_record import ArrayRecord, num_segments
-from advkd.cache.format.layout import Layout, State
+from advkd.cache.format.array_record import ArrayRecord
+from advkd.cache.format.arrays import state_spec
+from advkd.cache.format.layout import Layout
 from advkd.cache.format.ledger import LedgerRecord, checked_seal, content_digest
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.seeds import seeds_of
 from advkd.cache.format.source import Source
-from advkd.cache.format.store_paths import chunk_path, record_path, states_path
-from advkd.cache.format.zarr_metadata import CRC_BYTES
+from advkd.cache.format.store_paths import record_path, states_path
 
 MAX_RECORDS = 512
 """Kept in memory, a few kilobytes each."""
@@ -39,6 +40,8 @@ class Records(Generic[Record]):
         self._recipe = recipe
         self._layout = layout
         self._kind = kind
+        self._names = {states_path(state) for state in layout.states}
+        self._state = state_spec(recipe, layout, layout.states[0])  # all are of one size
         self._kept = lru_cache(MAX_RECORDS)(self._read)
 
     def __getitem__(self, block: int) -> Record:
@@ -57,10 +60,12 @@ class Records(Generic[Record]):
             raise self._not_committed(block) from None
         return self.decode(block, raw)
 
-    def chunk(self, state: State, block: int) -> tuple[str, ArrayRecord]:
-        """Path and ledger entry of one block of one state, as a raw store has it."""
-        array = states_path(state)
-        return chunk_path(array, block, len(self._recipe.item_shape)), self[block].arrays[array].raw
+    def further_names(self, blocks: Iterable[int]) -> tuple[str, ...]:
+        """Paths of the arrays besides the states: the first valid record's, as all blocks have the same."""
+        for block in blocks:
+            with suppress(DamagedError, NotCachedError):
+                return self[block].further_names
+        return ()
 
     def decode(self, block: int, raw: bytes) -> Record:
         """A block's record from the bytes of its file.
@@ -80,19 +85,16 @@ class Records(Generic[Record]):
 
     def _fits(self, record: Record) -> bool:
         """Whether a record has an entry of the right kind and size for every state, and others only of arrays."""
-        body_bytes = self._layout.block_bytes(self._recipe.item_shape)
-        expected = (body_bytes + CRC_BYTES, 8 * num_segments(body_bytes))
-        names = {states_path(state) for state in self._layout.states}
-        if not record.arrays.keys() >= names:
+        if not record.arrays.keys() >= self._names:
             return False
-        for name in names:
+        for name in self._names:
             entry = record.arrays[name]
             is_packed = not isinstance(entry, ArrayRecord)
             if is_packed != (self._layout.packing is not None) or entry.raw.rounding_max is None:
                 return False
-            if (entry.raw.num_bytes, len(entry.raw.segments)) != expected:
+            if not self._state.fits(entry.raw):
                 return False
-        further = record.arrays.keys() - names
+        further = record.arrays.keys() - self._names
         return (
             len(further) <= MAX_FURTHER_ARRAYS
             and all(isinstance(record.arrays[name], ArrayRecord) for name in further)

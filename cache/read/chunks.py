@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from advkd.cache.errors import DamagedError
 from advkd.cache.format.array_record import SEGMENT_BYTES, ArrayRecord, crc32c
+from advkd.cache.format.arrays import ArraySpec
 from advkd.cache.format.hashing import Seeds
-from advkd.cache.format.layout import State
 from advkd.cache.format.ledger import HOW_TO_FIX, BlockRecord
 from advkd.cache.format.records import Records
 from advkd.cache.format.source import Source
@@ -24,9 +24,9 @@ from advkd.cache.read.chunk_cache import Scratch
 from advkd.cache.read.mapping import MappedFiles, ReadAhead
 
 MAX_MAPPED_FILES = 4096
-"""Per state; a Linux process may have 65,530 maps by default."""
+"""Per array; a Linux process may have 65,530 maps by default."""
 MAX_MAPPED_BYTES = 1 << 40
-"""Per state: address space, not memory."""
+"""Per array: address space, not memory."""
 Bytes = npt.NDArray[np.uint8]
 Checked = npt.NDArray[np.bool_]
 _NOT_READY = -(1 << 62)
@@ -84,33 +84,23 @@ class ChunkFiles:
             self._scratch.fetch_all(chunks, fetched)
 
 
-class StateRows:
-    """The rows of one recorded state over all blocks.
+class ArrayRows:
+    """The rows of one array over all blocks.
 
     Args:
         files: access to its chunks.
         records: the ledger.
-        state: the state.
-        num_blocks: blocks that the array declares.
-        block_size: rows per block.
-        row_bytes: bytes per row.
+        spec: the array.
+        num_blocks: blocks that it declares.
     """
 
-    def __init__(
-        self,
-        files: ChunkFiles,
-        records: Records[BlockRecord],
-        state: State,
-        num_blocks: int,
-        block_size: int,
-        row_bytes: int,
-    ) -> None:
+    def __init__(self, files: ChunkFiles, records: Records[BlockRecord], spec: ArraySpec, num_blocks: int) -> None:
         self._files = files
         self._records = records
-        self._state = state
-        self._block_size = block_size
-        self._row_bytes = row_bytes
-        self._body_bytes = block_size * row_bytes
+        self._spec = spec
+        self._block_size = spec.block_size
+        self._row_bytes = spec.item_bytes
+        self._body_bytes = spec.block_bytes
         self._mapped: MappedFiles | None = None
         num_slots = min(num_blocks, MAX_MAPPED_FILES, MAX_MAPPED_BYTES // self._body_bytes)
         self._blocks_in_slots = np.full(max(num_slots, 1), -1, dtype=np.int64)
@@ -227,8 +217,8 @@ class StateRows:
     @contextmanager
     def _open(self, block: int) -> Iterator[tuple[int, Checked]]:
         """A descriptor of a block's file, and a mask of its checked segments."""
-        chunk, expected = self._records.chunk(self._state, block)
-        with self._files.open(chunk, expected) as file:
+        expected = self._records[block].arrays[self._spec.path]
+        with self._files.open(self._spec.chunk_path(block), expected) as file:
             status = os.fstat(file.fileno())
             identity = (status.st_dev, status.st_ino, status.st_mtime_ns)
             if block not in self._checked or self._checked[block][0] != identity:
@@ -237,13 +227,11 @@ class StateRows:
 
     def _check(self, file: Bytes, block: int, checked: Checked, segments: Seeds) -> None:
         if len(segments):
-            crcs = self._records.chunk(self._state, block)[1].crcs()
+            crcs = self._records[block].arrays[self._spec.path].crcs()
         for segment in segments:
             start = int(segment) * SEGMENT_BYTES
             body = file[start : min(start + SEGMENT_BYTES, self._body_bytes)]
             if crc32c(body.tobytes()) != crcs[segment]:
-                raise DamagedError(
-                    f"{self._files.address}: state {self._state.name} of block {block} is damaged near byte {start}; "
-                    f"{HOW_TO_FIX}"
-                )
+                where = f"{self._files.address}/{self._spec.chunk_path(block)}"
+                raise DamagedError(f"{where} is damaged near byte {start}; {HOW_TO_FIX}")
             checked[segment] = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, cpu
@@ -19,31 +19,11 @@ from advkd.cache.errors import NotCachedError
 from advkd.cache.files.durable import write_verified
 from advkd.cache.files.paths import safe_target
 from advkd.cache.files.strict_json import pretty_json
-from advkd.cache.format.arrays import ArraySpec, store_metadata
-from advkd.cache.format.layout import Layout
-from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.arrays import store_metadata
 from advkd.cache.format.store_paths import metadata_path, states_path
+from advkd.cache.read.contents import Contents
 
 _CHUNK = re.compile(r"(.+)/c/(\d+)(/0)*")
-
-
-class Cache(Protocol):
-    """The part of a `TrajectoryCache` that this module needs."""
-
-    recipe: Recipe
-    layout: Layout
-    num_seeds: int
-
-    @property
-    def address(self) -> str: ...  # noqa: D102
-
-    @property
-    def blocks(self) -> tuple[int, ...]: ...  # noqa: D102
-
-    @property
-    def arrays(self) -> tuple[ArraySpec, ...]: ...  # noqa: D102
-
-    def array_bytes(self, spec: ArraySpec, block: int) -> bytes: ...  # noqa: D102
 
 
 class CommittedFiles(Mapping[str, Buffer]):
@@ -56,15 +36,12 @@ class CommittedFiles(Mapping[str, Buffer]):
         fill_uncommitted: whether blocks that were never committed count as missing chunks, which read as NaN.
     """
 
-    def __init__(self, cache: Cache, *, fill_uncommitted: bool = False) -> None:
+    def __init__(self, cache: Contents, *, fill_uncommitted: bool = False) -> None:
         self._cache = cache
         self._fill_uncommitted = fill_uncommitted
         self._arrays = {spec.path: spec for spec in cache.arrays}
-        further = tuple(spec for spec in cache.arrays if not spec.path.startswith("states/"))
-        files = store_metadata(cache.recipe, cache.layout, further, cache.num_seeds)
-        absent = {metadata_path(states_path(state)) for state in cache.layout.states} - {
-            spec.metadata_path for spec in cache.arrays
-        }
+        files = store_metadata(cache.recipe, cache.layout, cache.further, cache.num_seeds)
+        absent = {metadata_path(states_path(state)) for state in cache.layout.states if state.step not in cache.states}
         self._metadata = {path: pretty_json(value) for path, value in files.items() if path not in absent}
 
     def __getitem__(self, path: str) -> Buffer:

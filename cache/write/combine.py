@@ -19,9 +19,7 @@ from advkd.cache.files.processes import in_processes
 from advkd.cache.format.differences import differences
 from advkd.cache.format.equivalence import equivalent
 from advkd.cache.format.layout import Layout
-from advkd.cache.format.metadata import read_metadata
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
-from advkd.cache.format.source import LocalSource
 from advkd.cache.read.compare import (
     TOLERANCE_FILE,
     array_differences,
@@ -76,8 +74,10 @@ def merge(
             that differ beyond the recorded tolerance.
         NotCachedError: a store is a partial copy.
     """
-    first = next((cache for cache in sources if cache.blocks), sources[0])  # an empty store has no further arrays yet
-    for cache in sources:
+    there = [TrajectoryCache.open(out)] if holds_something(out) else []
+    everyone = [*there, *sources]
+    first = next((cache for cache in everyone if cache.blocks), sources[0])  # an empty store has no further arrays yet
+    for cache in everyone:
         check_whole(cache)
         same = equivalent(first.recipe, cache.recipe)
         lines = [] if same else differences(first.recipe.to_json(), cache.recipe.to_json())
@@ -87,14 +87,8 @@ def merge(
                 f"{first.address} and {cache.address} don't fit together ({'; '.join(lines[:3])}): only stores of one "
                 "recipe, layout and set of arrays merge (`advkd-cache subset --states` brings two to the same states)"
             )
-    recipe = first.recipe
-    if holds_something(out):
-        found, _ = read_metadata(LocalSource(out))
-        recipe = found if equivalent(found, recipe) else recipe
-    there = _existing(CacheWriter(out, recipe, first.layout, first.further))
-    chosen = _choose([*there, *sources], prefer)
-    wanted = {block: cache for block, cache in chosen.items() if cache not in there}
-    writer = CacheWriter.open(out, recipe, first.layout, further=first.further)
+    wanted = {block: cache for block, cache in _choose(everyone, prefer).items() if cache not in there}
+    writer = CacheWriter.open(out, first.recipe, first.layout, further=first.further)
     combined = _adopt(writer, wanted, prefer, begin, advance)
     carry(sources, out)
     return combined
@@ -136,15 +130,6 @@ def subset(
     combined = _adopt(writer, dict.fromkeys(blocks, cache), cache, begin, advance)
     carry([cache], out)
     return combined
-
-
-def _existing(writer: CacheWriter) -> list[TrajectoryCache]:
-    """The target, if it is there; it must fit."""
-    if not writer.continues("stop"):
-        return []
-    there = TrajectoryCache.open(writer.path)
-    check_whole(there)
-    return [there]
 
 
 def check_whole(cache: TrajectoryCache) -> None:

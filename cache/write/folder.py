@@ -17,8 +17,9 @@ from advkd.cache.files.durable import PARTIAL_SUFFIX, fsync_folder, holds_someth
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target, walk
 from advkd.cache.files.strict_json import pretty_json
-from advkd.cache.format.arrays import ArraySpec, further_names, read_spec, store_metadata
+from advkd.cache.format.arrays import ArraySpec, read_spec, store_metadata
 from advkd.cache.format.differences import differences
+from advkd.cache.format.equivalence import equivalent
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.ledger import BlockRecord
 from advkd.cache.format.metadata import read_metadata
@@ -64,8 +65,13 @@ class StoreFolder:
         *,
         further: tuple[ArraySpec, ...] = (),
     ) -> Self:
-        """One whose store is there: see `begin`."""
-        folder = cls(Path(path), recipe, layout, further)
+        """One whose store is there: see `begin`.
+
+        A store whose recipe differs in neutral options only (`advkd.cache.format.equivalence`) is there already, and
+        keeps its recipe: its fingerprint goes into all records.
+        """
+        path = Path(path)
+        folder = cls(path, equivalent_there(path, recipe), layout, further)
         folder.begin(on_mismatch)
         return folder
 
@@ -126,7 +132,7 @@ class StoreFolder:
         source, wanted = LocalSource(self.path), {spec.path: spec for spec in self.further}
         records = Records(source, self.recipe, self.layout, PackedRecord if self.layout.packing else BlockRecord)
         blocks = source.blocks(MAX_BLOCKS)
-        found = set(further_names(records, self.layout, blocks))
+        found = set(records.further_names(blocks))
         lines = [f"array {name}: present → absent" for name in sorted(found - wanted.keys())]
         lines += [f"array {name}: absent → present" for name in sorted(wanted.keys() - found) if blocks]
         for name in sorted(found & wanted.keys()):
@@ -223,6 +229,14 @@ class StoreFolder:
             return LocalSource(self.path).read(name) == data
         except (FileNotFoundError, DamagedError):
             return False
+
+
+def equivalent_there(path: Path, recipe: Recipe) -> Recipe:
+    """The recipe of the store at a path if it is equivalent to another, else that other."""
+    if not holds_something(path):
+        return recipe
+    found, _ = read_metadata(LocalSource(path))
+    return found if equivalent(found, recipe) else recipe
 
 
 def _set_aside(path: Path) -> Path:

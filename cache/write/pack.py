@@ -17,11 +17,11 @@ from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.errors import CacheError, MismatchError
 from advkd.cache.files.processes import in_processes
 from advkd.cache.format.encoding import MAX_PACKED_BLOCK_BYTES, Packing
-from advkd.cache.format.layout import Layout
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import carry, check_whole
 from advkd.cache.write.divide import Outcome, divide
-from advkd.cache.write.pack_block import pack_block, packed_source, unpack_block
+from advkd.cache.write.folder import equivalent_there
+from advkd.cache.write.pack_block import PackedWriter, pack_block, packed_source, unpack_block
 from advkd.cache.write.writer import CacheWriter
 
 Advance = Callable[[int], None]
@@ -75,12 +75,13 @@ def pack(
             f"{cache.address} has blocks of {block_bytes:,} bytes per state, packing takes at most "
             f"{MAX_PACKED_BLOCK_BYTES:,}: build with a smaller --block-size"
         )
-    first_written = packing.as_first_written()
-    existing = CacheWriter(out, cache.recipe, cache.layout.packed(first_written), cache.further)
+    recipe, first_written = equivalent_there(out, cache.recipe), packing.as_first_written()
+    existing = PackedWriter(out, recipe, cache.layout.packed(first_written), cache.further)
     if existing.exists() and existing.mismatch() is None:
         packing = first_written  # extend an older store in its own encoding
-    task = functools.partial(pack_block, cache.address, uuid.uuid4().hex, out, packing)
-    num_added = _make_blocks(task, out, cache, cache.layout.packed(packing), num_workers, begin, advance)
+    writer = PackedWriter(out, recipe, cache.layout.packed(packing), cache.further)
+    task = functools.partial(pack_block, cache.address, uuid.uuid4().hex, writer, packing)
+    num_added = _make_blocks(cache, writer, task, num_workers, begin, advance)
     return _sum_up(out, cache, packed_source(TrajectoryCache.open(out)), num_added)
 
 
@@ -101,26 +102,25 @@ def unpack(
     """
     source = packed_source(cache)
     check_whole(cache)
-    task = functools.partial(unpack_block, cache.address, uuid.uuid4().hex, out)
-    return _sum_up(out, cache, source, _make_blocks(task, out, cache, cache.layout, num_workers, begin, advance))
+    writer = CacheWriter(out, equivalent_there(out, cache.recipe), cache.layout, cache.further)
+    task = functools.partial(unpack_block, cache.address, uuid.uuid4().hex, writer)
+    return _sum_up(out, cache, source, _make_blocks(cache, writer, task, num_workers, begin, advance))
 
 
 def _make_blocks(
-    task: Callable[[int], Outcome],
-    out: Path,
     cache: TrajectoryCache,
-    layout: Layout,
+    writer: CacheWriter,
+    task: Callable[[int], Outcome],
     num_workers: int,
     begin: Advance,
     advance: Advance,
 ) -> int:
     """Run a task for each block of a cache; the number of blocks that it made."""
-    writer = CacheWriter(out, cache.recipe, layout, cache.further)
     problem = writer.mismatch()
     if problem:
-        raise MismatchError(f"{out} holds another store ({problem}): choose another --out")
+        raise MismatchError(f"{writer.path} holds another store ({problem}): choose another --out")
     writer.begin()
-    num_bytes, num_made = len(layout.states) * layout.block_bytes(cache.item_shape), 0
+    num_bytes, num_made = len(cache.states) * cache.layout.block_bytes(cache.item_shape), 0
     begin(len(cache.blocks) * num_bytes)
     with writer.writing():
         if cache.num_seeds:
@@ -128,7 +128,7 @@ def _make_blocks(
         for _, outcome in divide(cache.blocks, functools.partial(in_processes, task, num_workers=num_workers)):
             num_made += outcome == "made"
             advance(num_bytes)
-    carry([cache], out)
+    carry([cache], writer.path)
     return num_made
 
 

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from advkd.cache.format.array_record import ArrayRecord, with_crc
 from advkd.cache.format.encoding import Packing
 from advkd.cache.format.layout import State
 from advkd.cache.format.packed_ledger import PackedArray, PackedRecord, error_of
-from advkd.cache.format.store_paths import chunk_path, provenance_path, states_path
+from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.divide import Outcome
 from advkd.cache.write.writer import CacheWriter
@@ -49,77 +48,64 @@ def _open(address: str, call: str) -> TrajectoryCache:
     return TrajectoryCache.open(address)
 
 
-def pack_block(address: str, call: str, out: Path, packing: Packing, block: int) -> Outcome:
+def pack_block(address: str, call: str, writer: PackedWriter, packing: Packing, block: int) -> Outcome:
     """Pack a block unless it is there."""
     cache = _open(address, call)
-    writer = _PackedWriter(out, cache.recipe, cache.layout.packed(packing), cache.further)
     return writer.make(block, lambda claim: writer.pack(block, cache, packing), lambda: writer.is_present(block, cache))
 
 
-def unpack_block(address: str, call: str, out: Path, block: int) -> Outcome:
+def unpack_block(address: str, call: str, writer: CacheWriter, block: int) -> Outcome:
     """Unpack a block unless it is there."""
     cache = _open(address, call)
-    source, writer = packed_source(cache), CacheWriter(out, cache.recipe, cache.layout, cache.further)
 
     def unpack(claim: ExitStack) -> None:
-        record, states = cache.record(block), source.states(block, {state.step for state in cache.layout.states})
+        states = packed_source(cache).states(block, {state.step for state in cache.layout.states})
         chunks = itertools.chain(
             ((states_path(state), data) for state, data in states),
             ((spec.path, cache.array_bytes(spec, block)) for spec in cache.further),
         )
-        writer.restore(block, chunks, record, _provenance(cache, block))
+        writer.restore(block, chunks, cache.record(block), cache.provenance(block))
 
     return writer.make(block, unpack)
 
 
-def _provenance(cache: TrajectoryCache, block: int) -> bytes:
-    try:
-        return cache.source.read(provenance_path(block))
-    except FileNotFoundError:
-        return b""  # provenance may be absent
-
-
-class _PackedWriter(CacheWriter):
+class PackedWriter(CacheWriter):
     """A packed store opened for writing blocks of a raw one."""
 
     def is_present(self, block: int, cache: TrajectoryCache) -> bool:
         """Whether a packed block is there and was made from the raw block's present content."""
         try:
-            found = TrajectoryCache.open(self.path)
-            record = packed_source(found).records[block]
+            found = packed_source(TrajectoryCache.open(self.path)).records[block].arrays
         except (DamagedError, NotCachedError):
             return False
-        for state in self.layout.states:
-            array = record.of(state)
-            file = self.path / chunk_path(states_path(state), block, len(cache.item_shape))
-            whole = not array.num_bytes or (file.is_file() and file.stat().st_size == array.num_bytes)
-            if not whole or array.packed_from != cache.chunk(state.step, block)[1].sha256:
+        raw = cache.array_records(block)
+        for spec in self.arrays:
+            entry = found.get(spec.path)
+            if entry is None or (entry.num_bytes and not self._holds(spec, block, entry.num_bytes)):
                 return False
-        for spec in self.further:
-            file, entry = self.path / spec.chunk_path(block), cache.array_records(block)[spec.path]
-            if not file.is_file() or file.stat().st_size != entry.num_bytes or record.arrays.get(spec.path) != entry:
+            made_from = entry.packed_from if isinstance(entry, PackedArray) else entry.sha256
+            if made_from != raw[spec.path].sha256:
                 return False
         return True
 
     def pack(self, block: int, cache: TrajectoryCache, packing: Packing) -> None:
         """Encode each state, write it and read it back, decode it, compare, commit."""
         self._prepare(block)
-        arrays: dict[str, PackedArray | ArrayRecord] = {}
+        raw = cache.array_records(block)
+        arrays: dict[str, PackedArray | ArrayRecord] = {spec.path: raw[spec.path] for spec in self.further}
         encode, decode = _predictive(cache, packing, block) if packing.is_predictive else _standard(cache, packing)
-        for index, state in enumerate(self.layout.states):
-            values, entry = cache.block_view(state.step, block), cache.chunk(state.step, block)[1]
-            if packing.is_predictive and index == 0:
-                arrays[states_path(state)] = self._drawn(block, cache, encode(values), entry)
-                continue
+        for state, spec in zip(self.layout.states, self.arrays, strict=False):
+            values, entry = cache.block_view(state.step, block), raw[spec.path]
             body = encode(values)
+            if packing.is_predictive and state == self.layout.states[0]:
+                arrays[spec.path] = self._drawn(block, cache, body, entry)
+                continue
             data = with_crc(body)
-            write_verified(self._target(chunk_path(states_path(state), block, len(cache.item_shape))), data)
-            decoded = decode(body)
-            arrays[states_path(state)] = _describe(state, block, data, decoded, values, entry, packing)
+            write_verified(self._target(spec.chunk_path(block)), data)
+            arrays[spec.path] = _describe(state, block, data, decode(body), values, entry, packing)
         for spec in self.further:
             write_verified(self._target(spec.chunk_path(block)), cache.array_bytes(spec, block))
-            arrays[spec.path] = cache.array_records(block)[spec.path]
-        self._write_provenance(block, _provenance(cache, block))
+        self._write_provenance(block, cache.provenance(block))
         record = PackedRecord(
             block=block, fingerprint=self.recipe.fingerprint, layout_hash=self.layout.layout_hash, arrays=arrays
         )

@@ -110,13 +110,14 @@ class CacheWriter(StoreFolder):
             arrays = cache.record(block).arrays
         except (DamagedError, NotCachedError):
             return True  # not committed at all, or another process makes it again just now
-        for name, record in arrays.items():
-            try:
-                if (self.path / specs[name].chunk_path(block)).stat().st_size != record.num_bytes:
-                    return False
-            except (OSError, KeyError):  # a file, its array or a part of its path is not there or is something else
-                return False
-        return True
+        return all(name in specs and self._holds(specs[name], block, entry.num_bytes) for name, entry in arrays.items())
+
+    def _holds(self, spec: ArraySpec, block: int, num_bytes: int) -> bool:
+        """Whether a block's chunk file is here, of the recorded size."""
+        try:
+            return (self.path / spec.chunk_path(block)).stat().st_size == num_bytes
+        except OSError:  # the file or a part of its path is not there, or something else is
+            return False
 
     def commit(
         self,
@@ -206,11 +207,7 @@ class CacheWriter(StoreFolder):
         self._prepare(block)
         for spec in self.arrays:
             linked(link_or_copy(cache.array_file(spec, block), self._target(spec.chunk_path(block))))
-        try:
-            provenance = cache.source.read(provenance_path(block))
-        except FileNotFoundError:
-            provenance = b""  # a copy without it
-        self._write_provenance(block, provenance)
+        self._write_provenance(block, cache.provenance(block))
         self._record(block, {spec.path: records[spec.path] for spec in self.arrays})
 
     def restore(self, block: int, chunks: Iterable[tuple[str, bytes]], record: BlockRecord, provenance: bytes) -> None:

@@ -63,7 +63,8 @@ def read_everything(store: Path, like: Path | None = None) -> Attempts:
         seed = block * cache.layout.block_size
         for step in list(cache.states)[:4]:
             attempt(cache.rows, step, [seed, seed])
-            attempt(cache.chunk_file, step, block)
+        for spec in (attempt(lambda: cache.arrays) or ())[:4]:
+            attempt(cache.array_file, spec, block)
     if like is not None:
         attempt(compare, cache, TrajectoryCache.open(like))
         attempt(compare, TrajectoryCache.open(like), cache)

@@ -1,6 +1,7 @@
 """Every kind of damage to every file is found and named, mended by a rebuild, and never read as if it were data."""
 
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from itertools import combinations, permutations
@@ -263,7 +264,7 @@ def test_a_flipped_bit_spoils_the_rows_of_its_segment_and_no_others(pristine: Pr
             cache = TrajectoryCache.open(store)
             for row in range(BLOCK_SIZE):
                 if row in spoilt:
-                    with pytest.raises(DamagedError, match=r"state 0002 of block 1"):
+                    with pytest.raises(DamagedError, match=re.escape(path)):
                         cache.rows(step, [block * BLOCK_SIZE + row])
                 else:
                     assert cache.rows(step, [block * BLOCK_SIZE + row]).tobytes() == values[row].tobytes()

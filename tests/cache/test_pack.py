@@ -19,6 +19,7 @@ from advkd.cache.codec.residual import Exact
 from advkd.cache.errors import CacheError, DamagedError, MismatchError, NotCachedError, UsageError
 from advkd.cache.format.encoding import STANDARD, Packing, quantisation_step
 from advkd.cache.format.seeds import parse_seed_range
+from advkd.cache.write.combine import subset
 from advkd.cache.write.pack import pack, unpack
 from advkd.cache.write.writer import CacheWriter
 from tests.cache.harm import content, files_of
@@ -33,7 +34,7 @@ from tests.cache.packs import (
     smooth_states,
     write_smooth,
 )
-from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, write_store
+from tests.stores import BLOCK_SIZE, block_states, make_layout, make_recipe, tree, write_store
 
 # What comes back.
 
@@ -194,6 +195,25 @@ def test_what_does_not_fit_is_refused_and_left_alone(whole: Path) -> None:
     with pytest.raises(NotCachedError, match="partial copy"):
         pack(TrajectoryCache.open(whole), whole.with_name("none.zarr"), ARCHIVE)
     assert not whole.with_name("none.zarr").exists()
+
+
+def test_a_store_of_an_equivalent_recipe_is_extended_under_its_own(tmp_path: Path) -> None:
+    """The same teacher, saved again by a diffusers that lists an option which was left out before."""
+    teacher = make_recipe().teacher
+    resaved = teacher | {"unet": teacher["unet"] | {"dropout": 0.0}}
+    write_store(tmp_path / "whole", "0:64")
+    write_store(tmp_path / "begun", "0:32")
+    write_store(tmp_path / "resaved", "0:64", teacher=resaved)
+    source = TrajectoryCache.open(tmp_path / "resaved")
+    for name in ("whole", "begun"):
+        pack(TrajectoryCache.open(tmp_path / name), tmp_path / f"{name}-packed", LOSSLESS)
+    assert pack(source, tmp_path / "begun-packed", LOSSLESS).num_added == 2
+    assert tree(tmp_path / "begun-packed") == tree(tmp_path / "whole-packed")
+    pack(source, tmp_path / "resaved-packed", LOSSLESS)
+    shutil.copytree(tmp_path / "begun", tmp_path / "copy")
+    assert unpack(TrajectoryCache.open(tmp_path / "resaved-packed"), tmp_path / "begun").num_added == 2
+    assert subset(source, tmp_path / "copy").num_added == 2
+    assert tree(tmp_path / "begun") == tree(tmp_path / "copy") == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

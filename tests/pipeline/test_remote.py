@@ -169,7 +169,7 @@ def test_damage_in_the_scratch_folder_is_found_too(store: Path, scratch_folder: 
         data = bytearray(file.read_bytes())
         data[0] ^= 1
         durable.write_atomically(file, [bytes(data)])
-        with pytest.raises(DamagedError, match="state 0004 of block 1"):
+        with pytest.raises(DamagedError, match="states/0004/c/1"):
             TrajectoryCache.open(f"{address}/toy.zarr").rows(4, [BLOCK_SIZE])
 
 

@@ -13,7 +13,8 @@ from advkd.cache.errors import MismatchError, UsageError
 from advkd.cache.format.differences import differences
 from advkd.cache.format.seeds import seeds_of
 from advkd.cache.read.compare import distance, tolerance_of
-from advkd.cache.read.reader import TrajectoryCache, local_root
+from advkd.cache.read.contents import local_root
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.block import sample_block
 from advkd.stages.teacher.build.plan import Plan, make_plan, recorded_list, say_older_rules
