@@ -113,12 +113,23 @@ class Student(nn.Module):
         network, config, geometry = read_student(folder)
         return cls(network, config, geometry, read_provenance(folder)).eval()
 
-    def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+    ) -> None:
         """Write weights, configuration, provenance and a model card; each file is replaced atomically.
 
         Args:
             save_directory: created if missing.
-            repo_id: the name on the card, as of a Hub repository; the folder's name if not given.
+            push_to_hub: publish it too, as in diffusers.
+            repo_id: the Hub repository, and the name on the card; the folder's name if not given.
+            token: for the Hub.
+            private: whether a new repository is private.
 
         Raises:
             UsageError: the folder holds something else.
@@ -134,7 +145,10 @@ class Student(nn.Module):
             write_provenance(folder, self.provenance)
         else:
             (folder / PROVENANCE).unlink(missing_ok=True)
-        write_atomically(folder / "README.md", [self.model_card(repo_id or folder.absolute().name).encode()])
+        name = repo_id or folder.absolute().name
+        write_atomically(folder / "README.md", [self.model_card(name).encode()])
+        if push_to_hub:
+            self.push_to_hub(name, token=token, private=private)
 
     def push_to_hub(
         self,
