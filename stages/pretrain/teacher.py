@@ -105,7 +105,7 @@ def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: t
     Random numbers are drawn on the CPU whatever the images' device, so that every machine draws the same.
     """
     strata = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
-    if not hasattr(scheduler, "add_noise"):
+    if isinstance(scheduler, diffusers().FlowMatchEulerDiscreteScheduler):
         return _flow_loss(unet, images, strata.to(images.device), generator)
     timesteps = (strata * NUM_TIMESTEPS).long().clamp_(max=NUM_TIMESTEPS - 1)  # the last stratum may round up to 1
     timesteps = timesteps.to(images.device)

@@ -60,4 +60,5 @@ def test_it_works_outside_a_clone(wheel: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert result.stdout.strip() == str(site / "advkd/cache/__init__.py")
-    assert (result.returncode, result.stderr.strip()) == (1, "error: teacher none/at/all: no such folder")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: teacher none/at/all: no such folder; expected ")

@@ -34,7 +34,7 @@ def adversary(config: AdversarialConfig = SETTINGS) -> Adversary:
 
 def test_critics_refuse_images_of_odd_size() -> None:
     odd = dataclasses.replace(GEOMETRY, item_shape=(1, 9, 9))
-    with pytest.raises(UsageError, match=r"images of 9 .*objective\.adversarial\.weight to 0"):
+    with pytest.raises(UsageError, match=r"9×9 .*objective\.adversarial\.weight to 0"):
         Adversary(SETTINGS, odd, num_steps=100, seed=3, accelerator=Accelerator())
     Adversary(dataclasses.replace(SETTINGS, weight=0.0), odd, num_steps=100, seed=3, accelerator=Accelerator())
 

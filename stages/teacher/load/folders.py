@@ -73,8 +73,11 @@ def _find_folder(config: TeacherConfig, patterns: list[str], commit: str | None 
     if folder is not None:
         return folder, None
     parts = config.source.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise TeacherError(f"teacher {config.source}: no such folder")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..") or parts[0].startswith("~"):
+        raise TeacherError(
+            f"teacher {config.source}: no such folder; expected one that diffusers saved, or a Hub id such as "
+            "google/ddpm-cifar10-32"
+        )
     import huggingface_hub
 
     try:
