@@ -16,7 +16,7 @@ from advkd.cache.care.findings import Finding, Kind
 from advkd.cache.errors import DamagedError, NotCachedError
 from advkd.cache.files.paths import walk
 from advkd.cache.files.strict_json import parse_json, pretty_json
-from advkd.cache.format.arrays import ArraySpec, group_paths, read_spec, state_spec, store_metadata
+from advkd.cache.format.arrays import ArraySpec, group_paths, read_spec, required_specs, state_spec, store_metadata
 from advkd.cache.format.ledger import BlockRecord
 from advkd.cache.format.store_paths import metadata_path
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS, group_metadata
@@ -40,17 +40,19 @@ class StoreMetadata:
         self._problems: dict[str, str] = {}
         here: list[ArraySpec] = []
         self.absent: list[str] = []
-        for state in cache.layout.states:
-            spec = state_spec(cache.recipe, cache.stored_layout, state)
-            if state.step in cache.states:
-                with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-                    self.declared[spec.path] = int(parse_json(cache.files.read(spec.metadata_path))["shape"][0])
-            if state.step in cache.states or self._has_files(spec.path):
+        required = required_specs(cache.recipe, cache.layout.block_size)
+        for spec in (
+            *(state_spec(cache.recipe, cache.stored_layout, state) for state in cache.layout.states),
+            *required,
+        ):
+            with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+                self.declared[spec.path] = int(parse_json(cache.files.read(spec.metadata_path))["shape"][0])
+            if spec.path in self.declared or self._has_files(spec.path):
                 here.append(spec)
             else:
                 self.absent.append(spec.path)
         self.further_names = cache.further_names
-        for path in self.further_names:
+        for path in sorted(set(self.further_names) - {spec.path for spec in required}):
             try:
                 spec, num_seeds = read_spec(cache.files, path, cache.layout.block_size)
                 if not any(

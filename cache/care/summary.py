@@ -9,16 +9,18 @@ from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.format.array_record import ArrayRecord
 from advkd.cache.format.equivalence import SCHEDULER_OPTIONS
+from advkd.cache.format.layout import Layout
 from advkd.cache.format.ledger import BlockRecord, content_digest
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.store_paths import states_path
-from advkd.cache.format.zarr_metadata import CRC_BYTES, FORMAT
+from advkd.cache.format.zarr_metadata import CRC_BYTES
 from advkd.cache.read.compare import tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
 
 MAX_BLOCKS_FOR_STATISTICS = 2000
 """Of a larger store, evenly spaced records are read, so that `info` stays quick; the summary says how many."""
 
+PATH_TOLERANCE = 1e-4
 _MAX_CHARACTERS = 4096
 """Of each value of the origin: Linux' longest path."""
 _ORIGIN = ("source", "commit", "license", "unet", "variant", "scheduler")
@@ -40,7 +42,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
     further_bytes = sum(spec.block_bytes + CRC_BYTES for spec in cache.further)
     return {
         "store": cache.address,
-        "format": FORMAT,
+        "format": recipe.format,
         "fingerprint": recipe.fingerprint,
         "layout_hash": cache.layout.layout_hash,
         "digest": content,
@@ -50,6 +52,9 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "block_size": size,
         "teacher": {"tensors_sha256": recipe.teacher["tensors_sha256"], **origin},
         "sampler": _sampler(recipe),
+        "path": path_of(cache.layout),
+        **({} if recipe.condition is None else {"condition": recipe.condition.to_json()}),
+        **({} if recipe.space is None else {"space": recipe.space.to_json()}),
         "precision": recipe.precision,
         "noise": recipe.noise,
         "num_seeds": len(blocks) * size,
@@ -80,6 +85,17 @@ def _sampler(recipe: Recipe) -> dict[str, Any]:
     }
     known = {key: sampler[key] for key in ("name", "steps", "eta", "deterministic")}
     return known | {key: value for key, value in options.items() if value is not None}
+
+
+def path_of(layout: Layout) -> str:
+    """Which path the states lie on, as their levels say."""
+    if all(state.alpha == 1.0 for state in layout.states):
+        return "variance exploding"
+    if all(abs(state.alpha + state.sigma - 1.0) < PATH_TOLERANCE for state in layout.states):
+        return "flow matching"
+    if all(abs(state.alpha**2 + state.sigma**2 - 1.0) < PATH_TOLERANCE for state in layout.states):
+        return "variance preserving"
+    return "another linear path"
 
 
 def runs(blocks: Sequence[int]) -> list[tuple[int, int]]:

@@ -22,11 +22,15 @@ from advkd.cache.files.locks import LOCK_FILE, NOTE_FILE
 from advkd.cache.files.paths import walk
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.files.strict_json import in_line
-from advkd.cache.format.array_record import ArrayRecord, crc32c
+from advkd.cache.format.array_record import ArrayRecord, crc32c, with_crc
 from advkd.cache.format.arrays import ArraySpec
+from advkd.cache.format.condition import LABELS_PATH
+from advkd.cache.format.seeds import seeds_of
+from advkd.cache.format.space import DECODER_PATH
 from advkd.cache.format.store_paths import provenance_path, record_path, states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES, MAX_BLOCKS
 from advkd.cache.read.compare import TOLERANCE_FILE, tolerance_of
+from advkd.cache.read.decoder import decoder_weights
 from advkd.cache.read.reader import TrajectoryCache
 
 _PIECE = 4 << 20
@@ -84,6 +88,8 @@ class _Verification:
             self._block(block)
         self._store_provenance(STORE_FILE)
         self._store_provenance(TOLERANCE_FILE)
+        if cache.recipe.space is not None:
+            self._decoder()
         root = cache.files.root
         if root is not None:
             for folder in self.metadata.undescribed:
@@ -121,11 +127,30 @@ class _Verification:
                 self._find("damage", path, f"has no array {spec.path}, unlike the records of other blocks", block)
             elif not spec.fits(record.arrays[spec.path]):
                 self._find("damage", path, f"its entry of {spec.path} doesn't fit {spec.metadata_path}", block)
+            elif spec.path == LABELS_PATH and self._labels_sha256(block) not in (None, record.arrays[spec.path].sha256):
+                self._find("damage", spec.chunk_path(block), "holds other labels than the recipe's rule gives", block)
             else:
                 self._chunk(spec, record.arrays[spec.path], block)
         for name in sorted(record.arrays.keys() - self.names):
             problem = f"array {in_line(name)} is in the ledger record of this block, not in those of others"
             self._find("missing", f"{name}/c/{block}", problem, block)
+
+    def _labels_sha256(self, block: int) -> str | None:
+        """sha256 of a block's labels as the recipe's rule gives them; None where there is no rule."""
+        condition = self.cache.recipe.condition
+        if condition is None:
+            return None
+        labels = condition.labels_of(seeds_of(block, self.cache.layout.block_size))
+        return hashlib.sha256(with_crc(labels.astype("<i4").tobytes())).hexdigest()
+
+    def _decoder(self) -> None:
+        self.known.add(DECODER_PATH)
+        try:
+            decoder_weights(self.cache)
+        except NotCachedError:
+            self._find("missing", DECODER_PATH, "is not there: without it latents are no images")
+        except DamagedError:
+            self._find("damage", DECODER_PATH, "is damaged, or another decoder than the recipe names")
 
     def _chunk(self, spec: ArraySpec, expected: ArrayRecord | None, block: int) -> None:
         """Compare a chunk with its record; without one, with the CRC that it ends with."""

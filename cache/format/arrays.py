@@ -1,7 +1,7 @@
 """The arrays of a store, all described in one way: where they are, and what a block of them holds.
 
-A store has one array per recorded state, `states/<step>`, whose description follows from recipe and layout. A ledger
-may name **further arrays** (`conditions/label` is reserved for the teachers' class labels); each is described by its
+A store has one array per recorded state, `states/<step>`, and where its teacher was told labels `conditions/label`;
+their descriptions follow from recipe and layout. A ledger may name more **further arrays**; each is described by its
 own `zarr.json`, a plain array of one chunk per block with the codecs `bytes` and `crc32c`. Whatever copies, checks or
 resizes a store handles every array through `ArraySpec`, so that a new kind of array needs an entry here at most.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from advkd.cache.errors import DamagedError
 from advkd.cache.files.strict_json import integer, parse_json
 from advkd.cache.format.array_record import ArrayRecord, num_segments
+from advkd.cache.format.condition import LABEL_DTYPE, LABELS_PATH
 from advkd.cache.format.layout import MAX_BLOCK_BYTES, Layout, State
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.source import Source, check_num_blocks
@@ -82,6 +83,29 @@ def state_spec(recipe: Recipe, layout: Layout, state: State) -> ArraySpec:
         block_size=layout.block_size,
         template=array_metadata(recipe, layout, state, 0),
     )
+
+
+def label_spec(block_size: int) -> ArraySpec:
+    """The array of the labels, `conditions/label`."""
+    template = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [0],
+        "data_type": LABEL_DTYPE,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [block_size]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": -1,
+        "codecs": zarr_codecs(None, LABEL_DTYPE),
+        "dimension_names": ["seed"],
+        "attributes": {},
+        "storage_transformers": [],
+    }
+    return ArraySpec(path=LABELS_PATH, item_shape=(), dtype=LABEL_DTYPE, block_size=block_size, template=template)
+
+
+def required_specs(recipe: Recipe, block_size: int) -> tuple[ArraySpec, ...]:
+    """The arrays besides the states that every store of a recipe has."""
+    return () if recipe.condition is None else (label_spec(block_size),)
 
 
 def read_spec(source: Source, path: str, block_size: int) -> tuple[ArraySpec, int]:

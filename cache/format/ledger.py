@@ -20,9 +20,10 @@ from advkd.cache.files.strict_json import canonical_json, in_line
 from advkd.cache.format.array_record import ArrayRecord
 from advkd.cache.format.recipe import digest
 from advkd.cache.format.store_paths import record_path
-from advkd.cache.format.zarr_metadata import FORMAT
 
 HOW_TO_FIX = "pull the block anew, or run `advkd-cache verify --repair` and `advkd-cache build` with the same settings"
+FORMAT = 1
+"""Of a record; stores of both formats have the same."""
 _ARRAY_NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from advkd.cache.errors import CacheNotFoundError, DamagedError, NewerCacheError, NotACacheError
 from advkd.cache.files.strict_json import in_line, parse_json
 from advkd.cache.format.layout import Layout, State
-from advkd.cache.format.recipe import Recipe, digest
+from advkd.cache.format.recipe import CONDITIONAL_FORMAT, FORMAT, Recipe, digest
 from advkd.cache.format.source import Source, check_num_blocks
 from advkd.cache.format.store_paths import metadata_path, states_path
-from advkd.cache.format.zarr_metadata import FORMAT, array_metadata
+from advkd.cache.format.zarr_metadata import array_metadata
 
 _NOT_JSON_OF_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError)
 
@@ -34,11 +34,11 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
         raise NotACacheError(
             f"{address} is not a trajectory cache (no zarr.json of one); nothing was changed"
         ) from None
-    if type(found_format) is not int or found_format != FORMAT:
-        is_newer = type(found_format) is int and found_format > FORMAT
+    if type(found_format) is not int or found_format not in (FORMAT, CONDITIONAL_FORMAT):
+        is_newer = type(found_format) is int and found_format > CONDITIONAL_FORMAT
         raise (NewerCacheError if is_newer else NotACacheError)(
-            f"{address}/zarr.json has cache format {in_line(found_format, 20)}; this advkd reads format {FORMAT}: "
-            "upgrade advkd"
+            f"{address}/zarr.json has cache format {in_line(found_format, 20)}; this advkd reads formats {FORMAT} and "
+            f"{CONDITIONAL_FORMAT}: upgrade advkd"
         )
     if isinstance(value.get("layout"), dict) and "encoding" not in value["layout"]:
         raise NotACacheError(
@@ -51,6 +51,7 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
         if intact:
             recipe, layout = Recipe.from_json(value["recipe"]), Layout.from_json(value["layout"])
             intact = (recipe.fingerprint, layout.layout_hash) == (value["fingerprint"], value["layout_hash"])
+            intact = intact and recipe.format == found_format
             intact = intact and layout.block_bytes(recipe.item_shape) <= layout.max_block_bytes
     except NotACacheError as error:
         raise type(error)(f"{address}/zarr.json: {error}") from None

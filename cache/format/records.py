@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from advkd.cache.errors import DamagedError, NotCachedError
 from advkd.cache.format.array_record import ArrayRecord
-from advkd.cache.format.arrays import state_spec
+from advkd.cache.format.arrays import required_specs, state_spec
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.ledger import LedgerRecord, checked_seal, content_digest
 from advkd.cache.format.recipe import Recipe
@@ -42,6 +42,7 @@ class Records(Generic[Record]):
         self._kind = kind
         self._names = {states_path(state) for state in layout.states}
         self._state = state_spec(recipe, layout, layout.states[0])  # all are of one size
+        self._required = {spec.path: spec for spec in required_specs(recipe, layout.block_size)}
         self._kept = lru_cache(MAX_RECORDS)(self._read)
 
     def __getitem__(self, block: int) -> Record:
@@ -61,11 +62,14 @@ class Records(Generic[Record]):
         return self.decode(block, raw)
 
     def further_names(self, blocks: Iterable[int]) -> tuple[str, ...]:
-        """Paths of the arrays besides the states: the first valid record's, as all blocks have the same."""
+        """Paths of the arrays besides the states: the first valid record's, as all blocks have the same.
+
+        Those that the recipe requires where no block has a valid record.
+        """
         for block in blocks:
             with suppress(DamagedError, NotCachedError):
                 return self[block].further_names
-        return ()
+        return tuple(sorted(self._required))
 
     def decode(self, block: int, raw: bytes) -> Record:
         """A block's record from the bytes of its file.
@@ -84,8 +88,9 @@ class Records(Generic[Record]):
         return record
 
     def _fits(self, record: Record) -> bool:
-        """Whether a record has an entry of the right kind and size for every state, and others only of arrays."""
-        if not record.arrays.keys() >= self._names:
+        """Whether a record has an entry of the right kind and size for every array that the recipe requires, and others
+        only of arrays."""
+        if not record.arrays.keys() >= self._names | self._required.keys():
             return False
         for name in self._names:
             entry = record.arrays[name]
@@ -98,6 +103,7 @@ class Records(Generic[Record]):
         return (
             len(further) <= MAX_FURTHER_ARRAYS
             and all(isinstance(record.arrays[name], ArrayRecord) for name in further)
+            and all(spec.fits(record.arrays[name].raw) for name, spec in self._required.items())
             and not any(name.partition("/")[0] in _OWN_FOLDERS for name in further)
         )
 

@@ -15,7 +15,6 @@ from advkd.cache.format.layout import Layout, State
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.store_paths import metadata_path, states_path
 
-FORMAT = 1
 CRC_BYTES = 4
 MAX_BLOCKS = 1_000_000
 """Largest number that a store may declare: a header that claims more is refused, not iterated over."""
@@ -30,7 +29,7 @@ def root_metadata(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "node_type": "group",
         "attributes": {
             "advkd": {
-                "format": FORMAT,
+                "format": recipe.format,
                 "recipe": recipe.to_json(),
                 "fingerprint": recipe.fingerprint,
                 "layout": layout.to_json(),

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from advkd.cache.errors import CacheError, DamagedError, NotCachedError
 from advkd.cache.files.strict_json import in_line
 from advkd.cache.format.array_record import ArrayRecord
-from advkd.cache.format.arrays import ArraySpec, read_spec, state_spec
+from advkd.cache.format.arrays import ArraySpec, read_spec, required_specs, state_spec
 from advkd.cache.format.layout import Layout, State
 from advkd.cache.format.ledger import HOW_TO_FIX, BlockRecord
 from advkd.cache.format.recipe import Recipe
@@ -189,12 +189,18 @@ class Contents:
         """Arrays besides the states that are here, such as `conditions/label`.
 
         Raises:
-            DamagedError: the metadata of one are damaged.
+            DamagedError: the metadata of one are damaged, or differ from what the recipe generates.
         """
         found = []
+        required = {spec.path: spec for spec in required_specs(self.recipe, self.layout.block_size)}
         for name in self.further_names:
             with suppress(FileNotFoundError):  # a partial copy
-                found.append(read_spec(self.source, name, self.layout.block_size)[0])
+                spec = read_spec(self.source, name, self.layout.block_size)[0]
+                if spec != required.get(name, spec):
+                    raise DamagedError(
+                        f"{self.address}/{spec.metadata_path} doesn't fit the recipe in {self.address}/zarr.json"
+                    )
+                found.append(spec)
         return tuple(found)
 
     @property

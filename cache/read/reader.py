@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from advkd.cache.errors import NotCachedError
+from advkd.cache.errors import DamagedError, NotCachedError, UsageError
+from advkd.cache.format.arrays import label_spec
+from advkd.cache.format.condition import LABELS_PATH, Labels
+from advkd.cache.format.ledger import HOW_TO_FIX
 from advkd.cache.format.metadata import read_arrays, read_metadata
 from advkd.cache.format.source import open_source
 from advkd.cache.format.store_paths import states_path
@@ -104,13 +107,47 @@ class TrajectoryCache(Contents):
             NotCachedError: a seed or state is absent.
             DamagedError: bytes differ from the ledger.
         """
+        wanted = self._declared(seeds)
+        into = None if out is None else out.reshape(wanted.size, -1).view(np.uint8)
+        values = self._rows_of(step).gather(wanted, into)
+        return values.view(self.dtype).reshape(wanted.size, *self.item_shape) if out is None else out
+
+    def labels(self, seeds: npt.ArrayLike) -> Labels:
+        """The class labels that the teacher was told for some seeds.
+
+        Args:
+            seeds: seeds in any order, repeats allowed.
+
+        Returns:
+            int32, shape (len(seeds),).
+
+        Raises:
+            UsageError: the teacher is unconditional.
+            NotCachedError: a seed is absent, or the labels are not in this copy.
+            DamagedError: bytes differ from the ledger, or the labels from the recipe's rule.
+        """
+        condition = self.recipe.condition
+        if condition is None:
+            raise UsageError(f"{self.address} has no labels: its teacher is unconditional")
+        wanted = self._declared(seeds)
+        values = self._label_rows.gather(wanted).view("<i4").ravel()
+        if not np.array_equal(values, condition.labels_of(wanted)):
+            raise DamagedError(f"{self.address}: {LABELS_PATH} differs from the recipe's rule; {HOW_TO_FIX}")
+        return values
+
+    @cached_property
+    def _label_rows(self) -> ArrayRows:
+        if LABELS_PATH not in {spec.path for spec in self.further}:
+            raise NotCachedError(f"{self.address}: {LABELS_PATH} is not here (a partial copy?): pull it, too")
+        return ArrayRows(self._files, self.records, label_spec(self.layout.block_size), self.num_blocks)
+
+    def _declared(self, seeds: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Seeds as int64, shape (N,), each of which the arrays declare."""
         wanted = np.asarray(seeds, dtype=np.int64).ravel()
         if wanted.size and wanted.view(np.uint64).max() >= self.num_seeds:  # negative seeds are large, too
             outside = wanted[(wanted < 0) | (wanted >= self.num_seeds)][0]
             raise NotCachedError(f"{self.address} declares seeds 0:{self.num_seeds}; seed {outside} is outside")
-        into = None if out is None else out.reshape(wanted.size, -1).view(np.uint8)
-        values = self._rows_of(step).gather(wanted, into)
-        return values.view(self.dtype).reshape(wanted.size, *self.item_shape) if out is None else out
+        return wanted
 
     @cached_property
     def zarr(self) -> Group:

@@ -17,7 +17,7 @@ from advkd.cache.files.durable import PARTIAL_SUFFIX, fsync_folder, holds_someth
 from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target, walk
 from advkd.cache.files.strict_json import pretty_json
-from advkd.cache.format.arrays import ArraySpec, read_spec, store_metadata
+from advkd.cache.format.arrays import ArraySpec, read_spec, required_specs, store_metadata
 from advkd.cache.format.differences import differences
 from advkd.cache.format.equivalence import equivalent
 from advkd.cache.format.layout import Layout
@@ -28,7 +28,9 @@ from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.records import Records
 from advkd.cache.format.seeds import blocks_of
 from advkd.cache.format.source import LocalSource, check_num_blocks
+from advkd.cache.format.space import DECODER_PATH
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS
+from advkd.cache.read.decoder import check_decoder
 from advkd.cache.read.reader import TrajectoryCache
 
 OnMismatch = Literal["stop", "set-aside"]
@@ -44,14 +46,14 @@ class StoreFolder:
         path: of the store.
         recipe: what its numbers follow from.
         layout: which states it holds, raw or packed.
-        further: its arrays besides the states.
+        further: its arrays besides the states; those that the recipe requires if none are given.
     """
 
     def __init__(self, path: Path, recipe: Recipe, layout: Layout, further: tuple[ArraySpec, ...] = ()) -> None:
         self.path = path
         self.recipe = recipe
         self.layout = layout
-        self.further = further
+        self.further = further or required_specs(recipe, layout.block_size)
         self.set_aside: Path | None = None
         """Where a store of another recipe was moved to make room, if one was."""
 
@@ -223,6 +225,21 @@ class StoreFolder:
                 path, data = safe_target(self.path, name), pretty_json(value)
                 if not self._is_file(name, data):
                     write_atomically(path, [data])
+
+    def write_decoder(self, weights: bytes) -> None:
+        """Put the decoder of a store of latents into it, unless it is there.
+
+        Args:
+            weights: a safetensors file.
+
+        Raises:
+            DamagedError: it is another decoder than the recipe names.
+        """
+        assert self.recipe.space is not None
+        path = safe_target(self.path, DECODER_PATH)
+        if not path.is_file():
+            check_decoder(weights, self.recipe.space, "the decoder that was given")
+            write_atomically(path, [weights])
 
     def _is_file(self, name: str, data: bytes) -> bool:
         try:

@@ -21,6 +21,7 @@ from advkd.cache.files.locks import StoreLocks
 from advkd.cache.files.paths import safe_target
 from advkd.cache.format.array_record import ArrayRecord, Rounding
 from advkd.cache.format.arrays import ArraySpec, state_spec
+from advkd.cache.format.condition import LABELS_PATH
 from advkd.cache.format.ledger import BlockRecord, checked_seal
 from advkd.cache.format.seeds import blocks_of, seeds_of
 from advkd.cache.format.source import LocalSource
@@ -133,7 +134,7 @@ class CacheWriter(StoreFolder):
             states: by solver steps done, values in stored units as they were computed, float32 or the stored
                 dtype, shape (block_size, *item_shape).
             further: the values of each of the writer's further arrays by path, shape (block_size, *its item shape), in
-                its dtype.
+                its dtype; without the labels, which follow from the recipe.
             roundings: by solver steps done, what rounding to the stored dtype has changed; None if `states` are as
                 they were computed.
 
@@ -142,6 +143,9 @@ class CacheWriter(StoreFolder):
             OSError: the disk is full or failing; nothing of the block counts then.
         """
         self._prepare(block)
+        if self.recipe.condition is not None:
+            labels = self.recipe.condition.labels_of(seeds_of(block, self.layout.block_size))
+            further = {**further, LABELS_PATH: labels}
         if further.keys() != {spec.path for spec in self.further}:
             raise CacheError(f"block {block} comes with the arrays {sorted(further)}, expected those of the store")
         values = {states_path(state): states[state.step] for state in self.layout.states} | dict(further)

@@ -47,6 +47,9 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
                   f"{summary['num_bytes'] / 1e9:.3f} GB {'unpacked' if 'packed' in summary else 'here'}"),
         *([("packed", _packed(summary["packed"]))] if "packed" in summary else []),
         ("sampler", f"{sampler['name']}, {sampler['steps']} steps, {paired}{_options(sampler)}"),
+        ("path", summary["path"]),
+        *([("condition", _condition(summary["condition"]))] if "condition" in summary else []),
+        ("space", _space(summary)),
         ("teacher", origin),
         *([("licence", str(teacher["license"]))] if "license" in teacher else []),
         ("precision", f"teacher in {summary['precision']['compute']}"),
@@ -61,6 +64,27 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         )
     lines += [(f"state {state['step']:04d}", _state(state)) for state in summary["states"]]
     return lines + [("array", _array(array)) for array in summary["arrays"]]
+
+
+def _condition(condition: dict[str, Any]) -> str:
+    labels, rows = condition["labels"], condition["num_classes"]
+    guidance = "no guidance" if condition["null_class"] is None else (
+        f"guidance {condition['guidance']:g} (null class {condition['null_class']}), two evaluations per prediction"
+    )  # fmt: skip
+    shown = f"{labels[0]} to {labels[-1]}" if len(labels) == labels[-1] - labels[0] + 1 > 1 else _listed(labels)
+    return f"class labels {shown} of {rows} rows, seed mod {len(labels)}; {guidance}"
+
+
+def _listed(labels: list[int]) -> str:
+    return ", ".join(map(str, labels[:8])) + (f" … ({len(labels)})" if len(labels) > 8 else "")
+
+
+def _space(summary: dict[str, Any]) -> str:
+    if "space" not in summary:
+        return "pixels in [−1, 1]"
+    space = summary["space"]
+    shape = "×".join(map(str, space["image_shape"]))
+    return f"latents; decoder {space['decoder']} (tensors {space['tensors_sha256'][:16]}) makes images of {shape}"
 
 
 def _options(sampler: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from advkd.cache.errors import UsageError
 from advkd.cache.format.layout import DTYPES
-from advkd.cache.format.recipe import MAX_CHANNELS, MAX_SIDE
+from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE
 from advkd.cache.read.reader import TrajectoryCache
 
 MAX_LEVELS = 4096

@@ -230,7 +230,7 @@ def test_a_draft_before_format_1_is_refused_by_name(tmp_path: Path) -> None:
     assert tree(store) == before
 
 
-@pytest.mark.parametrize("format_", [0, 2, 10**30, "1", 1.0, True, None])
+@pytest.mark.parametrize("format_", [0, 3, 10**30, "1", 1.0, True, None])
 def test_another_format_is_refused_with_both_named(tmp_path: Path, format_: object) -> None:
     store = tmp_path / "a.zarr"
     shutil.copytree(golden.FORMAT_1, store)
@@ -238,7 +238,7 @@ def test_another_format_is_refused_with_both_named(tmp_path: Path, format_: obje
     value["attributes"]["advkd"]["format"] = format_
     (store / "zarr.json").write_text(json.dumps(value))
     before = tree(store)
-    with pytest.raises(NotACacheError, match="reads format 1"):
+    with pytest.raises(NotACacheError, match="reads formats 1 and 2"):
         TrajectoryCache.open(store)
     assert tree(store) == before
 
@@ -265,7 +265,7 @@ def test_an_intact_store_of_a_newer_version_is_not_called_altered(tmp_path: Path
     for rehash in (True, False):
         store = tmp_path / f"{rehash}.zarr"
         shutil.copytree(golden.FORMAT_1, store)
-        change(store, *path, value=2 if path == ("format",) else "new", rehash=rehash)
+        change(store, *path, value=3 if path == ("format",) else "new", rehash=rehash)
         before = tree(store)
         kind = NewerCacheError if rehash or path == ("format",) else DamagedError
         for act in (TrajectoryCache.open, lambda path: CacheWriter.open(path, golden.RECIPE, golden.LAYOUT)):

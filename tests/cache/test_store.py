@@ -236,9 +236,9 @@ def test_edited_metadata_is_recognised(store: Path, name: str) -> None:
 
 def test_a_newer_format_is_named(store: Path) -> None:
     value = json.loads((store / "zarr.json").read_text())
-    value["attributes"]["advkd"]["format"] = 2
+    value["attributes"]["advkd"]["format"] = 3
     (store / "zarr.json").write_text(json.dumps(value))
-    with pytest.raises(NotACacheError, match=r"format 2; this advkd reads format 1"):
+    with pytest.raises(NotACacheError, match=r"format 3; this advkd reads formats 1 and 2"):
         TrajectoryCache.open(store)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advkd.cache.errors import TeacherError
-from advkd.cache.format.recipe import MAX_CHANNELS, MAX_SIDE
+from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE
 from advkd.stages.device import forbid_tf32
 from advkd.stages.teacher.config import PARTS, TeacherConfig
 from advkd.stages.teacher.diffusers_api import diffusers, first_line

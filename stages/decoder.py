@@ -1,0 +1,132 @@
+"""Decoding latents to images: diffusers' own autoencoders, of which only the decoding half is kept.
+
+Both stages use it, and only here does anything but the teacher import diffusers: `diffusers.models` alone, when a store
+or a student has latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from advkd.cache.errors import DamagedError
+from advkd.cache.format.space import DECODER_PATH, LatentSpace
+from advkd.cache.read.decoder import check_decoder, decoder_weights
+from advkd.cache.read.reader import TrajectoryCache
+
+_PARTS = {
+    "AutoencoderKL": ("decoder", "post_quant_conv"),
+    "AutoencoderTiny": ("decoder",),
+    "VQModel": ("decoder", "post_quant_conv", "quantize"),
+}
+"""By class: the modules that decoding takes. No other class is loaded."""
+BATCH = 16
+"""Images decoded at once: a decoder's activations are as large as its images times hundreds of channels."""
+
+
+class Decoder:
+    """Makes images of latents.
+
+    Args:
+        space: the latents' space.
+        model: the autoencoder of that space, without its encoder.
+    """
+
+    def __init__(self, space: LatentSpace, model: nn.Module) -> None:
+        self.space = space
+        self.model = model.requires_grad_(False).eval()
+
+    def to(self, device: torch.device) -> Decoder:
+        """Move the weights to a device."""
+        self.model.to(device)
+        return self
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Decode latents, a few at a time: diffusers' `decode(z / scaling_factor + shift_factor)`.
+
+        Args:
+            latents: float32, shape (N, C, h, w), on any device.
+
+        Returns:
+            Images, about [−1, 1], float32, shape (N, *image_shape), on the device of the latents.
+        """
+        device = next(self.model.parameters()).device
+        scaled = latents.float() / self.space.scaling_factor + self.space.shift_factor
+        decode: Any = self.model.decode
+        parts = [decode(part.to(device)).sample.float().to(latents.device) for part in torch.split(scaled, BATCH)]
+        return torch.cat(parts) if parts else latents.new_empty(0, *self.space.image_shape)
+
+
+def as_images(values: npt.NDArray[Any] | Tensor, decoder: Decoder | None) -> npt.NDArray[np.float32]:
+    """Images of states: decoded latents, or pixels as they are; float32, shape (N, *image_shape)."""
+    tensor = torch.as_tensor(np.asarray(values, dtype=np.float32))
+    images: npt.NDArray[np.float32] = (tensor if decoder is None else decoder(tensor)).numpy()
+    return images
+
+
+def decoding_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of an autoencoder's tensors that decoding takes.
+
+    Args:
+        name: its class.
+        tensors: all of them, by name.
+    """
+    return {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] in _PARTS[name]}
+
+
+def build_decoder(space: LatentSpace, tensors: Mapping[str, Tensor]) -> Decoder:
+    """A decoder from its weights.
+
+    Raises:
+        Exception: whatever diffusers and torch raise for a configuration or weights that don't fit.
+    """
+    from diffusers import models
+
+    kind: Any = getattr(models, space.decoder)
+    with torch.device("meta"):
+        model: nn.Module = kind.from_config(dict(space.config))
+    for child, _ in list(model.named_children()):
+        if child not in _PARTS[space.decoder]:
+            setattr(model, child, None)
+    model.load_state_dict(dict(tensors), assign=True)
+    return Decoder(space, model.float())
+
+
+def cache_decoder(cache: TrajectoryCache) -> Decoder | None:
+    """The decoder of a cache; None if it holds pixels.
+
+    Raises:
+        NotCachedError: it is not in this copy.
+        DamagedError: it differs from what the recipe says.
+    """
+    space = cache.recipe.space
+    return None if space is None else _load(space, decoder_weights(cache), f"{cache.address}/{DECODER_PATH}")
+
+
+def load_decoder(folder: Path, space: LatentSpace) -> Decoder:
+    """The decoder in a folder, such as a student's.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedError: it is another one than the space names.
+    """
+    path = folder / DECODER_PATH
+    data = path.read_bytes()
+    check_decoder(data, space, str(path))
+    return _load(space, data, str(path))
+
+
+def _load(space: LatentSpace, data: bytes, where: str) -> Decoder:
+    try:
+        return build_decoder(space, load(data))
+    except Exception as error:  # whatever a foreign configuration makes diffusers, torch and safetensors raise
+        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+        raise DamagedError(f"{where} doesn't fit the configuration of its {space.decoder} ({problem})") from error
