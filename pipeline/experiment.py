@@ -17,6 +17,8 @@ _SECTIONS = {
     "steps": ("sampler", "steps"),
     "eta": ("sampler", "eta"),
     "spacing": ("sampler", "spacing"),
+    "guidance": ("sampler", "guidance"),
+    "labels": ("cache", "labels"),
     "record": ("cache", "record"),
     "seeds": ("cache", "seeds"),
     "block_size": ("cache", "block_size"),
@@ -26,10 +28,22 @@ _SECTIONS = {
     "device": ("cache", "device"),
     "accept_range": ("cache", "accept_range"),
 }
-_NAMING = ("teacher", "sampler", "steps", "eta", "spacing", "record", "block_size", "dtype", "precision")
+_NAMING = (
+    "teacher",
+    "sampler",
+    "steps",
+    "eta",
+    "spacing",
+    "guidance",
+    "labels",
+    "record",
+    "block_size",
+    "dtype",
+    "precision",
+)
 """Flags that change the recipe or layout; the store's name gets a suffix for each, or it would collide with the
 configured store."""
-_PREFIXES = {"block_size": "block", "eta": "eta"}
+_PREFIXES = {"block_size": "block", "eta": "eta", "guidance": "guidance"}
 
 
 def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experiment, str]:
@@ -49,6 +63,8 @@ def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experimen
             find_solver(value)
         if flag == "record" and value is not None:
             value = parse_record(value)
+        if flag == "labels" and value is not None:
+            value = parse_labels(value)
         section: Any = getattr(experiment, section_name)
         if value is None or value == getattr(section, key):
             continue
@@ -64,8 +80,8 @@ def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experimen
 def _label(flag: str, value: Any) -> str:
     if flag == "teacher":
         return f"-{Path(value).name}"
-    if flag == "record":
-        return f"-record{'_'.join(map(str, value)) if isinstance(value, list) else value}"
+    if flag in ("record", "labels"):
+        return f"-{flag}{'_'.join(map(str, value)) if isinstance(value, list) else value}"
     return f"-{_PREFIXES.get(flag, '')}{value}"
 
 
@@ -79,6 +95,18 @@ def parse_record(text: str) -> int | list[int]:
         return [int(part) for part in text.split(",")] if "," in text else int(text)
     except ValueError:
         raise UsageError(f"record {text!r}: expected a number of states, or steps such as 10,20,50") from None
+
+
+def parse_labels(text: str) -> str | list[int]:
+    """Read `--labels`: `all`, or a comma-separated list of class labels.
+
+    Raises:
+        UsageError: neither.
+    """
+    try:
+        return text if text == "all" else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"labels {text!r}: expected all, or labels such as 0,3") from None
 
 
 def needs_pretraining(experiment: Experiment) -> bool:

@@ -67,24 +67,26 @@ def save_grid(path: Path, images: Images, columns: int | None = None) -> Path:
     return save_image(path, grid(images, columns or max(1, round(len(images) ** 0.5))))
 
 
-def save_trajectories(path: Path, timesteps: Sequence[float], states: Sequence[Images]) -> Path:
+def save_trajectories(
+    path: Path, timesteps: Sequence[float], states: Sequence[Images], labels: Sequence[object] | None = None
+) -> Path:
     """One row per seed and one column per recorded state, with the timestep above each column.
 
     Args:
         path: PNG to write.
         timesteps: of each state; negative means x_0.
         states: values of each state, about [−1, 1], shape (N, C, H, W).
+        labels: what to write before each row, such as its class.
     """
-    labels = [_label(timestep) for timestep in timesteps]
     tiles = np.stack([np.asarray(state, dtype=np.float32) for state in states], axis=1)
     sheet = grid(tiles.reshape(-1, *tiles.shape[2:]), len(states))
-    labelled = Image.new("RGB", (sheet.width, sheet.height + LABEL_HEIGHT), "white")
-    labelled.paste(sheet, (0, LABEL_HEIGHT))
-    draw = ImageDraw.Draw(labelled)
+    headed = Image.new("RGB", (sheet.width, sheet.height + LABEL_HEIGHT), "white")
+    headed.paste(sheet, (0, LABEL_HEIGHT))
+    draw = ImageDraw.Draw(headed)
     width = (sheet.width - MARGIN) / len(states)
-    for index, label in enumerate(labels):
-        draw.text((MARGIN + (index + 0.5) * width, 1), label, fill="black", anchor="ma")
-    return save_image(path, labelled)
+    for index, timestep in enumerate(timesteps):
+        draw.text((MARGIN + (index + 0.5) * width, 1), _label(timestep), fill="black", anchor="ma")
+    return save_image(path, headed if labels is None else _with_labels(headed, list(map(str, labels)), LABEL_HEIGHT))
 
 
 def save_denoising(path: Path, timesteps: Sequence[float], states: Sequence[Images]) -> Path:
@@ -119,14 +121,20 @@ def save_rows(path: Path, rows: Mapping[str, Images]) -> Path:
         rows: by label, images in [−1, 1], shape (N, C, H, W), the same shape for all.
     """
     sheet = grid(np.concatenate([np.asarray(images, dtype=np.float32) for images in rows.values()]), _count(rows))
-    left = MARGIN + max(round(ImageDraw.Draw(sheet).textlength(label)) for label in rows) + LABEL_GAP
+    return save_image(path, _with_labels(sheet, list(rows), 0))
+
+
+def _with_labels(sheet: Image.Image, labels: Sequence[str], top: int) -> Image.Image:
+    """A sheet with a label before each of its rows, which begin below `top` pixels."""
+    left = MARGIN + max(round(ImageDraw.Draw(sheet).textlength(label)) for label in labels) + LABEL_GAP
     labelled = Image.new("RGB", (sheet.width + left, sheet.height), "white")
     labelled.paste(sheet, (left, 0))
     draw = ImageDraw.Draw(labelled)
-    height = (sheet.height - MARGIN) / len(rows)
-    for index, label in enumerate(rows):
-        draw.text((left - LABEL_GAP, MARGIN + (index + 0.5) * height), label, fill="black", anchor="rm")
-    return save_image(path, labelled)
+    height = (sheet.height - top - MARGIN) / len(labels)
+    for index, label in enumerate(labels):
+        place = (left - LABEL_GAP, top + MARGIN + (index + 0.5) * height)
+        draw.text(place, label, fill="black", anchor="rm")
+    return labelled
 
 
 def _count(rows: Mapping[str, Images]) -> int:

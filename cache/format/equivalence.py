@@ -129,7 +129,7 @@ for _options in SCHEDULER_OPTIONS.values():
     for _name, _default in _options.items():
         SCHEDULER_DEFAULTS.setdefault(_name, []).append(_default)
 
-UNET_OPTIONS: dict[str, Any] = {
+_UNET_OPTIONS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 3,
     "out_channels": 3,
@@ -159,7 +159,28 @@ UNET_OPTIONS: dict[str, Any] = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-"""Of `UNet2DModel`."""
+_DIT_OPTIONS: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": None,
+    "num_layers": 28,
+    "dropout": 0.0,
+    "norm_num_groups": 32,
+    "attention_bias": True,
+    "sample_size": 32,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "upcast_attention": False,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-05,
+}
+DEFAULT_NETWORK = "UNet2DModel"
+"""The class that a recipe's `network` leaves out."""
+NETWORK_OPTIONS: dict[str, dict[str, Any]] = {DEFAULT_NETWORK: _UNET_OPTIONS, "DiTTransformer2DModel": _DIT_OPTIONS}
+"""By class of network: its options and their defaults."""
 
 
 def equivalent(one: Recipe, other: Recipe) -> bool:
@@ -178,8 +199,9 @@ def equivalent_teachers(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
     What the teacher's own scheduler does to the numbers stands in `sampler`.
     """
+    network = str(one.get("network", DEFAULT_NETWORK))
     return (
-        _same_options(one["unet"], other["unet"], UNET_OPTIONS)
+        _same_options(one["unet"], other["unet"], NETWORK_OPTIONS.get(network, {}))
         and _same_options(one["scheduler"], other["scheduler"], {})
         and one | {"unet": 0, "scheduler": 0} == other | {"unet": 0, "scheduler": 0}
     )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 )
 @click.option("--eta", type=float, help="Of ddim: 0 is deterministic, 1 as noisy as ddpm.")
 @click.option("--spacing", metavar="NAME", help="How timesteps are chosen: trailing, leading, linspace or teacher.")
+@click.option("--labels", metavar="all|LIST", help="Which classes of a class-conditional teacher, such as 0,3.")
+@click.option("--guidance", type=float, metavar="W", help="Scale of classifier-free guidance; 1 is none.")
 @click.option(
     "--record",
     metavar="K|LIST",
@@ -158,12 +160,26 @@ def _estimate(experiment: Experiment, store: Path, teacher: str, workers: int | 
         f"seeds         {plan.seeds.start}:{plan.seeds.stop}, {num_seeds:,} of them still to build\n"
         f"sampler       {plan.sampler.name}, {plan.sampler.steps} steps; states after {recorded} steps recorded\n"
         f"timesteps     {plan.sampler.spacing}: {_ends_of(plan.recipe.sampler['timesteps'])}\n"
+        f"{_condition(plan)}"
         f"evaluations   {num_seeds * plan.evaluations_per_seed:,} of one image\n"
         f"disk          {len(todo) * plan.block_bytes / 1e9:.3f} GB in {len(todo)} blocks\n"
         f"memory        about {memory / 1e9:.3f} GB for {at_once} blocks at a time{where}; the network comes on top\n"
         f"time          about {duration(total)} ({seconds * 1e3:.1f} ms for a batch of {batch} here{shared})\n"
         "nothing was written (dry run)"
     )
+
+
+def _condition(plan: Plan) -> str:
+    """A line on labels and guidance; none for an unconditional teacher."""
+    from advkd.cache.files.strict_json import shortened
+
+    condition = plan.recipe.condition
+    if condition is None:
+        return ""
+    guidance = "no guidance"
+    if condition.null_class is not None:
+        guidance = f"guidance {condition.guidance:g}, which doubles the evaluations"
+    return f"condition     labels {shortened(list(condition.labels))}; {guidance}\n"
 
 
 def _ends_of(timesteps: list[float]) -> str:

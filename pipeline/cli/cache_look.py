@@ -142,6 +142,7 @@ def preview(store: str, seeds: str | None, out: Path | None) -> None:
     from advkd.cache.errors import UsageError
     from advkd.cache.format.seeds import parse_seed_range
     from advkd.cache.read.reader import TrajectoryCache
+    from advkd.stages.decoder import as_images, cache_decoder
     from advkd.stages.pictures import save_denoising, save_trajectories
 
     cache = TrajectoryCache.open(store)
@@ -154,8 +155,10 @@ def preview(store: str, seeds: str | None, out: Path | None) -> None:
     if picture.suffix.lower() != ".png":
         raise UsageError(f"--out {picture}: expected a name that ends in .png")
     timesteps = [state.timestep for state in cache.states.values()]
-    states = [cache.rows(step, chosen) for step in cache.states]
-    sheet = save_trajectories(picture, timesteps, states)
+    decoder = cache_decoder(cache)
+    states = [as_images(cache.rows(step, chosen), decoder) for step in cache.states]
+    labels = None if cache.recipe.condition is None else cache.labels(chosen).tolist()
+    sheet = save_trajectories(picture, timesteps, states, labels)
     film = save_denoising(picture.with_suffix(".gif"), timesteps, states)
     click.echo(f"seeds {chosen.start}:{chosen.stop}; look: {sheet}  {film}")
 

@@ -81,7 +81,7 @@ def compare_costs(
     modules = {"student": student}
     evaluations: dict[str, Callable[[int], Tensor]] = {"student": lambda batch: student(images_of(batch))}
     if teacher is not None:
-        modules["teacher"] = teacher.unet
+        modules["teacher"] = teacher.network
         timestep = torch.tensor(teacher.num_timesteps // 2, device=device)
         evaluations["teacher"] = lambda batch: teacher.predict(images_of(batch), timestep)
     latency = {batch: interleaved_latency(evaluations, batch) for batch in sorted({1, large_batch})}

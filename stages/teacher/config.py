@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from advkd.cache.errors import ConfigError
 from advkd.cache.format.layout import DTYPES
@@ -26,11 +28,14 @@ class TeacherConfig:
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     unet: str | None = None
-    """The UNet's sub-folder if it is not `unet`, such as `unet_ema`."""
+    """The network's sub-folder if it is not `unet` or `transformer`, such as `unet_ema`."""
     variant: str | None = None
     """Which of the saved weights to load, such as `fp16`."""
     scheduler: str | None = None
     """A scheduler_config.json, or a folder that holds it, for a folder with a UNet only."""
+    null_class: int | None = None
+    """The row of a class-conditional UNet's table that was trained to stand for no label, such as 10 after ten classes;
+    guidance needs it, and no file says it. A DiT's is known."""
 
     @classmethod
     def recorded(cls, origin: Mapping[str, str], source: str | None = None) -> TeacherConfig:
@@ -40,7 +45,7 @@ class TeacherConfig:
             origin: the teacher's entry in the store's provenance.
             source: where the teacher is, if not where the provenance says.
         """
-        parts = {key: origin[key] for key in PARTS if key in origin}
+        parts: dict[str, Any] = {key: origin[key] for key in PARTS if key in origin}
         if source is not None:
             if "scheduler" in parts and not Path(os.path.expanduser(parts["scheduler"])).exists():
                 del parts["scheduler"]  # a path on the machine that built the store
@@ -64,7 +69,13 @@ class SamplerConfig:
     teacher's own scheduler has. Trailing starts at pure noise. Of flow matching, where it spaces σ before the shift:
     trailing (as Flux) or linspace (as Stable Diffusion 3)."""
 
+    guidance: float = 1.0
+    """Scale of classifier-free guidance for a class-conditional teacher (Ho & Salimans 2022), which doubles its
+    evaluations; 1 is none."""
+
     def __post_init__(self) -> None:
+        if not 0 <= self.guidance < math.inf:
+            raise ConfigError(f"sampler.guidance: {self.guidance} is no number ≥ 0")
         if self.steps < 1:
             raise ConfigError(f"sampler.steps: {self.steps} is not a positive number of steps")
         if self.spacing not in (*SPACINGS, "teacher"):
@@ -79,6 +90,8 @@ class CacheConfig:
 
     seeds: str = "0:4096"
     """A:B, half open; widened to whole blocks."""
+    labels: str | list[int] = "all"
+    """Which classes of a class-conditional teacher: `all`, or a list such as [0, 3]. Seeds take them in turn."""
     record: int | list[int] = 10
     """K evenly spaced states after x_T, or a list of solver steps. x_T and x_0 are always recorded."""
     block_size: int = 1024
@@ -100,6 +113,11 @@ class CacheConfig:
         for key in ("block_size", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"cache.{key}: {getattr(self, key)} is not positive")
+        labels = self.labels
+        if isinstance(labels, str) and labels != "all":
+            raise ConfigError(f"cache.labels: {labels!r} is neither all nor a list of labels such as [0, 3]")
+        if not labels or (isinstance(labels, list) and (min(labels) < 0 or len(set(labels)) != len(labels))):
+            raise ConfigError(f"cache.labels: {labels} are not one or more different labels ≥ 0")
         if self.dtype not in DTYPES:
             raise ConfigError(f"cache.dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.precision not in PRECISIONS:

@@ -106,7 +106,7 @@ BAD_BUILDS = [
     (("--seeds", "all"), 2, "expected A:B"),
     (("--block-size", "0"), 2, "block_size: 0 is not positive"),
     (("--teacher", "no/such/folder"), 1, "no such folder"),
-    (("--teacher", "notes"), 1, "no UNet in it"),
+    (("--teacher", "notes"), 1, "no network in it"),
     (("--sampler", "magic"), 2, "sampler 'magic' is unknown; advkd has tables for: ddim, ddpm"),
     (("--device", "cuda:99"), 2, "device 'cuda:99'"),
     (("--out", "notes"), 1, "notes is not a trajectory cache"),

@@ -218,7 +218,7 @@ def test_nan_stops_the_build_and_leaves_the_committed_blocks(pipeline_folder: Pa
     build(plan_for(pipeline_folder, store, seeds="0:8"))
     before = tree(store)
     plan = plan_for(pipeline_folder, store, seeds="0:16")
-    torch.nn.init.constant_(next(plan.teacher.unet.parameters()), float("nan"))
+    torch.nn.init.constant_(next(plan.teacher.network.parameters()), float("nan"))
     with pytest.raises(TeacherError, match=r"seeds 8:13 is not finite"):
         build(plan)
     assert TrajectoryCache.open(store).blocks == (0,)
@@ -420,7 +420,7 @@ def test_a_useless_teacher_does_not_displace_a_good_store(pipeline_folder: Path,
     build(plan_for(pipeline_folder, store))
     before = tree(store)
     plan = plan_for(pipeline_folder, store, root_seed=5)
-    torch.nn.init.constant_(next(plan.teacher.unet.parameters()), float("nan"))
+    torch.nn.init.constant_(next(plan.teacher.network.parameters()), float("nan"))
     with pytest.raises(TeacherError, match="not finite"):
         build(plan, on_mismatch="set-aside")
     assert tree(store) == before

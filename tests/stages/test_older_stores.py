@@ -19,7 +19,7 @@ import torch
 
 from advkd.cache.care.verify import verify
 from advkd.cache.errors import MismatchError
-from advkd.cache.format.equivalence import SCHEDULER_OPTIONS, UNET_OPTIONS, equivalent
+from advkd.cache.format.equivalence import NETWORK_OPTIONS, SCHEDULER_OPTIONS, equivalent
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import merge
@@ -180,7 +180,7 @@ def test_the_older_landing_is_diffusers_own(pipeline_folder: Path, tmp_path: Pat
     scheduler.set_timesteps(7)
     x = torch.from_numpy(cache.rows(0, range(8)))
     for timestep in scheduler.timesteps:
-        x = scheduler.step(teacher.unet(x, timestep).sample, timestep, x).prev_sample
+        x = scheduler.step(teacher.network(x, timestep).sample, timestep, x).prev_sample
     np.testing.assert_allclose(cache.rows(7, range(8)) * cache.state(7).scale, x.numpy(), rtol=1e-5, atol=1e-5)
     assert cache.state(7).sigma > 0.006
 
@@ -198,7 +198,7 @@ def test_what_is_no_older_rule_is_another_recipe(pipeline_folder: Path, tmp_path
 
 def test_tables_are_what_the_oldest_and_the_installed_diffusers_have() -> None:
     """An option of the installed version that the tables lack must be neutral, and none may have another default."""
-    tables = {**SCHEDULER_OPTIONS, "UNet2DModel": UNET_OPTIONS}
+    tables = SCHEDULER_OPTIONS | NETWORK_OPTIONS
     for name, table in tables.items():
         installed = json_config(getattr(diffusers, name)().config)
         assert {key: installed[key] for key in table} == table

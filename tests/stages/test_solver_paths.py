@@ -45,7 +45,7 @@ class Normal(nn.Module):
         self.ratios = np.sqrt((1.0 - bars) / bars)
 
     def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
-        ratio = np.interp(float(timestep), np.arange(T), self.ratios)  # as Euler and Heun do between timesteps
+        ratio = np.interp(float(timestep[0]), np.arange(T), self.ratios)  # as Euler and Heun do between timesteps
         alpha = (1.0 + ratio**2) ** -0.5
         sigma = ratio * alpha
         epsilon = sigma * (x - alpha * self.mean) / (alpha**2 * self.sd**2 + sigma**2)
@@ -60,7 +60,7 @@ class Normal(nn.Module):
 def oracle(unet: Normal | None = None, **options: object) -> Teacher:
     unet = unet or Normal()
     config = DDPM | {"prediction_type": unet.prediction_type} | options
-    return Teacher(unet=unet, scheduler_config=config, item_shape=SHAPE, source="oracle", commit=None)
+    return Teacher(network=unet, scheduler_config=config, item_shape=SHAPE, source="oracle", commit=None)
 
 
 def run(teacher: Teacher, sampler: SamplerConfig, num_seeds: int = 3) -> tuple[SolverPath, dict[int, Tensor]]:
@@ -166,7 +166,7 @@ def teacher(pipeline_folder: Path) -> Teacher:
 
 def diffusers_loop(teacher: Teacher, scheduler: Any, x: Tensor) -> Tensor:
     for timestep in scheduler.timesteps:
-        prediction = teacher.unet(scheduler.scale_model_input(x, timestep), timestep).sample
+        prediction = teacher.network(scheduler.scale_model_input(x, timestep), timestep).sample
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x
 
@@ -194,7 +194,7 @@ def test_clipped_euler_is_heun_without_its_correction(teacher: Teacher) -> None:
         scheduler.prev_derivative = scheduler.dt = None  # in the first stage, whatever came before
         scheduler._step_index = 2 * step
         timestep = scheduler.timesteps[2 * step]
-        prediction = teacher.unet(scheduler.scale_model_input(euler[step], timestep), timestep).sample
+        prediction = teacher.network(scheduler.scale_model_input(euler[step], timestep), timestep).sample
         x = scheduler.step(prediction, timestep, euler[step]).prev_sample
         torch.testing.assert_close(euler[step + 1], x, rtol=1e-4, atol=1e-3)
 

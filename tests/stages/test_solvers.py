@@ -111,7 +111,7 @@ def test_states_equal_diffusers_own_loop(
     x = ours[0] if flow else ours[0] * scheduler.init_noise_sigma
     calls = [x]
     for call, timestep in enumerate(scheduler.timesteps):
-        prediction = teacher.unet(x if flow else scheduler.scale_model_input(x, timestep), timestep).sample
+        prediction = teacher.network(x if flow else scheduler.scale_model_input(x, timestep), timestep).sample
         if sampler.eta or sde:
             options["variance_noise"] = drawn[call]
         module = f"{type(scheduler).__module__}.randn_tensor"
@@ -136,8 +136,8 @@ class PointMass(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
         if self.alphas_cumprod is None:
-            return SimpleNamespace(sample=(x - self.mu) / (timestep / 1000))
-        alpha_bar = self.alphas_cumprod[int(timestep)]
+            return SimpleNamespace(sample=(x - self.mu) / (timestep[0] / 1000))
+        alpha_bar = self.alphas_cumprod[int(timestep[0])]
         return SimpleNamespace(sample=(x - alpha_bar.sqrt() * self.mu) / (1 - alpha_bar).sqrt())
 
 
@@ -146,7 +146,7 @@ def point_mass_teacher(sampler: SamplerConfig) -> tuple[Teacher, Tensor]:
     mu = torch.linspace(-0.9, 0.9, 16).reshape(1, 4, 4)
     unet = PointMass(mu, None if SOLVERS[sampler.name].flow else scheduler.alphas_cumprod)
     teacher = Teacher(
-        unet=unet, scheduler_config=dict(scheduler.config), item_shape=(1, 4, 4), source="oracle", commit=None
+        network=unet, scheduler_config=dict(scheduler.config), item_shape=(1, 4, 4), source="oracle", commit=None
     )
     return follows(teacher, sampler), mu
 

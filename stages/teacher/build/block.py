@@ -73,7 +73,8 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
             seeds=seeds[part],
             root_seed=plan.recipe.root_seed,
             record=[step for step in states if step],
-            evaluated=partial(advance, part.stop - part.start),
+            condition=plan.recipe.condition,
+            evaluated=partial(advance, (part.stop - part.start) * plan.recipe.evaluations_at_once),
         )
         for step, values in kept.items():
             computed = values.numpy()
@@ -94,7 +95,7 @@ def check_images(plan: Plan, sampled: SampledBlock) -> str:
     """Check x_0 of a build's first block; x_0 in words.
 
     Raises:
-        TeacherError: all seeds give the same image, or values too large for images (unless `accept_range` is set).
+        TeacherError: all seeds give the same image, or pixels too large for images (unless `accept_range` is set).
     """
     images = sampled.states[plan.sampler.steps].astype(np.float32)
     with np.errstate(all="ignore"):  # values that are infinite in float16 are refused below
@@ -104,6 +105,8 @@ def check_images(plan: Plan, sampled: SampledBlock) -> str:
         raise TeacherError(
             f"teacher {plan.teacher.source}: x_0 is constant over {len(images)} seeds ({described}); nothing was kept"
         )
+    if plan.recipe.space is not None:
+        return described  # latents have no range
     beyond = _share_beyond(images)
     if beyond > MAX_SHARE_BEYOND and not plan.config.accept_range:
         raise TeacherError(
@@ -137,7 +140,7 @@ def block_provenance(plan: Plan, sampled: SampledBlock, command: str) -> dict[st
 
 def _accepted(plan: Plan, sampled: SampledBlock) -> dict[str, Any]:
     """What `accept_range` let through, if it did; a block that isn't finite is refused when it is committed."""
-    if not plan.config.accept_range:
+    if not plan.config.accept_range or plan.recipe.space is not None:
         return {}
     x_0 = sampled.states[plan.sampler.steps]
     minimum, maximum = float(x_0.min()), float(x_0.max())

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from safetensors.torch import save
+
 from advkd.cache.errors import NotCachedError
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.format.seeds import seeds_of
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.divide import Attempt, Outcome, divide
 from advkd.cache.write.writer import OnMismatch
+from advkd.stages.decoder import as_images, cache_decoder
 from advkd.stages.pictures import save_trajectories
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.background import Background
@@ -24,6 +28,9 @@ from advkd.stages.teacher.build.block import SampledBlock, check_images, commit_
 from advkd.stages.teacher.build.plan import Plan, origin, say_older_rules
 from advkd.stages.teacher.build.resources import check_disk, check_memory
 from advkd.stages.teacher.build.tolerance import record_tolerance
+
+PREVIEWED = 8
+"""Seeds in the picture of the first block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +125,8 @@ def start(plan: Plan, reporter: Reporter, *, continues: bool, workers: int | Non
 def begin_store(plan: Plan) -> None:
     """Let the arrays declare the plan's seeds, and record where the teacher came from."""
     plan.writer.grow(plan.seeds)
+    if plan.recipe.space is not None:
+        plan.writer.write_decoder(save(plan.teacher.decoder))
     note = plan.store / "provenance" / "store.json"
     if not note.is_file():
         write_atomically(note, [seal(origin(plan))])
@@ -221,10 +230,13 @@ def _sample_first(plan: Plan, block: int, reporter: Reporter) -> SampledBlock:
 
 
 def _show(plan: Plan, sampled: SampledBlock, reporter: Reporter) -> Path:
+    decoder, condition = cache_decoder(TrajectoryCache.open(plan.store)), plan.recipe.condition
+    shown = seeds_of(sampled.number, plan.layout.block_size)[:PREVIEWED]
     preview = save_trajectories(
         plan.store.with_suffix(".png"),
         [state.timestep for state in plan.layout.states],
-        [sampled.states[state.step][:8] for state in plan.layout.states],
+        [as_images(sampled.states[state.step][:PREVIEWED], decoder) for state in plan.layout.states],
+        None if condition is None else condition.labels_of(shown).tolist(),
     )
     seeds, described = seeds_of(sampled.number, plan.layout.block_size), check_images(plan, sampled)
     reporter.say(f"first block, seeds {seeds.start}:{seeds.stop}: x_0 {described}; look: {preview}")

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from advkd.cache.errors import TeacherError, UsageError
+from advkd.cache.errors import ConfigError, TeacherError, UsageError
 from advkd.cache.files.durable import holds_something
+from advkd.cache.format.condition import ClassCondition
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.metadata import read_metadata
 from advkd.cache.format.noise import NOISE_RULE
@@ -72,8 +73,8 @@ class Plan:
 
     @property
     def evaluations_per_seed(self) -> int:
-        """Network evaluations of one trajectory."""
-        return self.path.evaluations
+        """Network evaluations of one trajectory; guidance takes two per prediction."""
+        return self.path.evaluations * self.recipe.evaluations_at_once
 
     @property
     def evaluations_per_block(self) -> int:
@@ -128,6 +129,8 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
         precision={"compute": config.precision, "tf32": False},
         noise={"rule": NOISE_RULE, "root_seed": config.root_seed},
         item_shape=loaded.item_shape,
+        condition=_condition(loaded, sampler, config),
+        space=loaded.space,
     )
     older: tuple[str, ...] = ()
     if holds_something(store):
@@ -139,6 +142,40 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
     layout = Layout(states=states, dtype=config.dtype, block_size=config.block_size)
     writer = CacheWriter(store, recipe, layout)
     return Plan(teacher=loaded, path=path, config=config, writer=writer, older_rules=older)
+
+
+def _condition(teacher: Teacher, sampler: SamplerConfig, config: CacheConfig) -> ClassCondition | None:
+    """What the teacher is told; None for an unconditional one.
+
+    Raises:
+        ConfigError: labels or guidance don't fit the teacher.
+    """
+    if not teacher.num_classes:
+        if config.labels != "all" or sampler.guidance != 1.0:
+            asked = f"labels {config.labels}" if config.labels != "all" else f"guidance {sampler.guidance:g}"
+            raise ConfigError(f"teacher {teacher.source} is unconditional: it can't follow {asked}; leave it out")
+        return None
+    known = [label for label in range(teacher.num_classes) if label != teacher.null_class]
+    labels = known if isinstance(config.labels, str) else sorted(config.labels)
+    if impossible := sorted(set(labels) - set(known)):
+        null = "" if teacher.null_class is None else f", without its null class {teacher.null_class}"
+        raise ConfigError(
+            f"cache.labels: teacher {teacher.source} has no label {impossible[0]}; it has {known[0]} to {known[-1]}"
+            f"{null}"
+        )
+    guided = sampler.guidance != 1.0
+    if guided and teacher.null_class is None:
+        raise ConfigError(
+            f"sampler.guidance {sampler.guidance:g}: which row of teacher {teacher.source}'s {teacher.num_classes} "
+            "stands for no label is in none of its files: name it as teacher.null_class (often the last one), or leave "
+            "guidance at 1"
+        )
+    return ClassCondition(
+        num_classes=teacher.num_classes,
+        labels=tuple(labels),
+        guidance=float(sampler.guidance),
+        null_class=teacher.null_class if guided else None,
+    )
 
 
 def say_older_rules(plan: Plan, reporter: Reporter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,8 +58,11 @@ def plan_of(cache: TrajectoryCache, teacher: TeacherConfig | None, batch_size: i
         if "source" not in known:
             raise UsageError(f"{cache.address} doesn't say where its teacher came from: give --teacher")
         teacher = TeacherConfig.recorded(known)
-    sampler = SolverPath.recorded(recipe).sampler
+    sampler, condition = SolverPath.recorded(recipe).sampler, recipe.condition
+    if condition is not None and condition.null_class is not None:
+        teacher = dataclasses.replace(teacher, null_class=condition.null_class)
     config = CacheConfig(
+        labels="all" if condition is None else list(condition.labels),
         seeds=f"0:{layout.block_size}",
         record=recorded_list(layout),
         block_size=layout.block_size,

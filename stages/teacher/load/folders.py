@@ -19,17 +19,28 @@ from advkd.stages.teacher.diffusers_api import first_line
 
 _WEIGHTS = "diffusion_pytorch_model"
 _VARIANT = re.compile(rf"{_WEIGHTS}\.(\w+?)(-\d+-of-\d+)?\.safetensors")
-_UNET_CONFIG, _SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+_MODEL_CONFIG, _SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+_NETWORKS, _AUTOENCODERS = ("unet", "transformer"), ("vae", "vqvae")
+"""What diffusers' pipelines call these parts, and the folders that they are saved in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The files of one model of a pipeline."""
+
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    """Safetensors files that together hold all tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherFiles:
     """A teacher's files on this machine."""
 
-    unet_config: dict[str, Any]
+    network: Part
+    autoencoder: Part | None
+    """None if the network denoises pixels."""
     scheduler_config: dict[str, Any]
-    weights: tuple[Path, ...]
-    """Safetensors files that together hold all tensors."""
     commit: str | None
     """Of the Hub's repository, if it came from there."""
     license: str | None
@@ -40,23 +51,25 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
     """Find a teacher's files, downloading them if it is on the Hub.
 
     Raises:
-        TeacherError: it is missing, incomplete, unreachable, or not a pixel-space pipeline with a UNet.
+        TeacherError: it is missing, incomplete, unreachable, or has no network or no scheduler.
     """
     folder, commit = _find_folder(config, ["*.json", "README.md"])
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    _check_pipeline(folder, index, config.source)
-    unet = _part(folder, config.unet or "unet", _UNET_CONFIG, index, config)
+    network = _part(folder, config.unet or _network_name(folder), _MODEL_CONFIG, index, config)
+    name = next((name for name in _AUTOENCODERS if name in index or (folder / name).is_dir()), None)
+    autoencoder = None if name is None else _part(folder, name, _MODEL_CONFIG, index, config)
     if config.scheduler is None:
         scheduler = _part(folder, "scheduler", _SCHEDULER_CONFIG, index, config) / _SCHEDULER_CONFIG
     else:
         scheduler = _separate_scheduler(Path(os.path.expanduser(config.scheduler)), config.source)
-    if commit is not None:  # only this part: others may be large; all its variants, so that an error can name them
-        subfolder = "" if unet == folder else f"{unet.relative_to(folder).as_posix()}/"
-        _find_folder(config, [f"{subfolder}{_WEIGHTS}*.safetensors"], commit)
+    parts = [network, *([] if autoencoder is None else [autoencoder])]
+    if commit is not None:  # only these parts: others may be large; all their variants, so that an error can name them
+        subfolders = ["" if part == folder else f"{part.relative_to(folder).as_posix()}/" for part in parts]
+        _find_folder(config, [f"{subfolder}{_WEIGHTS}*.safetensors" for subfolder in subfolders], commit)
     return TeacherFiles(
-        unet_config=read_json(unet / _UNET_CONFIG),
+        network=_read_part(network, config),
+        autoencoder=None if autoencoder is None else _read_part(autoencoder, config),
         scheduler_config=read_json(scheduler),
-        weights=_weights(unet, config),
         commit=commit,
         license=_license_of(folder),
     )
@@ -91,14 +104,13 @@ def _find_folder(config: TeacherConfig, patterns: list[str], commit: str | None 
     return Path(snapshot), Path(snapshot).name
 
 
-def _check_pipeline(folder: Path, index: Mapping[str, Any], source: str) -> None:
-    """Refuse a pipeline whose network denoises something else than pixels."""
-    for autoencoder in ("vae", "vqvae"):
-        if autoencoder in index or (folder / autoencoder).is_dir():
-            raise TeacherError(
-                f"teacher {source}: it denoises the latents of its {autoencoder}, not pixels{_in_words(index)}; "
-                "expected a pixel-space pipeline, such as a DDPMPipeline: latent teachers come in a later version"
-            )
+def _network_name(folder: Path) -> str:
+    """What a pipeline in a folder calls its network."""
+    return next((name for name in _NETWORKS if (folder / name / _MODEL_CONFIG).is_file()), _NETWORKS[0])
+
+
+def _read_part(folder: Path, config: TeacherConfig) -> Part:
+    return Part(config=read_json(folder / _MODEL_CONFIG), weights=_weights(folder, config))
 
 
 def _in_words(index: Mapping[str, Any]) -> str:
@@ -111,15 +123,17 @@ def _in_words(index: Mapping[str, Any]) -> str:
 
 def _part(folder: Path, name: str, config_file: str, index: Mapping[str, Any], config: TeacherConfig) -> Path:
     """A pipeline's part, in its sub-folder or, as in older repositories, at the root."""
-    flat = [folder] if name in ("unet", "scheduler") else []
+    flat = [folder] if name in (*_NETWORKS, "scheduler") else []
     for candidate in (folder / name, *flat):
         if (candidate / config_file).is_file():
             return candidate
     if name == "scheduler":
         what, hint = "scheduler", "`teacher.scheduler: PATH` names one that lies elsewhere"
+    elif name in _AUTOENCODERS:
+        what, hint = "autoencoder", f"its model_index.json names {name}: save the pipeline again"
     else:
-        others = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{_UNET_CONFIG}"))) or "there is none"
-        what, hint = "UNet", f"`teacher.unet: FOLDER` names another of its folders ({others})"
+        others = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{_MODEL_CONFIG}"))) or "there is none"
+        what, hint = "network", f"`teacher.unet: FOLDER` names another of its folders ({others})"
     raise TeacherError(
         f"teacher {config.source}: no {what} in it{_in_words(index)}; expected {name}/{config_file}, as "
         f"DDPMPipeline.save_pretrained writes: {hint}"
@@ -157,7 +171,8 @@ def _weights(unet: Path, config: TeacherConfig) -> tuple[Path, ...]:
         advice = f"`teacher.variant` chooses a variant; there are: {known}"
     there = ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
     raise TeacherError(
-        f"teacher {config.source}: no {whole.name} in its UNet folder, which has {there or 'no weights'}; {advice}"
+        f"teacher {config.source}: no {whole.name} in its {unet.name} folder, which has {there or 'no weights'}; "
+        f"{advice}"
     )
 
 

@@ -1,26 +1,27 @@
-"""Loading a teacher: any unconditional pixel-space pipeline made of a `UNet2DModel` and a scheduler."""
+"""Loading a teacher: a pipeline of a `UNet2DModel` or a DiT and a scheduler, with an autoencoder if it has latents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from advkd.cache.errors import TeacherError
+from advkd.cache.format.equivalence import NETWORK_OPTIONS
 from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE
 from advkd.stages.device import forbid_tf32
 from advkd.stages.teacher.config import PARTS, TeacherConfig
-from advkd.stages.teacher.diffusers_api import diffusers, first_line
+from advkd.stages.teacher.diffusers_api import first_line
 from advkd.stages.teacher.load.folders import find_files
 from advkd.stages.teacher.load.identity import tensors_sha256
+from advkd.stages.teacher.load.latents import load_space
+from advkd.stages.teacher.load.model import load_model
 from advkd.stages.teacher.load.network import Teacher, best_memory_format
 from advkd.stages.teacher.path.schedulers import check_scheduler
 
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Attention layers' names in files of diffusers before 0.15, such as google/ddpm-cifar10-32's, and today's."""
+_LEGACY_DIT = ("Transformer2DModel", "ada_norm_zero")
+"""Class and `norm_type` by which DiTs were saved before diffusers 0.29."""
 
 
 def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "float32") -> Teacher:
@@ -31,22 +32,29 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
     """
     source = config.source
     files = find_files(config)
-    item_shape = _check_unet(files.unet_config, source)
+    network_config = _of_known_class(files.network.config, source)
+    item_shape = _item_shape(network_config, source)
+    num_classes, null_class = _classes(network_config, config.null_class, source)
     check_scheduler(files.scheduler_config, source)
     forbid_tf32()
-    unet = _load_unet(files.unet_config, files.weights, source)
-    checkpoint_hash = tensors_sha256(unet.state_dict())
+    network = load_model(network_config, files.network.weights, f"teacher {source}: its network")
+    checkpoint_hash = tensors_sha256(network.state_dict())
+    space, decoder = load_space(files.autoencoder, item_shape, source) if files.autoencoder else (None, {})
     memory_format = best_memory_format(device, precision)
-    unet.requires_grad_(False).eval().to(device=device, dtype=getattr(torch, precision))
-    unet.to(memory_format=memory_format)
+    network.requires_grad_(False).eval().to(device=device, dtype=getattr(torch, precision))
+    network.to(memory_format=memory_format)
     teacher = Teacher(
-        unet=unet,
+        network=network,
+        num_classes=num_classes,
+        null_class=null_class,
+        space=space,
+        decoder=decoder,
         memory_format=memory_format,
         scheduler_config=files.scheduler_config,
         item_shape=item_shape,
         source=source,
         commit=files.commit,
-        config=files.unet_config,
+        config=network_config,
         license=files.license,
         parts={key: value for key in PARTS if (value := getattr(config, key)) is not None},
         tensors_sha256=checkpoint_hash,
@@ -55,54 +63,56 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
     return teacher
 
 
-def _load_unet(config: Mapping[str, Any], weights: tuple[Path, ...], source: str) -> nn.Module:
-    """The network in the precision in which it was saved."""
-    from safetensors.torch import load_file
+def _of_known_class(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A network's configuration with today's name of its class.
 
-    try:
-        with torch.device("meta"):  # random weights would only take time; this thread's alone
-            unet: nn.Module = diffusers().UNet2DModel.from_config(dict(config))
-        if any(buffer.is_meta for buffer in unet.buffers()):  # fixed filters, which no file holds
-            unet = diffusers().UNet2DModel.from_config(dict(config))
-        # Copied: a file that changes while it is mapped would change the network.
-        tensors = {name: tensor.clone() for path in weights for name, tensor in load_file(path).items()}
-    except Exception as error:  # whatever a foreign configuration makes diffusers, torch and safetensors raise
-        raise TeacherError(f"teacher {source}: its UNet can't be loaded ({first_line(error)})") from error
-    expected = unet.state_dict()
-    tensors = {_todays_name(name, expected): tensor for name, tensor in tensors.items()}
-    wrong = {
-        "missing": expected.keys() - tensors.keys(),
-        "unexpected": tensors.keys() - expected.keys(),
-        "mismatched": {
-            name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape
-        },
-    }
-    if any(wrong.values()):
-        found = ", ".join(f"{len(names)} {kind} keys" for kind, names in wrong.items() if names)
-        raise TeacherError(f"teacher {source}: its weights don't fit its UNet's configuration ({found})")
-    unet.load_state_dict(tensors, assign=True)
-    return unet
+    Raises:
+        TeacherError: advkd knows no such network.
+    """
+    name = config.get("_class_name")
+    if (name, config.get("norm_type")) == _LEGACY_DIT:
+        name = "DiTTransformer2DModel"
+        config = {"_class_name": name, **{key: config[key] for key in NETWORK_OPTIONS[name] if key in config}}
+    if name not in NETWORK_OPTIONS:
+        raise TeacherError(f"teacher {source}: its network is a {name}; expected a {' or a '.join(NETWORK_OPTIONS)}")
+    return dict(config)
 
 
-def _todays_name(name: str, expected: Mapping[str, Tensor]) -> str:
-    *path, layer, kind = name.split(".") if name.count(".") else ("", name)
-    return name if name in expected or layer not in _OLD_NAMES else ".".join([*path, _OLD_NAMES[layer], kind])
+def _classes(config: Mapping[str, Any], null_class: int | None, source: str) -> tuple[int, int | None]:
+    """Rows of a network's table of classes, 0 without one, and which of them is the null class.
+
+    Raises:
+        TeacherError: it is conditioned on something else than labels, or has no such row.
+    """
+    if config["_class_name"] == "DiTTransformer2DModel":
+        rows = int(config.get("num_embeds_ada_norm", 1000)) + 1  # diffusers adds the null row to DiT's table
+        known: int | None = rows - 1
+    else:
+        if config.get("class_embed_type") is not None:
+            raise TeacherError(
+                f"teacher {source}: it is conditioned on vectors (class_embed_type {config['class_embed_type']!r}); "
+                "expected class labels (num_class_embeds), or no condition"
+            )
+        rows, known = int(config.get("num_class_embeds") or 0), None
+    if null_class is not None and (known is not None or rows == 0) and null_class != known:
+        has = f"its null class is {known}" if known is not None else "it is unconditional"
+        raise TeacherError(f"teacher {source}: {has}, teacher.null_class says {null_class}: remove it")
+    if null_class is not None and not 0 <= null_class < rows:
+        raise TeacherError(f"teacher {source}: its table has {rows} rows, teacher.null_class {null_class} is none")
+    return rows, known if null_class is None else null_class
 
 
-def _check_unet(config: Mapping[str, Any], source: str) -> tuple[int, int, int]:
-    class_name = config.get("_class_name")
-    if class_name != "UNet2DModel":
-        raise TeacherError(f"teacher {source}: its network is a {class_name}; expected an unconditional UNet2DModel")
-    if config.get("num_class_embeds") or config.get("class_embed_type"):
-        raise TeacherError(f"teacher {source}: it is conditioned on a class; expected an unconditional one")
-    size = config.get("sample_size")
+def _item_shape(config: Mapping[str, Any], source: str) -> tuple[int, int, int]:
+    options = NETWORK_OPTIONS[config["_class_name"]] | dict(config)
+    size = options["sample_size"]
     if size is None:
         raise TeacherError(
-            f"teacher {source}: its UNet's configuration names no sample_size; expected the side of its images in "
+            f"teacher {source}: its network's configuration names no sample_size; expected the side of its images in "
             'pixels: write it into config.json, such as `"sample_size": 32`'
         )
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-    channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    channels = options["in_channels"]
+    out_channels = channels if options["out_channels"] is None else options["out_channels"]
     whole = all(type(number) is int for number in (channels, height, width))
     if not whole or not 1 <= channels <= MAX_CHANNELS or not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
         raise TeacherError(
@@ -131,11 +141,13 @@ def _try_out(teacher: Teacher) -> None:
         TeacherError: the evaluation fails, or gives another shape.
     """
     x = torch.zeros(1, *teacher.item_shape, device=teacher.device).contiguous(memory_format=teacher.memory_format)
+    timestep = torch.tensor(teacher.num_timesteps - 1, device=teacher.device)
+    labels = torch.zeros(1, dtype=torch.int64, device=teacher.device) if teacher.num_classes else None
     cause: Exception | None = None
     try:
         with torch.inference_mode():
-            found = tuple(teacher.predict(x, torch.tensor(teacher.num_timesteps - 1, device=teacher.device)).shape[1:])
-        if found == (teacher.config.get("out_channels", 3), *teacher.item_shape[1:]):
+            found = tuple(teacher.predict(x, timestep, labels).shape[1:])
+        if found == (teacher.item_shape[0] * (2 if teacher.learned_variance else 1), *teacher.item_shape[1:]):
             return
         problem = f"it gives {'×'.join(map(str, found))}"
     except Exception as error:  # whatever a foreign configuration makes diffusers and torch raise
@@ -145,6 +157,6 @@ def _try_out(teacher: Teacher) -> None:
     if halvings > 0 and any(side % 2**halvings for side in teacher.item_shape[1:]):
         expected = f"its blocks halve the sides {halvings} times: expected a multiple of {2**halvings} as sample_size"
     raise TeacherError(
-        f"teacher {teacher.source}: its UNet can't evaluate an image of {'×'.join(map(str, teacher.item_shape))} at "
+        f"teacher {teacher.source}: its network can't evaluate an item of {'×'.join(map(str, teacher.item_shape))} at "
         f"timestep {teacher.num_timesteps - 1} ({problem}); {expected}"
     ) from cause

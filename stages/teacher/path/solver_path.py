@@ -82,6 +82,7 @@ class SolverPath:
                 steps=int(sampler["steps"]),
                 eta=float(sampler["eta"]),
                 spacing=str(config["timestep_spacing"]),
+                guidance=1.0 if recipe.condition is None else recipe.condition.guidance,
             ),
             options=config,
             x0=rule,

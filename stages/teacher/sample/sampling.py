@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from advkd.cache.errors import TeacherError
+from advkd.cache.format.condition import ClassCondition
 from advkd.cache.format.noise import standard_normal
 from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.solver_path import SolverPath, initial_scale
@@ -38,6 +39,7 @@ def record_states(
     seeds: Sequence[int] | range,
     root_seed: int,
     record: Collection[int],
+    condition: ClassCondition | None = None,
     evaluated: Evaluated = lambda: None,
 ) -> dict[int, Tensor]:
     """Denoise one batch and keep the states after some solver steps.
@@ -46,10 +48,11 @@ def record_states(
         teacher: the network.
         path: the solver, set up for this teacher's diffusion.
         noise: x_T in stored units, shape (B, C, H, W).
-        seeds: the batch's seeds, for the noise that ancestral samplers add.
+        seeds: the batch's seeds, for their labels and the noise that ancestral samplers add.
         root_seed: the recipe's.
         record: solver steps after which the state is kept.
-        evaluated: called after each network evaluation.
+        condition: the recipe's; None for an unconditional teacher.
+        evaluated: called after each prediction.
 
     Returns:
         By solver steps done, float32 on the CPU in stored units (x_t / scale), shape (B, C, H, W).
@@ -58,13 +61,16 @@ def record_states(
         TeacherError: x_0 is not finite.
     """
     scheduler, device = path.new_scheduler(), teacher.device
+    labels = None
+    if condition is not None:
+        labels = torch.from_numpy(condition.labels_of(np.asarray(seeds, dtype=np.int64))).to(device, torch.int64)
     timesteps = path.timesteps.to(device)  # at once: a copy per step would make the host wait for the device
     x = torch.from_numpy(noise.astype(np.float32)).to(device, memory_format=teacher.memory_format)
     kept = {0: x} if 0 in record else {}
     x = x * initial_scale(scheduler)  # as diffusers rounds it; the state's scale is the same to ten digits
     for call in range(path.evaluations):
         seen = x if path.solver.flow else scheduler.scale_model_input(x, scheduler.timesteps[call])
-        prediction = teacher.predict(seen, timesteps[call])
+        prediction = teacher.predict(seen, timesteps[call], labels, condition)
         if not path.uses_variance:
             prediction = prediction[:, : x.shape[1]]
         if path.applied_x0 is not None:
