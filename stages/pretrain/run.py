@@ -23,6 +23,7 @@ from torch import Tensor
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import PARTIAL_SUFFIX, holds_something, write_json
 from advkd.cache.files.locks import LOCK_FILE
+from advkd.cache.format.condition import ClassCondition
 from advkd.stages.device import best_device
 from advkd.stages.images.datasets import DATASETS, load_dataset
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
@@ -104,15 +105,17 @@ def _alone(partial: Path, folder: Path) -> Iterator[None]:
 
 
 def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> PretrainReport:
-    images, labels = load_dataset(config.data, config.size)
-    classifier, accuracy = train_classifier(images, torch.from_numpy(labels), config.classifier, config.seed, reporter)
+    images, known = load_dataset(config.data, config.size)
+    labels = torch.from_numpy(known)
+    classifier, accuracy = train_classifier(images, labels, config.classifier, config.seed, reporter)
     save_classifier(partial / "classifier", classifier, {"held_out_accuracy": accuracy})
     reporter.say(f"classifier: {accuracy:.1%} correct on {config.classifier.held_out} held-out real images")
     device = best_device()
-    unet, scheduler = train_teacher(images, config, reporter, device)
+    unet, scheduler = train_teacher(images, labels, config, reporter, device)
     save_pipeline(partial / "pipeline", unet, scheduler)
-    made = sample_pipeline(partial / "pipeline", config.report_samples, reporter, device)
-    save_grid(partial / "samples.png", made[:64].numpy())
+    made = sample_pipeline(partial / "pipeline", config.report_samples, reporter, device, config.num_classes)
+    columns = config.num_classes or 8
+    save_grid(partial / "samples.png", made[: columns**2].numpy(), columns)
     report = PretrainReport(
         frechet_to_real=_frechet(classifier, made, images),
         frechet_real_to_real=real_to_real(classifier, images),
@@ -139,12 +142,18 @@ def check_folder(folder: Path) -> None:
 
 
 def sample_pipeline(
-    pipeline: Path, count: int, reporter: Reporter, device: torch.device, batch_size: int = 256
+    pipeline: Path, count: int, reporter: Reporter, device: torch.device, num_classes: int = 0, batch_size: int = 256
 ) -> Tensor:
-    """x_0 of `count` seeds by DDIM (flow matching: Euler) in 50 steps, clipped to [−1, 1], shape (count, C, H, W)."""
+    """x_0 of `count` seeds by DDIM (flow matching: Euler) in 50 steps, clipped to [−1, 1], shape (count, C, H, W).
+
+    Seeds take the labels 0 to `num_classes` − 1 in turn, without guidance.
+    """
     teacher = load_teacher(TeacherConfig(source=str(pipeline)), device)
     reporter.start("samples", count, "images")
     sampler = SamplerConfig(name="flow-euler" if is_flow(teacher.scheduler_config) else "ddim", steps=REPORT_STEPS)
+    condition = None
+    if num_classes:
+        condition = ClassCondition(num_classes=teacher.num_classes, labels=tuple(range(num_classes)))
     path, parts = SolverPath.of(teacher.scheduler_config, sampler), []
     for start in range(0, count, batch_size):
         seeds = range(start, min(start + batch_size, count))
@@ -156,6 +165,7 @@ def sample_pipeline(
             seeds=seeds,
             root_seed=REPORT_ROOT_SEED,
             record=[REPORT_STEPS],
+            condition=condition,
         )
         parts.append(states[REPORT_STEPS].clamp(-1.0, 1.0))
         reporter.advance(len(seeds))

@@ -32,6 +32,7 @@ def make_network(config: PretrainConfig) -> nn.Module:
         up_block_types=("UpBlock2D",) * levels,
         norm_num_groups=8,
         attention_head_dim=HEAD_WIDTH,
+        num_class_embeds=config.table_rows or None,
     )
     return unet
 
@@ -49,9 +50,16 @@ def make_scheduler(config: PretrainConfig) -> Any:
     )
 
 
-def save_pipeline(folder: Path, unet: nn.Module, scheduler: Any) -> None:
-    """Save a `DDPMPipeline` folder as diffusers does, with safetensors."""
-    diffusers().DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+def save_pipeline(folder: Path, unet: Any, scheduler: Any) -> None:
+    """Save a `DDPMPipeline` folder as diffusers does, with safetensors.
+
+    diffusers has no pipeline for a class-conditional UNet: only the two parts are saved then.
+    """
+    if unet.config.num_class_embeds is None:
+        diffusers().DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+        return
+    unet.save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
 
 
 def save_untrained(folder: Path, config: PretrainConfig) -> None:
@@ -60,9 +68,16 @@ def save_untrained(folder: Path, config: PretrainConfig) -> None:
 
 
 def train_teacher(
-    images: Tensor, config: PretrainConfig, reporter: Reporter, device: torch.device
+    images: Tensor, labels: Tensor, config: PretrainConfig, reporter: Reporter, device: torch.device
 ) -> tuple[nn.Module, Any]:
     """Train on images in [−1, 1], shape (N, C, H, W); the same seed gives the same teacher on a CPU.
+
+    Args:
+        images: in [−1, 1], float32, shape (N, C, H, W).
+        labels: int64, shape (N,); the network is told them if `config.classes` says so.
+        config: of stage 0.
+        reporter: shows progress.
+        device: to train on.
 
     Returns:
         The averaged UNet and its scheduler.
@@ -86,7 +101,8 @@ def train_teacher(
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * one_cycle(step, config.steps, config.warmup)
-        loss = diffusion_loss(unet, scheduler, images[chosen].to(device), generator)
+        told = _told(labels[chosen], config, generator)
+        loss = diffusion_loss(unet, scheduler, images[chosen].to(device), generator, told)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -99,14 +115,25 @@ def train_teacher(
     return average.model, scheduler
 
 
-def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator) -> Tensor:
+def _told(labels: Tensor, config: PretrainConfig, generator: torch.Generator) -> Tensor | None:
+    """The rows of the table of classes that the network is told for some images; None without classes."""
+    if not config.classes:
+        return None
+    dropped = torch.rand(len(labels), generator=generator) < config.null_share
+    return torch.where(dropped, config.num_classes, labels)
+
+
+def diffusion_loss(
+    unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator, labels: Tensor | None = None
+) -> Tensor:
     """Mean squared error of the predicted target at stratified timesteps, one stratum per image.
 
     Random numbers are drawn on the CPU whatever the images' device, so that every machine draws the same.
     """
+    told = {} if labels is None else {"class_labels": labels.to(images.device)}
     strata = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
     if isinstance(scheduler, diffusers().FlowMatchEulerDiscreteScheduler):
-        return _flow_loss(unet, images, strata.to(images.device), generator)
+        return _flow_loss(unet, images, strata.to(images.device), generator, told)
     timesteps = (strata * NUM_TIMESTEPS).long().clamp_(max=NUM_TIMESTEPS - 1)  # the last stratum may round up to 1
     timesteps = timesteps.to(images.device)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
@@ -116,11 +143,13 @@ def diffusion_loss(unet: nn.Module, scheduler: Any, images: Tensor, generator: t
         target = scheduler.get_velocity(images, noise, timesteps)
     else:
         target = noise if kind == "epsilon" else images
-    return nn.functional.mse_loss(unet(noisy, timesteps).sample, target)
+    return nn.functional.mse_loss(unet(noisy, timesteps, **told).sample, target)
 
 
-def _flow_loss(unet: nn.Module, images: Tensor, sigmas: Tensor, generator: torch.Generator) -> Tensor:
+def _flow_loss(
+    unet: nn.Module, images: Tensor, sigmas: Tensor, generator: torch.Generator, told: dict[str, Tensor]
+) -> Tensor:
     """Mean squared error of the velocity ε − x_0 at x = (1 − σ) · x_0 + σ · ε (Lipman et al. 2023, eq. 23)."""
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     mixed = torch.lerp(images, noise, sigmas[:, None, None, None])
-    return nn.functional.mse_loss(unet(mixed, sigmas * NUM_TIMESTEPS).sample, noise - images)
+    return nn.functional.mse_loss(unet(mixed, sigmas * NUM_TIMESTEPS, **told).sample, noise - images)
