@@ -70,9 +70,9 @@ class HalfProgram(UnrolledProgram):
         device = next(self.student.parameters()).device.type
         unroll = self.student.unroll
 
-        def autocast(noise: Tensor) -> Any:
+        def autocast(noise: Tensor, labels: Tensor | None = None) -> Any:
             with torch.autocast(device, torch.bfloat16):
-                return unroll(noise)  # type: ignore[operator]
+                return unroll(noise, labels)  # type: ignore[operator]
 
         self._unroll = autocast
         return super().step(batch, phase, step)

@@ -7,7 +7,6 @@ or a student has latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import DamagedError
 from advkd.cache.format.space import DECODER_PATH, LatentSpace
-from advkd.cache.read.decoder import check_decoder, decoder_weights
+from advkd.cache.read.decoder import decoder_weights
 from advkd.cache.read.reader import TrajectoryCache
 
 _PARTS = {
@@ -108,23 +107,21 @@ def cache_decoder(cache: TrajectoryCache) -> Decoder | None:
         DamagedError: it differs from what the recipe says.
     """
     space = cache.recipe.space
-    return None if space is None else _load(space, decoder_weights(cache), f"{cache.address}/{DECODER_PATH}")
+    where = f"{cache.address}/{DECODER_PATH}"
+    return None if space is None else read_decoder_file(space, decoder_weights(cache), where)
 
 
-def load_decoder(folder: Path, space: LatentSpace) -> Decoder:
-    """The decoder in a folder, such as a student's.
+def read_decoder_file(space: LatentSpace, data: bytes, where: str) -> Decoder:
+    """The decoder in a safetensors file whose tensors were checked.
+
+    Args:
+        space: of its latents.
+        data: the file.
+        where: it is, for messages.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedError: it is another one than the space names.
+        DamagedError: it doesn't fit its configuration.
     """
-    path = folder / DECODER_PATH
-    data = path.read_bytes()
-    check_decoder(data, space, str(path))
-    return _load(space, data, str(path))
-
-
-def _load(space: LatentSpace, data: bytes, where: str) -> Decoder:
     try:
         return build_decoder(space, load(data))
     except Exception as error:  # whatever a foreign configuration makes diffusers, torch and safetensors raise

@@ -19,12 +19,17 @@ TEACHER = "teacher itself"
 """The name of its row, which is short; the caption names its sampler."""
 
 
+MAX_CLASSES = 10
+"""Classes on the terminal; scores.json has all."""
+
+
 def print_evaluation(evaluation: Evaluation) -> None:
     """What is worth reading at once; scores.json has the rest."""
     terminal = Console()
     console = Console(highlight=False, width=None if terminal.is_terminal else WIDTH)
     console.print(_samplers(evaluation))
     console.print(_beside(evaluation))
+    _print_by_class(evaluation)
     _print_held_out(evaluation)
     _print_costs(evaluation)
 
@@ -84,6 +89,19 @@ def _beside(evaluation: Evaluation) -> Table:
     return table
 
 
+def _print_by_class(evaluation: Evaluation) -> None:
+    """Fréchet distances within classes, the student's and the teacher's, where classes have enough images."""
+    student, teacher = (row.class_frechet or {} for row in evaluation.table.rows[:2])
+    if not student:
+        return
+    said = [
+        f"{label}: {value:.1f}" + (f" ({teacher[label]:.1f})" if label in teacher else "")
+        for label, value in list(student.items())[:MAX_CLASSES]
+    ]
+    more = f" … ({len(student)} classes)" if len(student) > MAX_CLASSES else ""
+    click.echo(f"Fréchet distance within each class, student (teacher):\n{', '.join(said)}{more}\n")
+
+
 def _print_held_out(evaluation: Evaluation) -> None:
     if evaluation.held_out is None:
         click.echo("held-out seeds of the cache: too few")
@@ -110,7 +128,12 @@ def _print_costs(evaluation: Evaluation) -> None:
             f"one evaluation of the teacher: {teacher.num_parameters:,} parameters, "
             f"{teacher.macs / 1e6:.1f} M multiply-accumulates;\nlatency of the student's pass in them: {ratios}"
         )
-    else:
+    if evaluation.decoder:
+        times = ", ".join(
+            f"{seconds * 1e3:.1f} ms at batch {batch}" for batch, seconds in evaluation.decoder.latency.items()
+        )
+        click.echo(f"decoding on top, of any sampler: {times}")
+    if not teacher:
         click.echo(f"teacher: not measured ({evaluation.without_teacher})")
 
 

@@ -120,7 +120,7 @@ def _scoring(student: Student, store: str, features: str) -> Scoring:
     cache = TrajectoryCache.open(store)
     check_cache_of(student, cache)
     config = EvaluateConfig(features=features, num_sets=FULL_NUM_SETS, set_size=FULL_SET_SIZE)
-    return cache, load_features(config, cache.item_shape), config
+    return cache, load_features(config, cache.recipe.image_shape), config
 
 
 def _score(forms: dict[str, Form], student: Student, scoring: Scoring) -> None:

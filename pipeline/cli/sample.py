@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = ("", ".png", ".npy", ".npz")
 DEFAULT_NUM = 64
+ROW = 20
+"""So many labels that were asked for stand in one row of a grid, in their order."""
 
 
 @click.command(
@@ -25,6 +27,12 @@ DEFAULT_NUM = 64
 @click.option("--num", type=click.IntRange(min=1), help=f"Number of images (default: {DEFAULT_NUM}).")
 @click.option("--first-seed", type=click.IntRange(min=0, max=1 << 60), help="Seed of the first image (default: 0).")
 @click.option("--seeds", metavar="A:B", help="Seeds A to B − 1; replaces --num and --first-seed.")
+@click.option(
+    "--labels",
+    metavar="LIST",
+    help="Which classes a class-conditional student draws, such as 3,3,7: one image each, or in turn with --num or "
+    "--seeds; the teacher's own for each seed if not given.",
+)
 @click.option(
     "--seed",
     type=click.IntRange(min=0, max=(1 << 63) - 1),
@@ -47,6 +55,7 @@ def main(
     num: int | None,
     first_seed: int | None,
     seeds: str | None,
+    labels: str | None,
     seed: int | None,
     out: Path,
     batch_size: int,
@@ -64,7 +73,8 @@ def main(
         raise UsageError(f"--out {out}: expected a .png, a .npy, a .npz or a folder")
     if seeds and (num is not None or first_seed is not None):
         raise UsageError("--seeds replaces --num and --first-seed: give one or the other")
-    chosen = range(first_seed or 0, (first_seed or 0) + (num or DEFAULT_NUM))
+    asked = _labels(labels)
+    chosen = range(first_seed or 0, (first_seed or 0) + (num or len(asked) or DEFAULT_NUM))
     if seeds:
         chosen = parse_seed_range(seeds)
     if suffix == "" and out.is_dir() and any(out.iterdir()):
@@ -82,7 +92,11 @@ def main(
     from advkd.stages.student.samples import sample, write_folder, write_npy, write_npz
 
     student = Student.from_pretrained(run).to(best_device(device))
-    shape = (len(chosen), *student.geometry.item_shape)
+    shape = (len(chosen), *student.geometry.image_shape)
+    class_labels = None
+    if labels is not None:
+        known = student.geometry.checked_labels(asked)
+        class_labels = [known[index % len(known)] for index in range(len(chosen))]
     if suffix != ".npy" and shape[1] not in (1, 3):
         raise UsageError(f"--out {out}: images of {shape[1]} channels are neither grey nor RGB; write a .npy")
     if seed is not None:
@@ -91,7 +105,7 @@ def main(
     with TerminalReporter() as reporter:
 
         def counted() -> Iterator[Images]:
-            for images in sample(student, chosen, batch_size):
+            for images in sample(student, chosen, batch_size, class_labels):
                 yield images
                 reporter.advance(len(images))
 
@@ -102,8 +116,18 @@ def main(
         elif suffix == ".npz":
             write_npz(out, batches, shape)
         elif suffix == ".png":
-            save_grid(out, np.concatenate(list(batches)))
+            one_row = len(asked) if len(asked) == len(chosen) <= ROW else None
+            save_grid(out, np.concatenate(list(batches)), one_row)
         else:
             write_folder(out, batches, chosen)
         reporter.finish()
     click.echo(f"{out}: {len(chosen)} images, seeds {chosen.start}:{chosen.stop}")
+
+
+def _labels(text: str | None) -> list[int]:
+    from advkd.cache.errors import UsageError
+
+    try:
+        return [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--labels {text}: expected class labels such as 3,3,7") from None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from advkd.stages.decoder import Decoder
 from advkd.stages.teacher.load.network import Teacher
 
 LARGE_BATCH = 64
@@ -63,29 +64,49 @@ def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batc
 
 
 def compare_costs(
-    student: nn.Module, teacher: Teacher | None, item_shape: tuple[int, ...], large_batch: int = LARGE_BATCH
-) -> tuple[Cost, Cost | None]:
-    """Cost per pass of the student and per evaluation of the teacher, timed in turns.
+    student: nn.Module,
+    teacher: Teacher | None,
+    item_shape: tuple[int, ...],
+    large_batch: int = LARGE_BATCH,
+    *,
+    label: int | None = None,
+    decoder: Decoder | None = None,
+) -> dict[str, Cost]:
+    """Cost per pass of the `student`, per evaluation of the `teacher`, and of decoding (`decoder`), timed in turns.
 
     Args:
         student: x_T (N, C, H, W) → x_0.
         teacher: None where it was not found.
-        item_shape: of an image, (C, H, W).
+        item_shape: of an item, (C, H, W).
         large_batch: images timed together, beside one alone.
+        label: a class label; None without classes.
+        decoder: of latents; None for pixels.
     """
     device = next(student.parameters()).device
 
     def images_of(batch: int) -> Tensor:
         return torch.zeros(batch, *item_shape, device=device)
 
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        labels = [] if label is None else [torch.full((batch,), label, device=device)]
+        return (images_of(batch), *labels)
+
     modules = {"student": student}
-    evaluations: dict[str, Callable[[int], Tensor]] = {"student": lambda batch: student(images_of(batch))}
+    evaluations: dict[str, Callable[[int], Tensor]] = {"student": lambda batch: student(*inputs(batch))}
     if teacher is not None:
         modules["teacher"] = teacher.network
         timestep = torch.tensor(teacher.num_timesteps // 2, device=device)
-        evaluations["teacher"] = lambda batch: teacher.predict(images_of(batch), timestep)
+
+        def evaluate_teacher(batch: int) -> Tensor:
+            images, *labels = inputs(batch)
+            return teacher.predict(images, timestep, labels[0] if labels else None)
+
+        evaluations["teacher"] = evaluate_teacher
+    if decoder is not None:
+        modules["decoder"] = decoder.model
+        evaluations["decoder"] = lambda batch: decoder(images_of(batch))
     latency = {batch: interleaved_latency(evaluations, batch) for batch in sorted({1, large_batch})}
-    costs = {
+    return {
         name: Cost(
             num_parameters=count_parameters(modules[name]),
             macs=count_macs(evaluate),
@@ -93,4 +114,3 @@ def compare_costs(
         )
         for name, evaluate in evaluations.items()
     }
-    return costs["student"], costs.get("teacher")

@@ -19,8 +19,8 @@ from advkd.stages.metrics.table import ScoreTable
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.hub import Student
 
-Form = Callable[[Tensor], Tensor]
-"""x_T (N, C, H, W) → x_0."""
+Form = Callable[..., Tensor]
+"""x_T (N, C, H, W), and labels (N,) if it has classes → x_0."""
 
 
 @torch.no_grad()
@@ -52,13 +52,14 @@ def score_forms(
     check_cache_of(student, cache)
     samplers = [_one_pass(name, form, student) for name, form in forms.items()]
     reporter, seeds = reporter or SilentReporter(), cache.seeds()
-    cached = cached_batches(cache, student.geometry.steps[-1], seeds, config.batch_size)
+    cached = cached_batches(cache, student.geometry.steps[-1], seeds, config.batch_size, student.decode)
     reference = make_reference(network, reported(cached, "reference", len(seeds), reporter), None, config.num_sets)
     return measure(samplers, network, reference, config, reporter=reporter).table
 
 
 def _one_pass(name: str, form: Form, student: Student) -> Sampler:
-    return Sampler(name=name, evaluations=1, generate=lambda seeds: form(student.noise(seeds)))
+    """A form as a sampler; all are decoded by the student's own decoder."""
+    return Sampler(name=name, evaluations=1, generate=lambda seeds: student.decode(form(*student.inputs(seeds))))
 
 
 def check_cache_of(student: Student, cache: TrajectoryCache) -> None:
@@ -83,7 +84,7 @@ def time_forms(forms: Mapping[str, Form], student: Student) -> dict[int, dict[st
     """Median seconds per pass by batch size and form, timed in turns."""
     timed: dict[int, dict[str, float]] = {}
     for batch in (1, LARGE_BATCH):
-        noise = student.noise(range(batch))
-        passes = {name: lambda _, form=form, noise=noise: form(noise) for name, form in forms.items()}
+        given = student.inputs(range(batch))
+        passes = {name: lambda _, form=form, given=given: form(*given) for name, form in forms.items()}
         timed[batch] = interleaved_latency(passes, batch)
     return timed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from advkd.cache.errors import UsageError
 from advkd.cache.format.hashing import Seeds, is_held_out
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.decoder import cache_decoder
 from advkd.stages.device import best_device, forbid_tf32
 from advkd.stages.evaluate.config import (
     FEATURES,
@@ -39,7 +41,7 @@ from advkd.stages.evaluate.measure import (
     reported,
 )
 from advkd.stages.evaluate.networks import load_features, with_own_features
-from advkd.stages.evaluate.samplers import all_samplers, find_teacher, student_sampler
+from advkd.stages.evaluate.samplers import Decode, all_samplers, as_they_are, find_teacher, student_sampler
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
 from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.features import FeatureNetwork, clipped, observe, to_numpy
@@ -50,6 +52,7 @@ from advkd.stages.metrics.pairs import squared_errors
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.run import Run, seeds_of_run
 from advkd.stages.student.student import generate, load_student, weights_sha256
+from advkd.stages.student.training.data import read_float, read_labels
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.load.identity import tensors_sha256
 
@@ -110,31 +113,43 @@ def evaluate(
         raise UsageError(f"{why_not}; give the teacher that made {cache.address}, or --no-teacher")
     if why_not and teachers:  # without any the summary says so
         reporter.say(f"rows of the teacher are not measured: {why_not}")
-    config = with_own_features(config, cache, run_path / "evaluation" / "features", reporter, on)
-    network = load_features(config, cache.item_shape, on)
+    decoder, image_shape, condition = cache_decoder(cache), cache.recipe.image_shape, cache.recipe.condition
+    decode: Decode = as_they_are if decoder is None else decoder.to(on)
+    config = with_own_features(config, cache, run_path / "evaluation" / "features", reporter, on, decode)
+    network = load_features(config, image_shape, on)
     distance = None
     if config.perceptual == LPIPS:
-        distance = Lpips(cache.item_shape, setting="evaluate.perceptual", otherwise=FEATURES).to(on)
-    real = RealImages(config.real, cache.item_shape) if config.real else None
+        distance = Lpips(image_shape, setting="evaluate.perceptual", otherwise=FEATURES).to(on)
+    real = RealImages(config.real, image_shape) if config.real else None
     first, last = geometry.steps[0], geometry.steps[-1]
     trained_on = _training_seeds(identity, cache, seeds)
     samplers = all_samplers(
-        student_sampler(student, geometry),
+        student_sampler(student, geometry, decode),
         teacher,
         cache.recipe,
         cache.layout.dtype,
         config.solver_steps,
         reporter.say,
+        decode,
     )
     reference = make_reference(
         network,
-        reported(cached_batches(cache, last, seeds, config.batch_size), "reference", len(seeds), reporter),
+        reported(cached_batches(cache, last, seeds, config.batch_size, decode), "reference", len(seeds), reporter),
         reported(real.batches(config.batch_size), "real images", real.num_images, reporter) if real else None,
         config.num_sets,
+        None if condition is None else cache.labels(seeds),
     )
     if real and real.note():
         reporter.say(real.note())
-    costs = compare_costs(student, teacher, cache.item_shape, min(LARGE_BATCH, config.batch_size))
+    costs = compare_costs(
+        student,
+        teacher,
+        cache.item_shape,
+        min(LARGE_BATCH, config.batch_size),
+        label=geometry.labels[0] if geometry.num_classes else None,
+        decoder=decoder,
+    )
+    rows_to_train = partial(cached_batches, cache, last, trained_on, config.batch_size, decode)
     measured = measure(
         samplers,
         network,
@@ -143,7 +158,8 @@ def evaluate(
         reporter=reporter,
         teacher=samplers[1].name if teacher else None,
         distance=distance,
-        training=lambda: (to_rows(clipped(x_0)) for x_0 in cached_batches(cache, last, trained_on, config.batch_size)),
+        training=lambda: (to_rows(clipped(images)) for images in rows_to_train()),
+        labels_of=None if condition is None else condition.labels_of,
     )
     held_out = seeds[is_held_out(seeds)]
     return Evaluation(
@@ -153,9 +169,10 @@ def evaluate(
         config=config,
         num_reference=len(seeds),
         num_training=len(trained_on),
-        held_out=_held_out(student, network, distance, cache, (first, last), held_out, config.batch_size),
-        student=costs[0],
-        teacher=costs[1],
+        held_out=_held_out(student, network, distance, cache, (first, last), held_out, config.batch_size, decode),
+        student=costs["student"],
+        teacher=costs.get("teacher"),
+        decoder=costs.get("decoder"),
         deployed_parameters=student.deployed_parameters(),
         without_teacher=why_not,
         real=real,
@@ -202,14 +219,21 @@ def _held_out(
     steps: tuple[int, int],
     seeds: Seeds,
     batch_size: int,
+    decode: Decode,
 ) -> HeldOut | None:
-    """The student's x_0 against the cache's, from the same noise; None with too few seeds for an interval."""
+    """The student's x_0 against the cache's, from the same noise; None with too few seeds for an interval.
+
+    Squared errors are of x_0 as it is stored, perceptual distances of images.
+    """
     if len(seeds) < 2:
         return None
     errors, perceptual = [], []
-    for noise, wanted in zip(*(cached_batches(cache, step, seeds, batch_size) for step in steps), strict=True):
-        made = generate(student, noise)
+    for start in range(0, len(seeds), batch_size):
+        some = seeds[start : start + batch_size]
+        noise, wanted = (read_float(cache, step, some) for step in steps)
+        made = generate(student, noise, read_labels(cache, some))
         errors.append(to_numpy(squared_errors(made, wanted)))
+        made, wanted = decode(made), decode(wanted)
         for (part, look), (_, other) in zip(observe(network, made), observe(network, wanted), strict=True):
             perceptual.append(to_numpy(pair_distances(distance, look, other, made[part], wanted[part])))
     return HeldOut(

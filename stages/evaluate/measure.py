@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from advkd.cache.format.condition import Labels
 from advkd.cache.format.hashing import Seeds
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import MAX_FRESH_SEEDS, EvaluateConfig
-from advkd.stages.evaluate.samplers import Sampler
+from advkd.stages.evaluate.samplers import Decode, Sampler, as_they_are
 from advkd.stages.metrics.base import Floats, Observed, Reference
-from advkd.stages.metrics.classes import class_shares
+from advkd.stages.metrics.classes import agreement, class_shares
 from advkd.stages.metrics.features import FeatureNetwork, Look, clipped, observe, see, to_numpy
+from advkd.stages.metrics.frechet import frechet_by_class
 from advkd.stages.metrics.neighbours import nearest_distances, to_rows
 from advkd.stages.metrics.pairs import perceptual_distances, squared_errors
 from advkd.stages.metrics.registry import Scorer
@@ -47,10 +49,12 @@ def fresh_seeds(config: EvaluateConfig, index: int) -> Iterator[range]:
         yield range(start, min(start + config.batch_size, first + config.set_size))
 
 
-def cached_batches(cache: TrajectoryCache, step: int, seeds: Seeds, batch_size: int) -> Iterator[Tensor]:
-    """Rows of one cached state, float32, in batches of shape (n, C, H, W)."""
+def cached_batches(
+    cache: TrajectoryCache, step: int, seeds: Seeds, batch_size: int, decode: Decode = as_they_are
+) -> Iterator[Tensor]:
+    """Rows of one cached state, float32, in batches of shape (n, C, H, W); decoded to images if `decode` does."""
     for start in range(0, len(seeds), batch_size):
-        yield read_float(cache, step, seeds[start : start + batch_size])
+        yield decode(read_float(cache, step, seeds[start : start + batch_size]))
 
 
 def reported(batches: Iterable[Tensor], what: str, total: int, reporter: Reporter) -> Iterator[Tensor]:
@@ -63,15 +67,20 @@ def reported(batches: Iterable[Tensor], what: str, total: int, reporter: Reporte
 
 
 def make_reference(
-    network: FeatureNetwork, cached: Iterable[Tensor], real: Iterable[Tensor] | None, num_sets: int
+    network: FeatureNetwork,
+    cached: Iterable[Tensor],
+    real: Iterable[Tensor] | None,
+    num_sets: int,
+    labels: Labels | None = None,
 ) -> Reference:
     """Look at what samples are compared with.
 
     Args:
         network: the features.
-        cached: the teacher's cached x_0 in batches, shape (N, C, H, W).
+        cached: the teacher's cached images in batches, shape (N, C, H, W).
         real: real images in batches; None without any.
         num_sets: sets that will be scored.
+        labels: of the cached images, shape (N,); None if the teacher is unconditional.
     """
     features, probabilities = see(network, cached)
     return Reference(
@@ -79,6 +88,7 @@ def make_reference(
         class_shares=None if probabilities is None else class_shares(probabilities),
         real_features=None if real is None else see(network, real)[0],
         num_sets=num_sets,
+        labels=labels,
     )
 
 
@@ -92,6 +102,7 @@ def measure(
     teacher: str | None = None,
     distance: ImageDistance | None = None,
     training: Callable[[], Iterable[npt.NDArray[np.float32]]] | None = None,
+    labels_of: Callable[[range], Labels] | None = None,
 ) -> Measured:
     """Score samplers on the same sets of fresh seeds.
 
@@ -105,6 +116,7 @@ def measure(
         distance: of image pairs in [−1, 1]; None compares in the layers of `network`.
         training: rows of the cached training images, see `neighbours`, for the first two samplers; None for no
             neighbours.
+        labels_of: the labels that are asked for some seeds; None if the teacher is unconditional.
     """
     scorer = Scorer(reference)
     measurable = [(sampler, sampler.generate) for sampler in samplers if sampler.generate]
@@ -115,6 +127,8 @@ def measure(
         sampler.name: [] for sampler in samplers[:2] if sampler.generate and training
     }
     probabilities: dict[str, list[Floats]] = defaultdict(list)
+    features: dict[str, list[Floats]] = {sampler.name: [] for sampler, _ in measurable[:2] if labels_of}
+    asked: list[Labels] = []
     pictures: dict[str, Tensor] = {}
     work = sum(sampler.evaluations for sampler, _ in measurable) * config.num_sets * config.set_size
     reporter.start("evaluate", work, "evaluations")
@@ -125,7 +139,10 @@ def measure(
             for sampler, generate in measurable:
                 images[sampler.name] = generate(seeds)
                 reporter.advance(len(seeds) * sampler.evaluations, sampler.name)
-            _observe(network, images, teacher, distance, found)
+            labels = None if labels_of is None else labels_of(seeds)
+            if labels is not None:
+                asked.append(labels)
+            _observe(network, images, teacher, distance, found, labels)
             for name, made in images.items():
                 pictures.setdefault(name, clipped(made[:SEEDS_IN_PICTURES]))
                 if name in near:
@@ -133,11 +150,15 @@ def measure(
         for name, parts in found.items():
             observed: dict[Observed, Floats] = {kind: np.concatenate(values) for kind, values in parts.items()}
             rows[name].add(scorer.score(observed, index))
+            if name in features:
+                features[name].append(observed["features"])
             if "probabilities" in observed:
                 probabilities[name].append(observed["probabilities"])
     reporter.finish()
     for name, of_sets in probabilities.items():
         rows[name].class_shares = class_shares(np.concatenate(of_sets)).tolist()
+    for name, of_sets in features.items():
+        rows[name].class_frechet = _by_class(np.concatenate(of_sets), np.concatenate(asked), reference)
     if training and near:
         add_neighbours(rows, near, config.num_sets, scorer, training())
     return Measured(table=ScoreTable(rows=list(rows.values())), pictures=pictures)
@@ -149,29 +170,41 @@ def _observe(
     teacher: str | None,
     distance: ImageDistance | None,
     found: dict[str, Observations],
+    labels: Labels | None,
 ) -> None:
     """Add a batch's images, side by side by seed: the teacher's are looked at once for all samplers."""
     looks = {name: observe(network, made) for name, made in images.items()}
     if teacher is None:
         for name, parts in looks.items():
-            for _, look in parts:
-                _add(found[name], look)
+            for part, look in parts:
+                _add(found[name], look, None if labels is None else labels[part])
         return
     for part, theirs in looks.pop(teacher):
-        _add(found[teacher], theirs)
+        asked = None if labels is None else labels[part]
+        _add(found[teacher], theirs, asked)
         wanted = images[teacher][part]
         for name, parts in looks.items():
             _, look = next(parts)
             made = images[name][part]
-            _add(found[name], look)
+            _add(found[name], look, asked)
             found[name]["squared_errors"].append(to_numpy(squared_errors(made, wanted)))
             found[name]["perceptual_distances"].append(to_numpy(pair_distances(distance, look, theirs, made, wanted)))
 
 
-def _add(found: Observations, look: Look) -> None:
+def _by_class(features: Floats, labels: Labels, reference: Reference) -> dict[str, float] | None:
+    if reference.labels is None:
+        return None
+    by_class = frechet_by_class(features, labels, reference.features, reference.labels)
+    return {str(label): value for label, value in by_class.items()} or None
+
+
+def _add(found: Observations, look: Look, labels: Labels | None) -> None:
     found["features"].append(to_numpy(look.features))
     if look.probabilities is not None:
-        found["probabilities"].append(to_numpy(look.probabilities))
+        probabilities = to_numpy(look.probabilities)
+        found["probabilities"].append(probabilities)
+        if labels is not None and labels.max() < probabilities.shape[1]:  # the classifier may be of other classes
+            found["agreement"].append(agreement(probabilities, labels))
 
 
 def pair_distances(distance: ImageDistance | None, look: Look, other: Look, images: Tensor, others: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from advkd.cache.errors import UsageError
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import SELF, EvaluateConfig
 from advkd.stages.evaluate.measure import cached_batches
+from advkd.stages.evaluate.samplers import Decode, as_they_are
 from advkd.stages.metrics import inception
 from advkd.stages.metrics.classifier import SmallClassifier
 from advkd.stages.metrics.features import FeatureNetwork, clipped, shrunk
@@ -29,20 +30,20 @@ TRAINING_SEED = 0
 
 
 def load_features(
-    config: EvaluateConfig, item_shape: tuple[int, ...], device: torch.device | None = None
+    config: EvaluateConfig, image_shape: tuple[int, ...], device: torch.device | None = None
 ) -> FeatureNetwork:
     """Load it, ready to look at images.
 
     Args:
         config: its name or folder.
-        item_shape: of an image, (C, H, W).
+        image_shape: of an image, (C, H, W).
         device: to compute on; the CPU if not given.
 
     Raises:
         UsageError: it does not fit the images, or its weights are missing.
     """
     device = device or torch.device("cpu")
-    shape = "×".join(map(str, item_shape))
+    shape = "×".join(map(str, image_shape))
     if config.features == SELF:
         raise UsageError(
             "features self: expected a network's folder; give RUN/evaluation/features, which `advkd-evaluate "
@@ -51,11 +52,11 @@ def load_features(
     if config.features != inception.NAME:
         small = load_network(Path(os.path.expanduser(config.features)), ARCHITECTURES).to(device)
         channels, size = small.options["channels"], small.options["size"]
-        square = item_shape[1] == item_shape[2] or not isinstance(small, SmallClassifier)
-        if (channels, size) != tuple(item_shape[:2]) or not square:
+        square = image_shape[1] == image_shape[2] or not isinstance(small, SmallClassifier)
+        if (channels, size) != tuple(image_shape[:2]) or not square:
             raise UsageError(f"features {config.features}: made for {channels}×{size}×{size} images, these are {shape}")
         return FeatureNetwork(name=small.architecture, network=small, look=small.look)
-    if item_shape[0] != 3 or min(item_shape[1:]) < inception.MIN_SIDE:
+    if image_shape[0] != 3 or min(image_shape[1:]) < inception.MIN_SIDE:
         raise UsageError(
             f"features inception: needs colour images of at least {inception.MIN_SIDE} pixels, these are {shape}; "
             "give a classifier's folder, or RUN/evaluation/features, which `advkd-evaluate --features self` writes "
@@ -66,7 +67,12 @@ def load_features(
 
 
 def with_own_features(
-    config: EvaluateConfig, cache: TrajectoryCache, folder: Path, reporter: Reporter, device: torch.device
+    config: EvaluateConfig,
+    cache: TrajectoryCache,
+    folder: Path,
+    reporter: Reporter,
+    device: torch.device,
+    decode: Decode = as_they_are,
 ) -> EvaluateConfig:
     """The configuration with `self` replaced by a folder, where a network trained on the cache's x_0 is or comes to be.
 
@@ -76,6 +82,7 @@ def with_own_features(
         folder: kept if it holds the network of these very images.
         reporter: reports progress.
         device: to train on.
+        decode: makes images of the cache's x_0.
     """
     if config.features != SELF:
         return config
@@ -85,9 +92,9 @@ def with_own_features(
         return own
     seeds = cache.seeds()
     chosen = seeds[np.linspace(0, len(seeds) - 1, min(len(seeds), MAX_TRAINING)).round().astype(np.int64)]
-    batches = cached_batches(cache, list(cache.states)[-1], chosen, config.batch_size)
+    batches = cached_batches(cache, list(cache.states)[-1], chosen, config.batch_size, decode)
     images = torch.cat([shrunk(clipped(x_0)) for x_0 in batches])
-    network = train_self_supervised(images, cache.item_shape[1], TRAINING_SEED, reporter, device=device)
+    network = train_self_supervised(images, cache.recipe.image_shape[1], TRAINING_SEED, reporter, device=device)
     save_network(folder, network, {"trained_on": trained_on})
     return own
 

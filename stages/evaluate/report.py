@@ -9,6 +9,7 @@ from typing import Any
 
 from advkd.cache.files.durable import write_atomically, write_json
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.decoder import as_images, cache_decoder
 from advkd.stages.evaluate.plots import plot_scores
 from advkd.stages.evaluate.scores import Evaluation
 from advkd.stages.metrics.kid import MAX_REFERENCE
@@ -34,10 +35,12 @@ def write_report(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) -
     )
     seeds = cache.seeds()[: SEEDS_IN_PICTURE // 2]
     states = list(cache.states.values())
+    decoder = cache_decoder(cache)
     trajectory = save_trajectories(
         folder / "trajectory.png",
         [state.timestep for state in states],
-        [cache.rows(state.step, seeds) for state in states],
+        [as_images(cache.rows(state.step, seeds), decoder) for state in states],
+        None if cache.recipe.condition is None else cache.labels(seeds).tolist(),
     )
     return [compared, trajectory, plot_scores(folder / "scores.png", evaluation)]
 
@@ -104,5 +107,6 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
         "cost": {
             "student": {**asdict(evaluation.student), "deployed_parameters": evaluation.deployed_parameters},
             "teacher": asdict(evaluation.teacher) if evaluation.teacher else None,
+            **({} if evaluation.decoder is None else {"decoder": asdict(evaluation.decoder)}),
         },
     }

@@ -41,6 +41,8 @@ class Evaluation:
     held_out: HeldOut | None
     student: Cost
     teacher: Cost | None
+    decoder: Cost | None = None
+    """Of decoding the latents of an image; None for pixels."""
     deployed_parameters: int
     without_teacher: str
     """Why the teacher's rows were not measured; empty if they were."""

@@ -13,15 +13,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from advkd.cache.format.condition import Labels
 from advkd.stages.metrics.intervals import Interval
 
 Floats = npt.NDArray[np.floating[Any]]
 
-Observed = Literal["features", "probabilities", "squared_errors", "perceptual_distances", "training_distances"]
+Observed = Literal[
+    "features", "probabilities", "agreement", "squared_errors", "perceptual_distances", "training_distances"
+]
 """What can be observed of a set of N samples, float32:
 
     features              (N, D), of the feature network
     probabilities         (N, K), of the classes, where that network is a classifier
+    agreement             (N,), 1 where the most probable class is the label that was asked, else 0
     squared_errors        (N,), to the teacher's image from the same noise
     perceptual_distances  (N,), to the teacher's image from the same noise
     training_distances    (N,), to the nearest cached training image; of student and teacher only
@@ -43,6 +47,8 @@ class Reference:
     """Of real images, shape (M, D); None without any."""
     num_sets: int
     """Sets that will be scored."""
+    labels: Labels | None = None
+    """Of the teacher's cached x_0, shape (N,); None if it is unconditional."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from advkd.stages.metrics.base import Floats, Measure, Reference, Score
+from advkd.cache.format.condition import Labels
+from advkd.stages.metrics.base import Floats, Measure, Reference, Score, mean_of_set
 
 
 def class_shares(probabilities: Floats) -> Floats:
@@ -23,6 +24,12 @@ def class_shares(probabilities: Floats) -> Floats:
 def mean_confidence(probabilities: Floats) -> float:
     """Mean probability of the most probable class, in [1/K, 1]."""
     return float(probabilities.max(1).mean())
+
+
+def agreement(probabilities: Floats, labels: Labels) -> Floats:
+    """1 where the most probable class is the label that was asked, else 0; shape (N,)."""
+    agrees: Floats = (probabilities.argmax(1) == labels).astype(np.float32)
+    return agrees
 
 
 def overlap(shares: Floats, reference: Floats) -> float:
@@ -59,6 +66,15 @@ RAREST_CLASS = Measure(
     better="higher",
     observed="probabilities",
     prepare=_of_shares(rarest_class),
+)
+ASKED_CLASS = Measure(
+    name="asked_class",
+    title="asked class drawn",
+    label="share of images that the classifier takes for the class that was asked",
+    better="higher",
+    observed="agreement",
+    prepare=mean_of_set,
+    share=True,
 )
 CONFIDENCE = Measure(
     name="confidence",

@@ -9,7 +9,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from advkd.cache.format.condition import Labels
 from advkd.stages.metrics.base import Floats, Measure, Score
+
+MIN_PER_DIMENSION = 2
+"""Samples per feature below which a covariance says nothing about a class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,23 @@ def frechet_distance(first: Gaussian, reference: Gaussian) -> float:
 def _roots(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     """Square roots of values that are negative only by rounding."""
     return np.sqrt(np.clip(np.asarray(values, dtype=np.float64), 0.0, None))
+
+
+def frechet_by_class(features: Floats, labels: Labels, reference: Floats, reference_labels: Labels) -> dict[int, float]:
+    """Fréchet distance within each class, for classes of which both sides have `MIN_PER_DIMENSION` per feature.
+
+    Args:
+        features: of samples, shape (N, D).
+        labels: the classes that were asked, shape (N,).
+        reference: features to compare with, shape (M, D).
+        reference_labels: their classes, shape (M,).
+    """
+    distances, enough = {}, MIN_PER_DIMENSION * features.shape[1]
+    for label in np.unique(reference_labels).tolist():
+        sides = features[labels == label], reference[reference_labels == label]
+        if min(map(len, sides)) >= enough:
+            distances[label] = frechet_distance(Gaussian.fit(sides[0]), Gaussian.fit(sides[1]))
+    return distances
 
 
 def _distance_to(reference: Floats | None) -> Score | None:

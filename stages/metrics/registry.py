@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from advkd.stages.metrics.base import Floats, Measure, Observed, Reference, Score
-from advkd.stages.metrics.classes import CLASS_OVERLAP, CONFIDENCE, RAREST_CLASS
+from advkd.stages.metrics.classes import ASKED_CLASS, CLASS_OVERLAP, CONFIDENCE, RAREST_CLASS
 from advkd.stages.metrics.frechet import FRECHET, FRECHET_TO_REAL
 from advkd.stages.metrics.kid import KID
 from advkd.stages.metrics.neighbours import NEAREST_TRAINING, NEAREST_TRAINING_CLOSEST
@@ -20,6 +20,7 @@ MEASURES: dict[str, Measure] = {
         FRECHET_TO_REAL,
         MSE_TO_TEACHER,
         PERCEPTUAL_TO_TEACHER,
+        ASKED_CLASS,
         CLASS_OVERLAP,
         RAREST_CLASS,
         CONFIDENCE,

@@ -39,6 +39,8 @@ class Row:
     """By measure, one value per set; absent where it was not measured."""
     class_shares: list[float] | None = None
     """Over all sets, one per class, where there is a classifier."""
+    class_frechet: dict[str, float] | None = None
+    """Fréchet distance within each class over all sets, by label, for conditional teachers; None where not measured."""
 
     def add(self, measured: dict[str, float]) -> None:
         """Append the scores of one more set."""
@@ -81,6 +83,7 @@ class Row:
             "frechet_to_real": self.mean("frechet_to_real"),
             "student_minus_this": _json(difference(student, self, "frechet")),
             "class_shares": self.class_shares,
+            **({} if self.class_frechet is None else {"class_frechet": self.class_frechet}),
             "scores": {
                 measure: {
                     "sets": values,
@@ -112,6 +115,7 @@ class Row:
             x0=None if value.get("x0") is None else str(value["x0"]),
             values=values,
             class_shares=value.get("class_shares"),
+            class_frechet=value.get("class_frechet"),
         )
 
 

@@ -34,7 +34,7 @@ def model_card(name: str, kind: str, num_parameters: int, geometry: Geometry, kn
         known: its provenance; may be incomplete.
     """
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(known), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_metadata(geometry, known), sort_keys=False)}---",
         f"# {_text(name.split('/')[-1])}",
         _summary(kind, num_parameters, geometry),
         _use(name, geometry),
@@ -47,11 +47,11 @@ def model_card(name: str, kind: str, num_parameters: int, geometry: Geometry, kn
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(known: dict[str, Any]) -> dict[str, Any]:
+def _metadata(geometry: Geometry, known: dict[str, Any]) -> dict[str, Any]:
     teacher = _section(known, "teacher")
     value: dict[str, Any] = {
         "library_name": "advkd",
-        "pipeline_tag": "unconditional-image-generation",
+        **({} if geometry.num_classes else {"pipeline_tag": "unconditional-image-generation"}),
         "tags": ["advkd", "diffusion-distillation", "one-step"],
     }
     license_id = str(teacher.get("license", "")).lower()
@@ -63,26 +63,40 @@ def _metadata(known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(kind: str, num_parameters: int, geometry: Geometry) -> str:
-    channels, height, width = geometry.item_shape
+    channels, height, width = geometry.image_shape
     colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
     return (
         f"A one-pass student of a diffusion model: **one** network evaluation makes a {height}×{width} {colours} image "
         f"where its teacher's sampler takes {geometry.steps[-1]} steps. Kind `{kind}`, {num_parameters:,} parameters, "
         f"{len(geometry.levels) - 1} submodules, one per recorded state of the teacher's trajectories; trained with "
-        f"advkd, after [Adv-KD]({PAPER})."
+        f"advkd, after [Adv-KD]({PAPER})." + _classes_and_space(geometry)
     )
 
 
+def _classes_and_space(geometry: Geometry) -> str:
+    said = f" It draws the classes {geometry.known_labels}." if geometry.num_classes else ""
+    if geometry.space is None:
+        return said
+    shape = "×".join(map(str, geometry.item_shape))
+    return f"{said} It makes latents of {shape}; the teacher's own decoder (`{geometry.space.decoder}`) comes with it."
+
+
 def _use(name: str, geometry: Geometry) -> str:
-    channels, height, width = geometry.item_shape
+    shape = ", ".join(map(str, geometry.image_shape))
+    call, network = "batch_size=4", "student(student.noise([0, 1]))"
+    if geometry.num_classes:
+        call = f"class_labels={[geometry.labels[index % len(geometry.labels)] for index in range(4)]}"
+        network = "student(student.noise([0, 1]), student.labels([0, 1]))"
+    if geometry.space is not None:
+        network = f"student.decode({network})"
     return (
         "## Use\n\n```python\nfrom advkd.stages.student.pipeline import StudentPipeline\n\n"
         f'pipe = StudentPipeline.from_pretrained("{_quoted(name)}")\n'
-        "images = pipe(batch_size=4).images  # PIL images; the arguments are a DDPMPipeline's\n"
+        f"images = pipe({call}).images  # PIL images; the arguments are a DDPMPipeline's\n"
         "same = pipe(seeds=[0, 1, 2, 3]).images  # from the teacher's noise for these seeds\n```\n\n"
         "Or as a network:\n\n```python\nfrom advkd.stages.student.hub import Student\n\n"
         f'student = Student.from_pretrained("{_quoted(name)}")\n'
-        f"x_0 = student(student.noise([0, 1]))  # (2, {channels}, {height}, {width}), about [-1, 1]\n```\n\n"
+        f"x_0 = {network}  # (2, {shape}), about [-1, 1]\n```\n\n"
         "Loading runs no code from this repository: config.json names the architecture, the weights are safetensors."
     )
 

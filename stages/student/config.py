@@ -69,6 +69,7 @@ class Kind(Protocol):
 
         Raises:
             TrainingError: the geometry doesn't allow this kind.
+            UsageError: it has classes or a space that this kind doesn't learn.
         """
 
     def divided(self, config: TrainConfig, num_processes: int, world_size: int) -> TrainConfig:

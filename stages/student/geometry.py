@@ -1,4 +1,4 @@
-"""What a student's network takes from its cache: item shape, noise levels, and the rule that draws noise."""
+"""What a student's network takes from its cache: item shape, noise levels, the rules of noise and labels, space."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import numpy.typing as npt
+
 from advkd.cache.errors import UsageError
+from advkd.cache.files.strict_json import integer
+from advkd.cache.format.condition import ClassCondition, Labels
 from advkd.cache.format.layout import DTYPES
-from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE
+from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE, LatentSpace
 from advkd.cache.read.reader import TrajectoryCache
 
 MAX_LEVELS = 4096
+FORMAT, CONDITIONAL_FORMAT = 1, 2
+"""Formats of a student's folder: of unconditional ones in pixel space, and of all others, as for stores."""
+MAX_NAMED = 20
+"""Labels that a message lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +39,12 @@ class Geometry:
     """Root seed of the cache's noise: seed i has the same x_T here as for the teacher."""
     noise_dtype: str
     """Dtype that x_T is rounded to, as for the teacher."""
+    num_classes: int = 0
+    """Rows of the table of classes, the teacher's null row included; 0 for an unconditional student."""
+    labels: tuple[int, ...] = ()
+    """The class labels that the student learns, ascending."""
+    space: LatentSpace | None = None
+    """Where items live; None for pixels, about [−1, 1]."""
 
     @classmethod
     def of(cls, cache: TrajectoryCache, steps: Sequence[int] | None = None) -> Self:
@@ -53,6 +67,7 @@ class Geometry:
                 f"train.states {wanted}: must include x_T and x_0, the states after {recorded[0]} and {recorded[-1]} "
                 "steps"
             )
+        condition = cache.recipe.condition
         states = [known[step] if step in known else cache.state(step) for step in wanted]
         return cls(
             item_shape=(channels, height, width),
@@ -61,11 +76,56 @@ class Geometry:
             steps=tuple(state.step for state in states),
             root_seed=cache.recipe.root_seed,
             noise_dtype=cache.layout.dtype,
+            num_classes=0 if condition is None else condition.num_classes,
+            labels=() if condition is None else condition.labels,
+            space=cache.recipe.space,
         )
 
+    @property
+    def format(self) -> int:
+        """Format of the folder of a student of this geometry."""
+        return CONDITIONAL_FORMAT if self.num_classes or self.space else FORMAT
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (C, H, W): of an item, or of what it decodes to."""
+        return self.item_shape if self.space is None else self.space.image_shape
+
+    @property
+    def known_labels(self) -> str:
+        """The labels in words, such as "0 to 9"."""
+        first, last = self.labels[0], self.labels[-1]
+        if len(self.labels) > 2 and last - first == len(self.labels) - 1:
+            return f"{first} to {last}"
+        return ", ".join(map(str, self.labels[:MAX_NAMED])) + (", …" if len(self.labels) > MAX_NAMED else "")
+
+    def labels_of(self, seeds: npt.ArrayLike) -> Labels | None:
+        """Labels of some seeds by the cache's rule: int32, shape (N,); None for an unconditional student."""
+        if not self.num_classes:
+            return None
+        return ClassCondition(num_classes=self.num_classes, labels=self.labels).labels_of(seeds)
+
+    def checked_labels(self, labels: Sequence[int]) -> list[int]:
+        """Labels that someone asked for, if the student knows them.
+
+        Raises:
+            UsageError: it is unconditional, or doesn't know one.
+        """
+        if not self.num_classes:
+            raise UsageError("the student is unconditional: leave out the class labels")
+        unknown = sorted(set(labels) - set(self.labels))
+        if unknown or not labels:
+            what = f"class label {unknown[0]} is unknown to the student" if unknown else "no class labels"
+            raise UsageError(f"{what}; expected some of {self.known_labels}")
+        return list(labels)
+
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+        """As JSON; classes or a space only where there are any."""
+        value = asdict(self)
+        if not self.num_classes:
+            del value["num_classes"], value["labels"]
+        del value["space"]
+        return value if self.space is None else {**value, "space": self.space.to_json()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
@@ -73,6 +133,7 @@ class Geometry:
 
         Raises:
             ValueError: a value is out of range.
+            NewerCacheError: the space is one that this version doesn't know.
         """
         channels, height, width = (int(n) for n in value["item_shape"])
         sizes_fit = 1 <= channels <= MAX_CHANNELS and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE
@@ -84,6 +145,11 @@ class Geometry:
             raise ValueError(
                 "geometry: item_shape, root_seed or noise_dtype is out of range, or levels, timesteps, steps don't fit"
             )
+        classes: dict[str, Any] = {}
+        if "num_classes" in value or "labels" in value:
+            num_classes, labels = integer(value["num_classes"]), tuple(map(integer, value["labels"]))
+            ClassCondition(num_classes=num_classes, labels=labels)  # raises if they are impossible
+            classes = {"num_classes": num_classes, "labels": labels}
         return cls(
             item_shape=(channels, height, width),
             levels=tuple((float(alpha), float(sigma)) for alpha, sigma in value["levels"]),
@@ -91,4 +157,6 @@ class Geometry:
             steps=tuple(int(step) for step in value["steps"]),
             root_seed=int(value["root_seed"]),
             noise_dtype=str(value["noise_dtype"]),
+            **classes,
+            space=LatentSpace.from_json(value["space"]) if "space" in value else None,
         )

@@ -2,6 +2,7 @@
 
     student = Student.from_pretrained("runs/digits")     # a run, a student's folder, or a Hub id
     images = student(student.noise([0, 1, 2]))           # (3, C, H, W), about [−1, 1]
+    images = student(student.noise([0, 1]), student.labels([0, 1]))   # of a class-conditional one
     student.push_to_hub("me/digits-one-pass")
 
 Loading runs no code from the folder: `config.json` names one of advkd's architectures, weights are safetensors. It
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,15 +25,25 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import write_atomically
+from advkd.cache.format.space import DECODER_PATH
+from advkd.stages.decoder import Decoder, read_decoder_file
 from advkd.stages.student.card import model_card
 from advkd.stages.student.config import StudentConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.provenance import FILE as PROVENANCE
 from advkd.stages.student.provenance import Provenance, read_provenance, write_provenance
-from advkd.stages.student.student import WEIGHTS, is_student, noise_of, read_student, save_student
+from advkd.stages.student.student import (
+    WEIGHTS,
+    is_student,
+    labels_of,
+    noise_of,
+    read_decoder,
+    read_student,
+    save_student,
+)
 from advkd.stages.student.training.protocol import StudentNetwork
 
-FILES = ["config.json", WEIGHTS, PROVENANCE]
+FILES = ["config.json", WEIGHTS, PROVENANCE, DECODER_PATH]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -42,25 +55,63 @@ class Student(nn.Module):
         config: its configuration.
         geometry: item shape, noise levels and noise rule.
         provenance: teacher, cache, seeds, scores; empty if unknown.
+        decoder: the file of the decoder of its latents; None for a student of pixels.
     """
 
     def __init__(
-        self, network: StudentNetwork, config: StudentConfig, geometry: Geometry, provenance: Provenance | None = None
+        self,
+        network: StudentNetwork,
+        config: StudentConfig,
+        geometry: Geometry,
+        provenance: Provenance | None = None,
+        decoder: bytes | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.config = config
         self.geometry = geometry
         self.provenance: Provenance = provenance or {}
+        self._decoder_file = decoder
 
-    def forward(self, noise: Tensor) -> Tensor:
-        """x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]."""
-        images: Tensor = self.network(noise)
-        return images
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x_T (N, C, H, W), unit normal → x_0 of the same shape: pixels, about [−1, 1], or latents for `decode`.
 
-    def heads(self, noise: Tensor) -> list[Tensor]:
+        Args:
+            noise: x_T.
+            labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+        """
+        items: Tensor = self.network(noise) if labels is None else self.network(noise, labels)
+        return items
+
+    def heads(self, noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """One prediction per recorded state after x_T."""
-        return self.network.heads(noise)
+        return self.network.heads(noise) if labels is None else self.network.heads(noise, labels)
+
+    def labels(self, seeds: npt.ArrayLike) -> Tensor | None:
+        """Class labels of some seeds, the same as the teacher's: int64, shape (N,); None if it is unconditional."""
+        return labels_of(self.geometry, seeds)
+
+    def inputs(self, seeds: Sequence[int] | range) -> tuple[Tensor, ...]:
+        """What the student takes for some seeds: the noise, and the labels if it has classes."""
+        labels = self.labels(list(seeds))
+        return (self.noise(seeds),) if labels is None else (self.noise(seeds), labels)
+
+    def decode(self, items: Tensor) -> Tensor:
+        """Images of x_0, about [−1, 1], float32, shape (N, *image_shape): decoded latents, or pixels as they are."""
+        decoder = self.decoder
+        return items.float() if decoder is None else decoder.to(next(self.network.parameters()).device)(items)
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """The decoder of its latents; None for a student of pixels.
+
+        Raises:
+            DamagedError: its weights don't fit its configuration.
+        """
+        space = self.geometry.space
+        if space is None or self._decoder_file is None:
+            return None
+        return read_decoder_file(space, self._decoder_file, DECODER_PATH)
 
     def noise(self, seeds: npt.ArrayLike) -> Tensor:
         """x_T of some seeds, the same as the teacher's in the cache: float32, shape (N, C, H, W)."""
@@ -111,7 +162,7 @@ class Student(nn.Module):
         elif (folder / "run.json").is_file() or (folder / "student" / "config.json").is_file():
             folder = folder / "student"
         network, config, geometry = read_student(folder)
-        return cls(network, config, geometry, read_provenance(folder)).eval()
+        return cls(network, config, geometry, read_provenance(folder), read_decoder(folder, geometry)).eval()
 
     def save_pretrained(
         self,
@@ -140,7 +191,7 @@ class Student(nn.Module):
         if folder.is_dir() and any(folder.iterdir()) and not is_student(folder):
             raise UsageError(f"{folder} holds something other than a student: give an empty or a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        save_student(folder, self.network, self.config, self.geometry)
+        save_student(folder, self.network, self.config, self.geometry, self._decoder_file)
         if self.provenance:
             write_provenance(folder, self.provenance)
         else:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from advkd.cache.errors import UsageError
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.hub import Student
-from advkd.stages.student.student import noise_of
+from advkd.stages.student.student import labels_of, noise_of
 
 OutputType = Literal["pil", "np", "pt"]
 Images = list[Image.Image] | npt.NDArray[np.float32] | Tensor
@@ -37,8 +37,11 @@ class OnePass(Protocol):
 
     geometry: Geometry
 
-    def __call__(self, noise: Tensor) -> Tensor:
-        """x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]."""
+    def __call__(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x_T (N, C, H, W), unit normal, and class labels, int64, shape (N,), if it has classes → x_0."""
+
+    def decode(self, items: Tensor) -> Tensor:
+        """Images of x_0, about [−1, 1], shape (N, *image_shape)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class StudentPipeline:
     """Samples images from noise.
 
     Args:
-        student: a `Student`, or anything that maps noise to images and has a `geometry`.
+        student: a `Student`, or an exported one.
     """
 
     def __init__(self, student: OnePass) -> None:
@@ -138,31 +141,53 @@ class StudentPipeline:
         return_dict: bool = True,
         *,
         seeds: Sequence[int] | None = None,
+        class_labels: int | Sequence[int] | None = None,
     ) -> PipelineOutput | tuple[Images]:
         """Make images.
 
         Args:
-            batch_size: number of images; with `seeds`, 1 or their number.
+            batch_size: number of images; with `seeds` or `class_labels`, 1 or their number.
             generator: draws the noise, as in diffusers: one generator, or one per image.
             num_inference_steps: has no effect except for a warning if it isn't 1.
-            output_type: "pil", "np" or "pt".
+            output_type: "pil", "np" or "pt"; "latent" for x_0 as it is, a tensor.
             return_dict: False returns a tuple that holds the images.
             seeds: use the teacher's noise for these seeds of the cache instead of `generator`.
+            class_labels: of a class-conditional student, one per image or one for all; with `seeds` the teacher's own
+                if not given.
 
         Raises:
             UsageError: an argument is invalid, or arguments contradict each other.
         """
         if num_inference_steps != 1:
             warnings.warn(f"num_inference_steps={num_inference_steps}: a student takes one", stacklevel=3)
-        if output_type not in ("pil", "np", "pt"):
-            raise UsageError(f"output_type {output_type!r}: expected 'pil', 'np' or 'pt'")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UsageError(f"output_type {output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
+        if isinstance(class_labels, Sequence) and seeds is None and batch_size == 1:
+            batch_size = max(1, len(class_labels))
         noise = self._noise(batch_size, generator, seeds)
-        made = torch.cat([self._pass(part) for part in torch.split(noise, MAX_BATCH)])
-        images = to_output(made, cast("OutputType", output_type))
+        labels = self._labels(class_labels, seeds, len(noise))
+        parts = torch.split(noise, MAX_BATCH)
+        with_labels = [None] * len(parts) if labels is None else torch.split(labels, MAX_BATCH)
+        made = torch.cat([self._pass(part, some) for part, some in zip(parts, with_labels, strict=True)])
+        if output_type == "latent":
+            return PipelineOutput(made) if return_dict else (made,)
+        images = to_output(self.student.decode(made), cast("OutputType", output_type))
         return PipelineOutput(images) if return_dict else (images,)
 
-    def _pass(self, noise: Tensor) -> Tensor:
-        return self.student(noise.to(device=self.device, dtype=self.dtype)).float()
+    def _pass(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        noise = noise.to(device=self.device, dtype=self.dtype)
+        return (self.student(noise) if labels is None else self.student(noise, labels.to(self.device))).float()
+
+    def _labels(self, asked: int | Sequence[int] | None, seeds: Sequence[int] | None, count: int) -> Tensor | None:
+        geometry = self.student.geometry
+        if asked is None:
+            if geometry.num_classes and seeds is None:
+                raise UsageError(f"class_labels: the student draws classes; expected some of {geometry.known_labels}")
+            return None if seeds is None else labels_of(geometry, seeds)
+        labels = geometry.checked_labels([asked] * count if isinstance(asked, int) else list(map(int, asked)))
+        if len(labels) != count:
+            raise UsageError(f"{len(labels)} class_labels for {count} images: expected one, or one per image")
+        return torch.tensor(labels, dtype=torch.int64)
 
     def _noise(self, batch_size: int, generator: Generators, seeds: Sequence[int] | None) -> Tensor:
         shape = self.student.geometry.item_shape

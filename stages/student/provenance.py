@@ -37,6 +37,8 @@ def describe(cache: TrajectoryCache, identity: dict[str, Any], split: SeedSplit)
     return {
         "teacher": {"tensors_sha256": cache.recipe.teacher.get("tensors_sha256"), **_without_paths(origin_of(cache))},
         "sampler": sampler,
+        **({} if cache.recipe.condition is None else {"condition": cache.recipe.condition.to_json()}),
+        **({} if cache.recipe.space is None else {"space": cache.recipe.space.to_json()}),
         **identity,
         "seeds": {
             "first": min(map(int, (*split.training[:1], *split.held_out[:1]))),

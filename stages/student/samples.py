@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from advkd.cache.errors import UsageError
@@ -23,10 +24,22 @@ Images = npt.NDArray[np.float32]
 _PNG = re.compile(r"\d{6,}\.png(\.partial)?", re.ASCII)
 
 
-def sample(student: Student, seeds: range, batch_size: int) -> Iterator[Images]:
-    """x_0 of some seeds in batches, shape (N, C, H, W), about [−1, 1]."""
+def sample(
+    student: Student, seeds: range, batch_size: int, class_labels: Sequence[int] | None = None
+) -> Iterator[Images]:
+    """Images of some seeds in batches, shape (N, *image_shape), about [−1, 1].
+
+    Args:
+        student: to sample.
+        seeds: for its noise.
+        batch_size: images per pass.
+        class_labels: of a conditional student, one per seed; the teacher's own for these seeds if None.
+    """
+    labels = student.labels(seeds) if class_labels is None else torch.tensor(class_labels, dtype=torch.int64)
     for start in range(0, len(seeds), batch_size):
-        yield generate(student, student.noise(seeds[start : start + batch_size]), batch_size).numpy()
+        part = slice(start, start + batch_size)
+        some = None if labels is None else labels[part]
+        yield student.decode(generate(student, student.noise(seeds[part]), some, batch_size)).numpy()
 
 
 def write_npy(path: Path, batches: Iterable[Images], shape: tuple[int, ...]) -> None:

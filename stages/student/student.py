@@ -11,20 +11,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from advkd.cache.errors import AdvkdError, TrainingError
+from advkd.cache.errors import AdvkdError, DamagedError, TrainingError
 from advkd.cache.files.durable import write_atomically, write_json
 from advkd.cache.format.noise import standard_normal
+from advkd.cache.format.space import DECODER_PATH
+from advkd.cache.read.decoder import check_decoder
 from advkd.stages.student.config import KINDS, StudentConfig
-from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.geometry import CONDITIONAL_FORMAT, FORMAT, Geometry
 from advkd.stages.student.training.protocol import StudentNetwork
 
-FORMAT = 1
 WEIGHTS = "model.safetensors"
 MAX_BLOCKS = 4096
 """Largest number of residual blocks that a loaded configuration may have: modules are built before weights are read,
@@ -40,11 +42,24 @@ def build_student(config: StudentConfig, geometry: Geometry) -> StudentNetwork:
     return KINDS[config.kind].build(config, geometry)
 
 
-def save_student(folder: Path, student: nn.Module, config: StudentConfig, geometry: Geometry) -> None:
-    """Write the weights, then the configuration; each file is replaced atomically."""
+def save_student(
+    folder: Path, student: nn.Module, config: StudentConfig, geometry: Geometry, decoder: bytes | None = None
+) -> None:
+    """Write the weights, then the configuration; each file is replaced atomically.
+
+    Args:
+        folder: of the student.
+        student: its network.
+        config: its configuration.
+        geometry: of its cache.
+        decoder: the file of the decoder of its latents; None for pixels.
+    """
+    if decoder is not None:
+        write_atomically(folder / DECODER_PATH, [decoder])
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     write_atomically(folder / WEIGHTS, [save(weights)])
-    write_json(folder / "config.json", {"format": FORMAT, "student": asdict(config), "geometry": geometry.to_json()})
+    value = {"format": geometry.format, "student": asdict(config), "geometry": geometry.to_json()}
+    write_json(folder / "config.json", value)
 
 
 def weights_sha256(folder: Path) -> str | None:
@@ -84,9 +99,11 @@ def read_student(folder: Path) -> tuple[StudentNetwork, StudentConfig, Geometry]
         raise TrainingError(f"no student in {folder}: train one with `advkd-train --cache STORE`")
     try:
         value: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-        if value["format"] != FORMAT:
-            raise ValueError(f"format {str(value['format'])[:20]}, expected {FORMAT}")
+        if value["format"] not in (FORMAT, CONDITIONAL_FORMAT):
+            raise ValueError(f"format {str(value['format'])[:20]}, expected {FORMAT} or {CONDITIONAL_FORMAT}")
         config, geometry = StudentConfig(**value["student"]), Geometry.from_json(value["geometry"])
+        if value["format"] != geometry.format:
+            raise ValueError(f"format {value['format']}, but {FORMAT} is that of students without classes and latents")
         if (config.depth + config.coarse) * (len(geometry.levels) - 1) > MAX_BLOCKS:
             raise ValueError(f"more than {MAX_BLOCKS} residual blocks")
         # The meta device allocates nothing, so a hostile configuration can't exhaust the memory.
@@ -108,6 +125,22 @@ def read_student(folder: Path) -> tuple[StudentNetwork, StudentConfig, Geometry]
     return network.eval().requires_grad_(False), config, geometry
 
 
+def read_decoder(folder: Path, geometry: Geometry) -> bytes | None:
+    """The file of the decoder in a student's folder, checked; None for a student of pixels.
+
+    Raises:
+        TrainingError: it is missing, or another decoder.
+    """
+    if geometry.space is None:
+        return None
+    try:
+        data = (folder / DECODER_PATH).read_bytes()
+        check_decoder(data, geometry.space, str(folder / DECODER_PATH))
+    except (OSError, DamagedError) as error:
+        raise TrainingError(f"{folder}: the decoder of its latents can't be used ({error})") from None
+    return data
+
+
 def _fitting(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Weights in the network's own dtypes; floats may be stored in shorter ones."""
     kept = {}
@@ -127,8 +160,26 @@ def noise_of(geometry: Geometry, seeds: npt.ArrayLike) -> Tensor:
     return torch.from_numpy(drawn.astype(geometry.noise_dtype).astype(drawn.dtype))
 
 
+def labels_of(geometry: Geometry, seeds: npt.ArrayLike) -> Tensor | None:
+    """Class labels of some seeds, the teacher's own: int64, shape (N,); None for an unconditional student."""
+    labels = geometry.labels_of(np.asarray(seeds).ravel())
+    return None if labels is None else torch.from_numpy(labels.astype(np.int64))
+
+
 @torch.no_grad()
-def generate(student: nn.Module, noise: Tensor, batch_size: int = 256) -> Tensor:
-    """x_0 for x_T (N, C, H, W), in batches, on the student's device; float32 on the CPU."""
+def generate(student: nn.Module, noise: Tensor, labels: Tensor | None = None, batch_size: int = 256) -> Tensor:
+    """x_0 for x_T (N, C, H, W), in batches, on the student's device; float32 on the CPU.
+
+    Args:
+        student: a network or a `Student`.
+        noise: x_T.
+        labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+        batch_size: x_T per pass.
+
+    Raises:
+        UsageError: labels are missing or surplus.
+    """
     device = next(student.parameters()).device
-    return torch.cat([student(part.to(device)).float().cpu() for part in torch.split(noise, batch_size)])
+    given = [torch.split(values, batch_size) for values in (noise, labels) if values is not None]
+    parts = zip(*given, strict=True)
+    return torch.cat([student(*(values.to(device) for values in part)).float().cpu() for part in parts])

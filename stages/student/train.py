@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from advkd.cache.errors import UsageError
-from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.config import KINDS, TrainConfig
@@ -24,7 +23,7 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.run import Run, SeedSplit, identity, split_seeds
 from advkd.stages.student.student import build_student, load_student
 from advkd.stages.student.trainer import Trainer
-from advkd.stages.student.training.data import fetch_states
+from advkd.stages.student.training.data import fetch_states, read_labels, value_range
 from advkd.stages.student.training.distributed import ProcessGroup
 
 
@@ -94,6 +93,7 @@ def train(
     steps = sorted({step for phase in program.phases for step in phase.states} | {geometry.steps[-1]})
     for step in steps:
         cache.state(step)  # raises now if a partial copy lacks it
+    read_labels(cache, split.training[:1])  # likewise
     wanted = identity(config, cache, split, num_processes)
     trainer = Trainer(
         cache=cache,
@@ -139,10 +139,8 @@ def _grown(cache: TrajectoryCache, config: TrainConfig, split: SeedSplit) -> str
 
 def _images_in_words(cache: TrajectoryCache, blocks: Sequence[int], max_records: int = 16) -> str:
     """The range of x_0 as the ledger records it for some blocks; no values are read."""
-    name = states_path(cache.state(max(cache.states)))
     some = blocks[:: -(-len(blocks) // max_records)]
-    arrays = [cache.record(block).arrays[name].raw for block in some]
-    low, high = min(array.minimum for array in arrays), max(array.maximum for array in arrays)
+    low, high = value_range(cache, max(cache.states), some)
     where = f", in {len(some)} of {len(blocks)} blocks" if len(some) < len(blocks) else ""
     return f"x_0 in {cache.address}: values from {low:+.2f} to {high:+.2f}{where}"
 

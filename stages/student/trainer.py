@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError
 from advkd.cache.format.recipe import digest
+from advkd.cache.read.decoder import decoder_weights
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.decoder import as_images, cache_decoder
 from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pictures import save_rows
 from advkd.stages.reporter import Reporter
@@ -24,7 +26,7 @@ from advkd.stages.student.provenance import describe, write_provenance
 from advkd.stages.student.run import Run, SeedSplit, Segment
 from advkd.stages.student.student import generate, save_student
 from advkd.stages.student.training.checkpoint import load_checkpoint, read_scalars, save_checkpoint
-from advkd.stages.student.training.data import prefetch_batches, read_float, seed_batches
+from advkd.stages.student.training.data import prefetch_batches, read_float, read_labels, seed_batches, value_range
 from advkd.stages.student.training.distributed import ProcessGroup
 from advkd.stages.student.training.log import MetricsLog, forget_metrics_after
 from advkd.stages.student.training.protocol import Program, mean_metrics
@@ -32,7 +34,10 @@ from advkd.stages.student.training.protocol import Program, mean_metrics
 PREVIEW_SEEDS = 8
 VALIDATION_SEEDS = 256
 MAX_MSE = 100.0
-"""Images in [−1, 1] differ by at most 4 in mean square; beyond this, training has diverged."""
+"""Images in [−1, 1] differ by at most 4 in mean square; beyond this, training has diverged. That of latents is in
+proportion to the square of their own range."""
+MAX_LOGGED_CLASSES = 20
+"""Up to so many classes, the log has the held-out error of each."""
 
 
 class Trainer:
@@ -74,6 +79,9 @@ class Trainer:
         self.identity = identity
         self.segments: tuple[Segment, ...] = ()
         self.provenance = describe(cache, identity, split)
+        self._decoder = cache_decoder(cache)
+        self._decoder_file = decoder_weights(cache) if geometry.space else None
+        self._max_mse = MAX_MSE if geometry.space is None else MAX_MSE / 4.0 * _squared_range(cache, split)
         self.average = ExponentialMovingAverage(program.student, config.ema, config.ema_width)
         self.step = 0
         self.phase = 0
@@ -172,7 +180,7 @@ class Trainer:
     def _log(self, log: MetricsLog, readings: list[dict[str, Tensor]]) -> None:
         values = self.processes.mean({name: float(value) for name, value in mean_metrics(readings).items()})
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if not bad and values.get("mse", 0.0) > MAX_MSE:
+        if not bad and values.get("mse", 0.0) > self._max_mse:
             bad = [f"the mean squared error is {values['mse']:.3g}"]
         if bad:
             self._diverged(", ".join(bad))
@@ -187,9 +195,13 @@ class Trainer:
         """Score the average on held-out seeds; in the last phase, save it if it is the best so far."""
         if not self.processes.is_main:
             return
-        mse = self.held_out_mse(self.average.model)
+        errors, labels = self._held_out_errors(self.average.model)
+        mse = float(errors.mean()) if len(errors) else math.nan
         if math.isfinite(mse):
-            log.log(self.step, {"held_out/mse": mse})
+            known = self.geometry.labels if len(self.geometry.labels) <= MAX_LOGGED_CLASSES else ()
+            of_class = {label: errors[labels == label] for label in known if labels is not None}
+            by_class = {f"held_out/class_{label}": float(some.mean()) for label, some in of_class.items() if len(some)}
+            log.log(self.step, {"held_out/mse": mse, **by_class})
             if mse < self.best and self.phase == len(self.program.phases) - 1:
                 self.best = mse
                 self._keep(self.run.best)
@@ -197,21 +209,27 @@ class Trainer:
 
     def held_out_mse(self, student: nn.Module) -> float:
         """Mean squared error of a student's x_0 against the teacher's on some held-out seeds."""
+        errors, _ = self._held_out_errors(student)
+        return float(errors.mean()) if len(errors) else math.nan
+
+    def _held_out_errors(self, student: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Squared errors of x_0 on some held-out seeds, shape (N, C, H, W), and the seeds' labels."""
         seeds = self.split.held_out[:VALIDATION_SEEDS]
+        labels, real = read_labels(self.cache, seeds), read_float(self.cache, self.geometry.steps[-1], seeds)
         if not len(seeds):
-            return math.nan
-        made = generate(student, read_float(self.cache, self.geometry.steps[0], seeds))
-        real = read_float(self.cache, self.geometry.steps[-1], seeds)
-        return float((made - real).square().mean())
+            return real, labels
+        made = generate(student, read_float(self.cache, self.geometry.steps[0], seeds), labels)
+        return (made - real).square(), labels
 
     def _preview(self) -> None:
         """Save x_0 of teacher and student, on the same seeds every time, held-out ones where there are any."""
         seeds = self.split.held_out[:PREVIEW_SEEDS] if len(self.split.held_out) else self.split.training[:PREVIEW_SEEDS]
         noise = read_float(self.cache, self.geometry.steps[0], seeds)
         real = read_float(self.cache, self.geometry.steps[-1], seeds)
-        made = generate(self.average.model, noise)
+        made = generate(self.average.model, noise, read_labels(self.cache, seeds))
         path = self.run.preview / f"step-{self.step:06d}.png"
-        save_rows(path, {"x_T": noise.numpy(), "teacher": real.numpy(), "student": made.numpy()})
+        rows = {"x_T": noise, "teacher": real, "student": made}
+        save_rows(path, {name: as_images(values, self._decoder) for name, values in rows.items()})
 
     def _save(self) -> None:
         """Save a checkpoint and the student; weights that are not finite never replace good ones."""
@@ -232,7 +250,7 @@ class Trainer:
         self._keep(self.run.student)
 
     def _keep(self, folder: Path) -> None:
-        save_student(folder, self.average.model, self.config.student, self.geometry)
+        save_student(folder, self.average.model, self.config.student, self.geometry, self._decoder_file)
         segments = [asdict(segment) for segment in self.segments]
         write_provenance(folder, {**self.provenance, "segments": segments, "step": self.step})
 
@@ -242,3 +260,8 @@ class Trainer:
             f"training diverged: {what} by step {self.step}; the last good checkpoint is {checkpoint}: lower the "
             "learning rates"
         )
+
+
+def _squared_range(cache: TrajectoryCache, split: SeedSplit) -> float:
+    low, high = value_range(cache, max(cache.states), split.blocks[:1])
+    return (high - low) ** 2

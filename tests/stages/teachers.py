@@ -35,13 +35,13 @@ IMAGENET = 1000
 """Classes of a DiT: its pipeline's null class is this number, whatever its table has."""
 
 
-def save_conditional(folder: Path, rows: int = 4, **options: Any) -> Path:
+def save_conditional(folder: Path, rows: int = 4, **scheduler: Any) -> Path:
     """A class-conditional UNet and a scheduler: diffusers has no pipeline class of it, only the two folders."""
     from diffusers import DDIMScheduler, UNet2DModel
 
     torch.manual_seed(1)
-    UNet2DModel(**{**UNET, "num_class_embeds": rows, **options}).save_pretrained(folder / "unet")
-    DDIMScheduler(num_train_timesteps=1000, clip_sample=False).save_pretrained(folder / "scheduler")
+    UNet2DModel(**UNET, num_class_embeds=rows).save_pretrained(folder / "unet")
+    DDIMScheduler(clip_sample=False, **scheduler).save_pretrained(folder / "scheduler")
     return folder
 
 

@@ -50,7 +50,7 @@ def test_every_row_of_the_table_learns_the_null_row_too(null_share: float, rows:
     before, table = (network.get_parameter("class_embedding.weight") for network in (fresh, after))
     assert table.shape[0] == rows
     moved = (table - before).abs().amax(1)
-    assert bool((moved > 1e-3).all())  # weight decay alone moves them by less
+    assert bool((moved > 2e-4).all())  # weight decay alone: a tenth
 
 
 def test_its_folder_is_a_conditional_teacher(tmp_path: Path) -> None:

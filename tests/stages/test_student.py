@@ -165,7 +165,7 @@ def test_a_saved_student_comes_back_whole(tmp_path: Path, kind: str) -> None:
     assert found == geometry()
     noise = noise_of(found, [5, 2**40])
     assert noise.shape == (2, 1, 16, 16)
-    torch.testing.assert_close(generate(loaded, noise), generate(student, noise, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(generate(loaded, noise), generate(student, noise, batch_size=1), rtol=1e-5, atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from advkd.cache.errors import UsageError
 from advkd.stages.student.progressive.config import ProgressiveOptions, ProgressiveTraining
 
 if TYPE_CHECKING:
@@ -26,7 +27,15 @@ class Progressive:
         return False
 
     def build(self, options: ProgressiveOptions, geometry: Geometry) -> StudentNetwork:
-        """A network with fresh weights."""
+        """A network with fresh weights.
+
+        Raises:
+            UsageError: the cache has class labels or latents.
+        """
+        if geometry.num_classes:
+            raise UsageError("student.kind: progressive learns no class labels, which this cache has: use unrolled")
+        if geometry.space is not None:  # its heads end in a tanh
+            raise UsageError("student.kind: progressive makes pixels in [−1, 1], this cache has latents: use unrolled")
         from advkd.stages.student.progressive.network import ProgressiveStudent
 
         return ProgressiveStudent(geometry, options.base_channels, options.max_channels)

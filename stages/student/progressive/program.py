@@ -88,7 +88,7 @@ class ProgressiveProgram:
         if config.eight_bit:
             noise, target = as_eight_bit(noise), as_eight_bit(target)
         real = resize(target, self._progressive.sizes[phase])
-        fake = self.student(noise, phase)
+        fake = self.student(noise, stage=phase)
         real_logits, fake_logits = self.discriminator(real, noise), self.discriminator(fake.detach(), noise)
         critic_loss = non_saturating_discriminator(real_logits, fake_logits)
         metrics: Metrics = {

@@ -1,6 +1,7 @@
 """A student as an ONNX file, in float32 or with int8 convolutions, written only after a comparison with PyTorch.
 
-The batch size is dynamic; the file's metadata hold the student's geometry, so that a seed has the same noise as in
+A conditional student takes `noise` and `label`; the decoder of latents is a second file. The batch size is dynamic; the
+file's metadata hold the student's geometry, so that a seed has the same noise as in
 PyTorch. The int8 form is onnxruntime's static quantisation in QDQ form: weights per channel, activations calibrated on
 noise from the cache's own generator; everything but convolutions stays in float32.
 """
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import logging
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,8 +28,17 @@ from torch.nn import functional
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import write_atomically
+from advkd.stages.decoder import Decoder
 from advkd.stages.student.hub import Student
-from advkd.stages.student.sharing.onnx_student import INPUT, METADATA, OUTPUT, OnnxStudent
+from advkd.stages.student.sharing.onnx_student import (
+    INPUT,
+    LABEL,
+    LATENTS,
+    METADATA,
+    OUTPUT,
+    OnnxStudent,
+    decoder_path,
+)
 
 FIRST_CHECK_SEED = 1 << 41
 FIRST_CALIBRATION_SEED = 1 << 42
@@ -93,12 +104,20 @@ def _write_if_close(student: Student, path: Path, make: Callable[[Path], None], 
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "made.onnx")
         make(made)
+        decoder = decoder_path(path)
+        if student.decoder is not None:
+            if decoder.is_file():
+                shutil.copy(decoder, decoder_path(made))
+            else:
+                _decoder_to_onnx(student.decoder, decoder_path(made), student.geometry.item_shape)
         deviation = compare(student, OnnxStudent(made))
         if not (math.isfinite(deviation.largest) and deviation.largest <= max_error):
             raise TrainingError(
                 f"the exported student deviates from PyTorch by {deviation.largest:.2g}, more than {max_error:g}; "
                 f"{path} was not written"
             )
+        if student.decoder is not None:
+            write_atomically(decoder, [decoder_path(made).read_bytes()])
         write_atomically(path, [made.read_bytes()])
     return deviation
 
@@ -106,10 +125,16 @@ def _write_if_close(student: Student, path: Path, make: Callable[[Path], None], 
 @torch.no_grad()
 def compare(student: Student, exported: OnnxStudent) -> Deviation:
     """Deviation on the same seeds' noise, in batches of several sizes."""
-    noise = student.noise(range(FIRST_CHECK_SEED, FIRST_CHECK_SEED + NUM_CHECKED))
-    parts = [*torch.split(noise[:8], [1, 2, 5]), *torch.split(noise[8:], 8)]
-    reference = _cpu_copy(student)
-    difference = torch.cat([exported(part) - reference(part) for part in parts])
+    sizes, reference, first, differences = [1, 2, 5, *[8] * (NUM_CHECKED // 8 - 1)], _cpu_copy(student), 0, []
+    for size in sizes:
+        seeds = range(FIRST_CHECK_SEED + first, FIRST_CHECK_SEED + first + size)
+        given = student.inputs(seeds)
+        items, expected = exported(*given), reference(*given)
+        if student.decoder is not None:
+            items, expected = exported.decode(items), reference.decode(expected)
+        differences.append(items - expected)
+        first += size
+    difference = torch.cat(differences)
     return Deviation(largest=float(difference.abs().max()), rms=float(difference.square().mean().sqrt()))
 
 
@@ -148,28 +173,55 @@ def _exportable(student: Student) -> Student:
     return copied
 
 
+class _Decoding(nn.Module):
+    """A decoder as one network: latents → images."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.space, self.model = decoder.space, copy.deepcopy(decoder.model).cpu()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        decode: Any = self.model.decode
+        images: Tensor = decode(latents / self.space.scaling_factor + self.space.shift_factor).sample
+        return images
+
+
+def _decoder_to_onnx(decoder: Decoder, path: Path, item_shape: tuple[int, ...]) -> None:
+    network = _Decoding(decoder).eval()
+    _export(network, (torch.zeros(2, *item_shape),), path, [LATENTS], {"latents": {0: torch.export.Dim("batch")}})
+    _strip(path, {})
+
+
 def _to_onnx(student: Student, path: Path) -> None:
+    conditional, batch = bool(student.geometry.num_classes), {0: torch.export.Dim("batch")}
+    names, shapes = [INPUT, *[LABEL] * conditional], {"noise": batch, **({"labels": batch} if conditional else {})}
+    _export(_exportable(student), student.inputs([0, 1]), path, names, shapes)
+    _strip(path, {METADATA: json.dumps(student.geometry.to_json())})
+
+
+def _export(
+    network: nn.Module, given: tuple[Tensor, ...], path: Path, names: list[str], shapes: dict[str, Any]
+) -> None:
     try:
         with _quiet():
             torch.onnx.export(
-                _exportable(student),
-                (student.noise([0, 1]),),
+                network,
+                given,
                 path,
                 dynamo=True,
-                input_names=[INPUT],
+                input_names=names,
                 output_names=[OUTPUT],
-                dynamic_shapes={"noise": {0: torch.export.Dim("batch")}},
+                dynamic_shapes=shapes,
                 external_data=False,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
         lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
         raise TrainingError(f"torch {torch.__version__} can't export this student ({lines[0][:200]})") from error
-    _strip(path, student)
 
 
-def _strip(path: Path, student: Student) -> None:
-    """Remove the exporter's notes (stack traces with paths of this machine, names); add the student's geometry."""
+def _strip(path: Path, metadata: dict[str, str]) -> None:
+    """Remove the exporter's notes (stack traces with paths of this machine, names); add metadata."""
     import onnx
 
     model = onnx.load(path)
@@ -179,7 +231,7 @@ def _strip(path: Path, student: Student) -> None:
         item.ClearField("doc_string")
     for value in (*graph.input, *graph.output, *graph.value_info):
         value.type.ClearField("denotation")
-    onnx.helper.set_model_props(model, {METADATA: json.dumps(student.geometry.to_json())})
+    onnx.helper.set_model_props(model, metadata)
     onnx.save(model, path)
 
 
@@ -193,7 +245,8 @@ def _quantise(student: Student, source: Path, target: Path) -> None:
             self.batches = _calibration(student)
 
         def get_next(self) -> dict[str, Any] | None:
-            return next(({INPUT: batch.numpy()} for batch in self.batches), None)
+            batch = next(self.batches, None)
+            return None if batch is None else dict(zip([INPUT, LABEL], map(Tensor.numpy, batch), strict=False))
 
     prepared = target.with_name("prepared.onnx")
     with _quiet():
@@ -208,12 +261,12 @@ def _quantise(student: Student, source: Path, target: Path) -> None:
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )
-    _strip(target, student)
+    _strip(target, {METADATA: json.dumps(student.geometry.to_json())})
 
 
-def _calibration(student: Student) -> Iterator[Tensor]:
+def _calibration(student: Student) -> Iterator[tuple[Tensor, ...]]:
     for first in range(FIRST_CALIBRATION_SEED, FIRST_CALIBRATION_SEED + NUM_CALIBRATION, CALIBRATION_BATCH):
-        yield student.noise(range(first, first + CALIBRATION_BATCH))
+        yield student.inputs(range(first, first + CALIBRATION_BATCH))
 
 
 @contextmanager

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from advkd.cache.errors import AdvkdError, TrainingError, UsageError
+from advkd.stages.decoder import BATCH
 from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.student import labels_of
+from advkd.stages.student.training.protocol import check_labels
 
-INPUT, OUTPUT = "noise", "images"
+INPUT, LABEL, OUTPUT = "noise", "label", "images"
+LATENTS = "latents"
+"""The input of a decoder."""
 SPLIT_FROM = 16
 """Images per thread from which threads take parts of the batch. Otherwise onnxruntime divides each operation among the
 threads, which costs more than it gains for small int8 ones: on two cores 64 digits took 0.7 of the time, in float32
@@ -24,8 +29,13 @@ threads, which costs more than it gains for small int8 ones: on two cores 64 dig
 METADATA = "advkd.geometry"
 
 
+def decoder_path(path: Path) -> Path:
+    """Where the decoder of an exported student of latents lies: beside it; that of int8 is the same."""
+    return path.with_name(path.name.removesuffix(".onnx").removesuffix(".int8") + ".decoder.onnx")
+
+
 class OnnxStudent:
-    """Loads an exported student.
+    """Loads an exported student, and its decoder if it has latents.
 
     Args:
         path: the file.
@@ -45,18 +55,43 @@ class OnnxStudent:
             self._together = _session(runtime, path, self._num_threads)
             self._alone = _session(runtime, path, 1) if self._num_threads > 1 else self._together
             self.geometry = _geometry_of(self._together)
+            beside = decoder_path(path)
+            self._decoder = None if self.geometry.space is None else _session(runtime, beside, self._num_threads)
         except Exception as error:  # onnxruntime's exceptions have no common base
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TrainingError(f"{path} was not written by advkd-export ({first[:160]})") from None
         self._threads = ThreadPoolExecutor(self._num_threads)
 
-    def __call__(self, noise: Tensor) -> Tensor:
-        """x_T (N, C, H, W), unit normal → x_0 of the same shape, float32 on the CPU."""
-        array = np.ascontiguousarray(noise.detach().cpu().numpy(), dtype=np.float32)
-        if self._num_threads == 1 or len(array) < SPLIT_FROM * self._num_threads:
-            return torch.from_numpy(_run(self._together, array))
-        parts = self._threads.map(partial(_run, self._alone), np.array_split(array, self._num_threads))
-        return torch.from_numpy(np.concatenate(list(parts)))
+    def __call__(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x_T (N, C, H, W), unit normal → x_0 of the same shape, float32 on the CPU.
+
+        Args:
+            noise: x_T.
+            labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+
+        Raises:
+            UsageError: labels are missing or surplus.
+        """
+        check_labels(noise, labels, self.geometry.num_classes)
+        given = {INPUT: np.ascontiguousarray(noise.detach().cpu().numpy(), dtype=np.float32)}
+        if labels is not None:
+            given[LABEL] = labels.cpu().numpy()
+        if self._num_threads == 1 or len(noise) < SPLIT_FROM * self._num_threads:
+            return torch.from_numpy(_run(self._together, given))
+        split = [np.array_split(values, self._num_threads) for values in given.values()]
+        parts = [dict(zip(given, part, strict=True)) for part in zip(*split, strict=True)]
+        return torch.from_numpy(np.concatenate(list(self._threads.map(partial(_run, self._alone), parts))))
+
+    def labels(self, seeds: npt.ArrayLike) -> Tensor | None:
+        """Class labels of some seeds, the same as the teacher's: int64, shape (N,); None if it is unconditional."""
+        return labels_of(self.geometry, seeds)
+
+    def decode(self, items: Tensor) -> Tensor:
+        """Images of x_0, about [−1, 1], float32, shape (N, *image_shape): decoded latents, or pixels as they are."""
+        if self._decoder is None:
+            return items.float()
+        parts = [_run(self._decoder, {LATENTS: part.float().cpu().numpy()}) for part in torch.split(items, BATCH)]
+        return torch.from_numpy(np.concatenate(parts))
 
 
 def _session(runtime: Any, path: Path, num_threads: int) -> Any:
@@ -66,9 +101,9 @@ def _session(runtime: Any, path: Path, num_threads: int) -> Any:
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _run(session: Any, noise: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _run(session: Any, given: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
     images: npt.NDArray[np.float32]
-    (images,) = session.run([OUTPUT], {INPUT: noise})
+    (images,) = session.run([OUTPUT], given)
     return images
 
 
@@ -80,10 +115,12 @@ def _geometry_of(session: Any) -> Geometry:
         geometry = Geometry.from_json(json.loads(metadata[METADATA]))
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError, AdvkdError) as error:
         raise ValueError(f"metadata {METADATA!r}: {error}") from None
-    (taken,), (made,) = session.get_inputs(), session.get_outputs()
+    (taken, *others), (made,) = session.get_inputs(), session.get_outputs()
     shapes = [list(value.shape[1:]) for value in (taken, made)]
     if (taken.name, made.name) != (INPUT, OUTPUT) or shapes != [list(geometry.item_shape)] * 2:
         raise ValueError(f"it maps {shapes[0]} to {shapes[1]}, expected {list(geometry.item_shape)} for both")
+    if [value.name for value in others] != [LABEL] * bool(geometry.num_classes):
+        raise ValueError(f"it has {len(others)} inputs besides the noise, and {geometry.num_classes} classes")
     return geometry
 
 

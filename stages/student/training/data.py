@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from advkd.cache.format.hashing import Seeds, mix64, mixed
+from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter
 
@@ -27,18 +29,18 @@ class Batch:
 
     states: Mapping[int, Tensor]
     """By number of solver steps: float32, stored units, shape (N, C, H, W)."""
+    labels: Tensor | None = None
+    """Class labels, int64, shape (N,); None if the teacher is unconditional."""
 
     @classmethod
     def read(cls, cache: TrajectoryCache, steps: Sequence[int], seeds: list[int]) -> Batch:
-        """Some seeds' states, in pinned memory where there is a GPU, so that copies to it don't block."""
-        states = {step: read_float(cache, step, seeds) for step in steps}
-        if torch.cuda.is_available():
-            states = {step: values.pin_memory() for step, values in states.items()}
-        return cls(states=states)
+        """Some seeds' states and labels, in pinned memory where there is a GPU, so that copies to it don't block."""
+        batch = cls(states={step: read_float(cache, step, seeds) for step in steps}, labels=read_labels(cache, seeds))
+        return batch._each(Tensor.pin_memory) if torch.cuda.is_available() else batch
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(states={step: values.to(device, non_blocking=True) for step, values in self.states.items()})
+        return self._each(lambda values: values.to(device, non_blocking=True))
 
     def micro_batches(self, count: int) -> list[Batch]:
         """The batch in equal parts for gradient accumulation; part i has every `count`-th row, from row i on.
@@ -46,14 +48,33 @@ class Batch:
         Interleaved as the ranks' shares of a global batch are: the first rows of all parts together are the first rows
         of the batch.
         """
-        return [
-            Batch(states={step: values[index::count] for step, values in self.states.items()}) for index in range(count)
-        ]
+        return [self._each(itemgetter(slice(index, None, count))) for index in range(count)]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        states = {step: change(values) for step, values in self.states.items()}
+        return Batch(states=states, labels=None if self.labels is None else change(self.labels))
 
 
 def read_float(cache: TrajectoryCache, step: int, seeds: npt.ArrayLike) -> Tensor:
     """Rows of a cache as a float32 tensor, stored units."""
     return torch.from_numpy(cache.rows(step, seeds).astype(np.float32))
+
+
+def read_labels(cache: TrajectoryCache, seeds: npt.ArrayLike) -> Tensor | None:
+    """Class labels of some seeds, int64, shape (N,); None if the cache's teacher is unconditional.
+
+    Raises:
+        NotCachedError: labels are not in this copy.
+        DamagedError: they differ from the ledger, or from the recipe's rule.
+    """
+    return None if cache.recipe.condition is None else torch.from_numpy(cache.labels(seeds).astype(np.int64))
+
+
+def value_range(cache: TrajectoryCache, step: int, blocks: Sequence[int]) -> tuple[float, float]:
+    """Smallest and largest value of a state in some blocks, as the ledger records them; no values are read."""
+    name = states_path(cache.state(step))
+    arrays = [cache.record(block).arrays[name].raw for block in blocks]
+    return min(array.minimum for array in arrays), max(array.maximum for array in arrays)
 
 
 def fetch_states(cache: TrajectoryCache, steps: Sequence[int], blocks: Sequence[int], reporter: Reporter) -> None:

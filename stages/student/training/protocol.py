@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from advkd.cache.errors import UsageError
+
 if TYPE_CHECKING:
     from advkd.stages.student.training.data import Batch
 
@@ -16,15 +18,33 @@ Metrics = dict[str, Tensor]
 
 
 class StudentNetwork(nn.Module):
-    """A student's network: x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]."""
+    """A student's network: x_T (N, C, H, W), unit normal → x_0 of the same shape; pixels are about [−1, 1].
 
-    def heads(self, noise: Tensor) -> list[Tensor]:
+    A conditional one takes class labels, too: int64, shape (N,).
+    """
+
+    def heads(self, noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """One prediction per recorded state after x_T."""
         raise NotImplementedError
 
     def deployed_parameters(self) -> int:
         """Parameters that a sample needs; all of them, unless a kind has some for training only."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def check_labels(noise: Tensor, labels: Tensor | None, num_classes: int) -> None:
+    """Check that a network gets labels if it has classes; their range is left to whoever has the labels as numbers.
+
+    Raises:
+        UsageError: labels are missing or surplus, or not one whole number for each x_T.
+    """
+    if labels is None:
+        if num_classes:
+            raise UsageError(f"the student needs class labels for its {num_classes} classes: give int64, shape (N,)")
+    elif not num_classes:
+        raise UsageError("the student is unconditional: leave out the class labels")
+    elif labels.dtype != torch.int64 or labels.shape != noise.shape[:1]:
+        raise UsageError(f"class labels are {labels.dtype}, shape {tuple(labels.shape)}: expected int64, shape (N,)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from advkd.stages.student.training.losses import ADVERSARIAL, squared_gradient
 from advkd.stages.student.training.protocol import Metrics
 from advkd.stages.student.training.rng import generator_of
 from advkd.stages.student.unrolled.augment import augment
-from advkd.stages.student.unrolled.config import AdversarialConfig
+from advkd.stages.student.unrolled.config import COLOURS, AdversarialConfig
 from advkd.stages.student.unrolled.critics import Critic, CriticPerSubmodule
 
 
@@ -30,20 +30,23 @@ class CriticInput:
     """Images grouped by the submodule that they belong to, equally many of each."""
 
     images: Tensor
-    """Shape (N, C, H, W), float32, about [−1, 1]."""
+    """Shape (N, C, H, W), float32; pixels are about [−1, 1]."""
     noise: Tensor
     """x_T of each image, the same shape."""
     time: Tensor
     """Submodule of each image, int64, shape (N,)."""
+    labels: Tensor | None = None
+    """Class label of each image, int64, shape (N,); None without classes."""
 
     @classmethod
-    def of(cls, by_submodule: Sequence[Tensor], noise: Tensor, count: int) -> CriticInput:
+    def of(cls, by_submodule: Sequence[Tensor], noise: Tensor, count: int, labels: Tensor | None = None) -> CriticInput:
         """The first `count` images of each submodule."""
         time = torch.arange(len(by_submodule), device=noise.device).repeat_interleave(count)
         return cls(
             images=torch.cat([images[:count].float() for images in by_submodule]),
             noise=noise[:count].repeat(len(by_submodule), 1, 1, 1),
             time=time,
+            labels=None if labels is None else labels[:count].repeat(len(by_submodule)),
         )
 
     def detached(self) -> CriticInput:
@@ -63,7 +66,7 @@ class Adversary:
         compiled: whether torch.compile compiles the critics.
 
     Raises:
-        UsageError: critics can't judge images of this size.
+        UsageError: critics can't judge images of this size, or an augmentation is for pixels alone.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Adversary:
         self.config = config
         self._num_steps = num_steps
         self._seed = seed
+        self._known = torch.tensor(geometry.labels, dtype=torch.int64)
         self._accelerator = accelerator
         self._generator_loss, self._critic_loss = ADVERSARIAL[config.loss]
         sides = geometry.item_shape[1:]
@@ -87,12 +91,25 @@ class Adversary:
                 f"critics work on patches of 2×2 pixels, images of {'×'.join(map(str, sides))} don't divide into them: "
                 "set objective.adversarial.weight to 0 to train without critics"
             )
+        colours = [name for name in config.augment if name in COLOURS]
+        if config.weight and colours and geometry.space is not None:
+            raise UsageError(
+                f"adversarial.augment: {', '.join(colours)} are changes of pixels, the cache has latents: leave them "
+                "out"
+            )
         # With weight 0 only x_0 is loaded.
         self.num_judged = 1 if config.judged == "last" or not config.weight else len(geometry.levels) - 1
         channels, shared = geometry.item_shape[0], config.judged == "shared"
 
         def critic(num_times: int) -> Critic:
-            return Critic(channels, config.width, config.scales, conditional=config.conditional, num_times=num_times)
+            return Critic(
+                channels,
+                config.width,
+                config.scales,
+                conditional=config.conditional,
+                num_times=num_times,
+                num_classes=geometry.num_classes,
+            )
 
         self.critic: nn.Module = (
             CriticPerSubmodule([critic(1) for _ in range(self.num_judged)])
@@ -130,6 +147,13 @@ class Adversary:
     def fresh_noise(self, step: int, count: int, like: Tensor) -> Tensor:
         """`count` x_T from no cache for this rank; a function of (seed, step, rank, world size) alone."""
         return self._rank_draws(torch.randn, step)(count, *like.shape[1:]).to(like.device)
+
+    def fresh_labels(self, step: int, noise: Tensor) -> Tensor | None:
+        """Class labels for this rank's fresh x_T, drawn alike: int64, shape (N,); None without classes."""
+        if not len(self._known):
+            return None
+        places = self._rank_draws(torch.rand, step, 0)(len(noise)) * len(self._known)
+        return self._known[places.long()].to(noise.device)
 
     def student_loss(self, real: CriticInput, fake: CriticInput, step: int, micro_batch: int = 0) -> Tensor:
         """The student's adversarial loss, for one micro-batch of a step."""
@@ -182,7 +206,7 @@ class Adversary:
         if self.config.augment:
             uniform = self._rank_draws(torch.rand, step, stream)
             images, noise = augment(self.config.augment, images, noise, uniform)
-        logits: Tensor = (self.critic if double else self._logits)(images, noise, judged.time)
+        logits: Tensor = (self.critic if double else self._logits)(images, noise, judged.time, judged.labels)
         return logits
 
     def _rank_draws(self, draw: Any, *parts: int) -> Callable[..., Tensor]:

@@ -1,4 +1,8 @@
-"""Critics of the unrolled student, without normalisation layers (Huang et al. 2024, §3.2)."""
+"""Critics of the unrolled student, without normalisation layers (Huang et al. 2024, §3.2).
+
+They see a class label by projection (Miyato and Koyama 2018, eq. 3): the inner product of its embedding with the pooled
+last features is added to a logit.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,19 @@ class Critic(nn.Module):
         scales: number of resolutions.
         conditional: whether it sees x_T too.
         num_times: submodules whose images it judges; if more than one, it is conditioned on the submodule's number.
+        num_classes: rows of the table of class labels; 0 without labels.
     """
 
-    def __init__(self, channels: int, width: int, scales: int = 1, *, conditional: bool, num_times: int = 1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        scales: int = 1,
+        *,
+        conditional: bool,
+        num_times: int = 1,
+        num_classes: int = 0,
+    ) -> None:
         super().__init__()
         self.conditional = conditional
         self.unshuffle = nn.PixelUnshuffle(2)
@@ -42,6 +56,11 @@ class Critic(nn.Module):
                 )
             )
         self.judges = nn.ModuleList(nn.Linear((width << (scale + 1)) * _LAST_SIDE**2, 1) for scale in range(scales))
+        self.classes = nn.ModuleList(
+            nn.Embedding(num_classes, width << (scale + 1)) for scale in range(scales if num_classes else 0)
+        )
+        for table in self.classes:
+            nn.init.zeros_(table.weight)  # type: ignore[arg-type]
 
     def features(self, images: Tensor, noise: Tensor, time: Tensor | None = None) -> list[Tensor]:
         """The activations of every layer, shape (N, …).
@@ -60,11 +79,17 @@ class Critic(nn.Module):
                 activations.append(F.leaky_relu(convolution(activations[-1]), _SLOPE))
         return activations
 
-    def forward(self, images: Tensor, noise: Tensor, time: Tensor | None = None) -> Tensor:
-        """Logits, shape (N, scales)."""
+    def forward(
+        self, images: Tensor, noise: Tensor, time: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Logits, shape (N, scales); labels are those of the images, int64, shape (N,), where there are classes."""
         ends = self.features(images, noise, time)[3::3]
         pooled = (F.adaptive_avg_pool2d(end, _LAST_SIDE).flatten(1) for end in ends)
-        return torch.cat([judge(end) for judge, end in zip(self.judges, pooled, strict=True)], dim=1)
+        logits = torch.cat([judge(end) for judge, end in zip(self.judges, pooled, strict=True)], dim=1)
+        if not len(self.classes):
+            return logits
+        tables = zip(self.classes, ends, strict=True)
+        return logits + torch.stack([(table(labels) * end.mean(dim=(2, 3))).sum(1) for table, end in tables], dim=1)
 
 
 class CriticPerSubmodule(nn.Module):
@@ -74,7 +99,9 @@ class CriticPerSubmodule(nn.Module):
         super().__init__()
         self.critics = nn.ModuleList(critics)
 
-    def forward(self, images: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    def forward(self, images: Tensor, noise: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits, shape (N, scales); images are grouped by submodule, in order, equally many of each."""
-        parts = zip(self.critics, images.chunk(len(self.critics)), noise.chunk(len(self.critics)), strict=True)
-        return torch.cat([critic(image, origin) for critic, image, origin in parts])
+        count = len(self.critics)
+        classes = [None] * count if labels is None else labels.chunk(count)
+        parts = zip(self.critics, images.chunk(count), noise.chunk(count), classes, strict=True)
+        return torch.cat([critic(image, origin, labels=some) for critic, image, origin, some in parts])

@@ -5,7 +5,9 @@ between recorded noise levels (Song et al. 2021, eq. 12 with η = 0), whichever 
 
     ε = (x_{k−1} − α_{k−1} x̂_0) / σ_{k−1},    x_k = α_k x̂_0 + σ_k ε.
 
-The last submodule returns x̂_0. All (α, σ) are in the cache's stored units, where states have unit variance.
+The last submodule returns x̂_0. A conditional student embeds the class label once; the embedding scales and shifts the
+features of every residual block (FiLM, Perez et al. 2018). All (α, σ) are in the cache's stored units, where states
+have unit variance.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import TrainingError
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.training.protocol import StudentNetwork
+from advkd.stages.student.training.protocol import StudentNetwork, check_labels
 
 Level = tuple[float, float]
 """(alpha, sigma) of a state, in stored units."""
@@ -51,9 +53,10 @@ class ResidualBlock(nn.Module):
     Args:
         width: channels.
         num_times: submodules that share the convolutions; if more than one, each has its own scale and shift.
+        embedded: width of the classes' embedding, from which a further scale and shift follow; 0 without classes.
     """
 
-    def __init__(self, width: int, num_times: int = 1) -> None:
+    def __init__(self, width: int, num_times: int = 1, embedded: int = 0) -> None:
         super().__init__()
         groups, shared = math.gcd(8, width), num_times > 1
         self.norm_in, self.norm_out = nn.GroupNorm(groups, width), nn.GroupNorm(groups, width, affine=not shared)
@@ -61,12 +64,19 @@ class ResidualBlock(nn.Module):
         self.conv_out = nn.Conv2d(width, width, 3, padding=1)
         self.modulation = nn.Parameter(torch.zeros(num_times, 2, width)) if shared else None
         nn.init.zeros_(self.conv_out.weight)
+        self.film = nn.Linear(embedded, 2 * width) if embedded else None
+        if self.film is not None:
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
 
-    def forward(self, x: Tensor, time: int = 0) -> Tensor:
-        """Shape (N, width, h, w) in and out."""
+    def forward(self, x: Tensor, time: int = 0, embedding: Tensor | None = None) -> Tensor:
+        """Shape (N, width, h, w) in and out; the classes' embedding is (N, embedded)."""
         hidden = self.norm_out(self.conv_in(F.silu(self.norm_in(x))))
         if self.modulation is not None:
             scale, shift = self.modulation[time, :, :, None, None]
+            hidden = hidden * (1.0 + scale) + shift
+        if self.film is not None:
+            scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
             hidden = hidden * (1.0 + scale) + shift
         return x + self.conv_out(F.silu(hidden))  # type: ignore[no-any-return]
 
@@ -78,19 +88,19 @@ class CoarsePath(nn.Module):
     field is twice as wide.
     """
 
-    def __init__(self, width: int, depth: int, num_times: int = 1) -> None:
+    def __init__(self, width: int, depth: int, num_times: int = 1, embedded: int = 0) -> None:
         super().__init__()
         self.enter = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(ResidualBlock(2 * width, num_times) for _ in range(depth))
+        self.blocks = nn.ModuleList(ResidualBlock(2 * width, num_times, embedded) for _ in range(depth))
         self.leave = nn.Conv2d(2 * width, 4 * width, 1)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, time: int = 0) -> Tensor:
+    def forward(self, x: Tensor, time: int = 0, embedding: Tensor | None = None) -> Tensor:
         """Shape (N, width, h, w) in and out; h and w are even."""
         hidden = self.enter(x)
         for block in self.blocks:
-            hidden = block(hidden, time)
+            hidden = block(hidden, time, embedding)
         return x + F.pixel_shuffle(self.leave(hidden), 2)
 
 
@@ -125,24 +135,27 @@ class Submodule(nn.Module):
         patch: int,
         attention: bool,
         num_times: int = 1,
+        embedded: int = 0,
     ) -> None:
         super().__init__()
         self.patch = patch
         self.embed = nn.Conv2d(channels * patch**2, width, 3, padding=1)
-        self.blocks = nn.ModuleList(ResidualBlock(width, num_times) for _ in range(depth))
-        self.coarse = CoarsePath(width, coarse, num_times) if coarse else None
+        self.blocks = nn.ModuleList(ResidualBlock(width, num_times, embedded) for _ in range(depth))
+        self.coarse = CoarsePath(width, coarse, num_times, embedded) if coarse else None
         self.attention = SelfAttention(width) if attention else nn.Identity()
         self.norm = nn.GroupNorm(math.gcd(8, width), width)
         self.read = nn.Conv2d(width, channels * patch**2, 3, padding=1)
 
-    def forward(self, features: Tensor | None, state: Tensor, time: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor | None, state: Tensor, time: int = 0, embedding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """States are (N, C, H, W); features (N, width, H / patch, W / patch), None before the first submodule."""
         seen = self.embed(F.pixel_unshuffle(state, self.patch))
         features = seen if features is None else features + seen
         for block in self.blocks:
-            features = block(features, time)
+            features = block(features, time, embedding)
         if self.coarse is not None:
-            features = self.coarse(features, time)
+            features = self.coarse(features, time, embedding)
         features = self.attention(features)
         x0 = F.pixel_shuffle(self.read(F.silu(self.norm(features))), self.patch)
         return features, x0
@@ -152,8 +165,8 @@ class UnrolledStudent(StudentNetwork):
     """One submodule per recorded state after x_T.
 
     Args:
-        geometry: item shape and noise levels of the cache.
-        width: channels of the trunk.
+        geometry: item shape, noise levels and classes of the cache.
+        width: channels of the trunk, and of the classes' embedding.
         depth: residual blocks of a submodule.
         patch: side in pixels of the patches that are one position of the trunk.
         attention: whether each submodule has self-attention over positions.
@@ -181,27 +194,40 @@ class UnrolledStudent(StudentNetwork):
             raise TrainingError(f"{size} positions can't be halved: choose student.coarse 0 or student.patch")
         self.levels = geometry.levels
         num_submodules = len(geometry.levels) - 1
+        num_times, embedded = num_submodules if shared else 1, width if geometry.num_classes else 0
         self.submodules = nn.ModuleList(
-            Submodule(channels, width, depth, coarse, patch, attention, num_times=num_submodules if shared else 1)
+            Submodule(channels, width, depth, coarse, patch, attention, num_times, embedded)
             for _ in range(1 if shared else num_submodules)
         )
+        self.num_classes = geometry.num_classes
+        self.classes = nn.Embedding(self.num_classes, width) if self.num_classes else None
 
-    def forward(self, noise: Tensor) -> Tensor:
-        """x_T (N, C, H, W), unit normal → x_0 of the same shape, about [−1, 1]."""
-        return self.unroll(noise)[0][-1]
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x_T (N, C, H, W), unit normal → x_0 of the same shape; pixels are about [−1, 1].
 
-    def unroll(self, noise: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        Args:
+            noise: x_T.
+            labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+
+        Raises:
+            UsageError: labels are missing or surplus.
+        """
+        return self.unroll(noise, labels)[0][-1]
+
+    def unroll(self, noise: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Every submodule's x̂_0, and every state after x_T, in stored units; the last state is the last x̂_0."""
+        check_labels(noise, labels, self.num_classes)
+        embedding = None if self.classes is None else self.classes(labels)
         features, state = None, noise
         predictions, states = [], []
         for k, (before, after) in enumerate(itertools.pairwise(self.levels)):
-            features, x0 = self.submodules[k % len(self.submodules)](features, state, k)
+            features, x0 = self.submodules[k % len(self.submodules)](features, state, k, embedding)
             state = jump(state, x0, before, after)
             predictions.append(x0)
             states.append(state)
         states[-1] = predictions[-1]
         return predictions, states
 
-    def heads(self, noise: Tensor) -> list[Tensor]:
+    def heads(self, noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """One prediction per recorded state after x_T."""
-        return self.unroll(noise)[1]
+        return self.unroll(noise, labels)[1]

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from advkd.cache.errors import UsageError
 from advkd.stages.metrics.lpips import Lpips
 from advkd.stages.schedules import one_cycle
 from advkd.stages.student.geometry import Geometry
@@ -34,6 +35,18 @@ class Outputs:
     fake: CriticInput
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fresh:
+    """Noise that is in no cache, with labels where there are classes; none in steps without critics."""
+
+    noise: Tensor
+    labels: Tensor | None
+
+    def micro_batch(self, index: int, count: int) -> Fresh:
+        """Every `count`-th row, from row `index` on."""
+        return Fresh(noise=self.noise[index::count], labels=None if self.labels is None else self.labels[index::count])
+
+
 class UnrolledProgram:
     """One phase, with all submodules."""
 
@@ -55,6 +68,8 @@ class UnrolledProgram:
         self.phases = [Phase(num_steps=config.steps, batch_size=config.batch_size, states=tuple(states))]
         self._lpips: Lpips | None = None
         if objective.perceptual and objective.perceptual_features == "lpips":
+            if geometry.space is not None:
+                raise UsageError("objective.perceptual_features: lpips compares pixels, not latents; choose `critic`")
             lpips = Lpips(geometry.item_shape, setting="objective.perceptual_features", otherwise="critic")
             self._lpips = lpips.to(accelerator.device)
 
@@ -76,35 +91,39 @@ class UnrolledProgram:
         """
         count, metrics = self.config.accumulate, []
         micro_batches = batch.micro_batches(count)
-        fresh = self._fresh_noise(micro_batches[0].states[self.geometry.steps[0]], step)
+        fresh = self._fresh(micro_batches[0].states[self.geometry.steps[0]], step)
         outputs: Outputs | None = None
         if self.adversary.trains_at(step):
             for index, part in enumerate(micro_batches):
                 # A single forward pass serves critics and student; the graphs of several would fill the memory.
                 with torch.set_grad_enabled(count == 1):
-                    outputs = self._forward(part, fresh[index::count])
+                    outputs = self._forward(part, fresh.micro_batch(index, count))
                 metrics.append(self.adversary.accumulate(outputs.real, outputs.fake.detached(), step, index, count))
             self.adversary.descent.step()
         for index, part in enumerate(micro_batches):
             if outputs is None or count > 1:
-                outputs = self._forward(part, fresh[index::count])
+                outputs = self._forward(part, fresh.micro_batch(index, count))
             loss, readings = self._loss(part, outputs, step, index)
             self.descent.backward(loss / count)
             metrics.append(readings)
         self.descent.step(one_cycle(step, self.config.steps, self.config.warmup))
         return mean_metrics(metrics)
 
-    def _fresh_noise(self, like: Tensor, step: int) -> Tensor:
-        """Fresh x_T for all micro-batches of a step, equally many for each and no more than each has seeds."""
+    def _fresh(self, like: Tensor, step: int) -> Fresh:
+        """Fresh x_T and labels for a step's micro-batches, equally many for each and no more than each has seeds."""
         count, wanted = self.config.accumulate, self.config.objective.adversarial.fresh
         if not wanted or not self.adversary.trains_at(step):
-            return like[:0]
-        return self.adversary.fresh_noise(step, count * min(-(-wanted // count), len(like)), like)
+            noise = like[:0]
+        else:
+            noise = self.adversary.fresh_noise(step, count * min(-(-wanted // count), len(like)), like)
+        return Fresh(noise=noise, labels=self.adversary.fresh_labels(step, noise))
 
-    def _forward(self, batch: Batch, fresh: Tensor) -> Outputs:
-        noise = batch.states[self.geometry.steps[0]]
+    def _forward(self, batch: Batch, fresh: Fresh) -> Outputs:
+        noise, labels = batch.states[self.geometry.steps[0]], batch.labels
+        if labels is not None and fresh.labels is not None:
+            labels = torch.cat([labels, fresh.labels])
         with self.accelerator.autocast():
-            predictions, states = self._unroll(torch.cat([noise, fresh]))
+            predictions, states = self._unroll(torch.cat([noise, fresh.noise]), labels)
         predictions, count = [x0.float() for x0 in predictions], len(noise)
         real, fake = self._critic_inputs(predictions, noise, fresh, batch)
         return Outputs(
@@ -130,7 +149,7 @@ class UnrolledProgram:
         return loss, {**metrics, "loss": loss.detach()}
 
     def _critic_inputs(
-        self, predictions: list[Tensor], noise: Tensor, fresh: Tensor, batch: Batch
+        self, predictions: list[Tensor], noise: Tensor, fresh: Fresh, batch: Batch
     ) -> tuple[CriticInput, CriticInput]:
         """Real images, and the student's: those from fresh noise where there are any, which it can't have memorised."""
         last = self.adversary.num_judged == 1
@@ -138,8 +157,11 @@ class UnrolledProgram:
         real = [batch.states[self.geometry.steps[-1]]]
         if not last:
             real = [*head_targets(batch.states, self.geometry.steps, self.geometry.levels, "jump"), *real]
-        origin, fake = (fresh, [x0[len(noise) :] for x0 in made]) if len(fresh) else (noise, made)
-        return CriticInput.of(real, noise, len(origin)), CriticInput.of(fake, origin, len(origin))
+        origin, labels = noise, batch.labels
+        if len(fresh.noise):
+            origin, labels, made = fresh.noise, fresh.labels, [x0[len(noise) :] for x0 in made]
+        count = len(origin)
+        return CriticInput.of(real, noise, count, batch.labels), CriticInput.of(made, origin, count, labels)
 
     def _perceptual(self, made: Tensor, batch: Batch, step: int) -> Tensor | None:
         noise, real = (batch.states[at] for at in (self.geometry.steps[0], self.geometry.steps[-1]))
