@@ -148,8 +148,9 @@ def test_seeds_that_check_and_calibrate_are_none_that_score() -> None:
 
     assert FIRST_FRESH_SEED + 10**9 < export.FIRST_CHECK_SEED < export.FIRST_CALIBRATION_SEED - 10**9
     batches = list(export._calibration(make_student()))
-    assert torch.equal(batches[0], make_student().noise(range(export.FIRST_CALIBRATION_SEED, 16 + (1 << 42))))
-    assert sum(map(len, batches)) == export.NUM_CALIBRATION
+    (first,) = batches[0]
+    assert torch.equal(first, make_student().noise(range(export.FIRST_CALIBRATION_SEED, 16 + (1 << 42))))
+    assert sum(len(noise) for (noise,) in batches) == export.NUM_CALIBRATION
 
 
 def test_absent_packages_are_named(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_steps_are_ignored_with_a_word(pipe: StudentPipeline) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"output_type": "jpeg"}, "expected 'pil', 'np' or 'pt'"),
+        ({"output_type": "jpeg"}, "expected 'pil', 'np', 'pt' or 'latent'"),
         ({"batch_size": 0}, "batch_size 0 is not positive"),
         ({"batch_size": 3, "seeds": [1, 2]}, "2 seeds with batch_size 3"),
         ({"seeds": [1], "generator": torch.Generator()}, "give seeds alone"),

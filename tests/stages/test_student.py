@@ -92,7 +92,7 @@ class Truth(nn.Module):
         self.x0 = x0
 
     def forward(
-        self, features: torch.Tensor | None, state: torch.Tensor, time: int
+        self, features: torch.Tensor | None, state: torch.Tensor, time: int, embedding: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return state, self.x0
 
