@@ -18,7 +18,7 @@ test: install-dev  ## install, then run the tests
 	pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 test-light: .venv-light/.installed  ## the cache room's tests without torch and diffusers, on the newest Python
-	.venv-light/bin/python -m pytest tests/cache
+	.venv-light/bin/python -m pytest -n $(JOBS) tests/cache
 
 test-slow: install-dev  ## the long campaigns
 	pytest -m slow
@@ -50,7 +50,7 @@ install-bench: .venv/.installed-bench
 
 .venv-light/.installed: pyproject.toml
 	$(NEWEST) -m venv .venv-light
-	.venv-light/bin/python -m pip install --quiet 'dask[array]' google-crc32c hypothesis 'numcodecs[pcodec]' numpy pytest scipy tensorstore zarr
+	.venv-light/bin/python -m pip install --quiet 'dask[array]' google-crc32c hypothesis 'numcodecs[pcodec]' numpy pytest pytest-xdist scipy tensorstore zarr
 	.venv-light/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
