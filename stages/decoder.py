@@ -6,7 +6,10 @@ or a student has latents.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from advkd.cache.errors import DamagedError
+from advkd.cache.errors import DamagedError, UsageError
 from advkd.cache.format.space import DECODER_PATH, LatentSpace
 from advkd.cache.read.decoder import decoder_weights
 from advkd.cache.read.reader import TrajectoryCache
@@ -26,6 +29,7 @@ _PARTS = {
     "VQModel": ("decoder", "post_quant_conv", "quantize"),
 }
 """By class: the modules that decoding takes. No other class is loaded."""
+TINY = "AutoencoderTiny"
 BATCH = 16
 """Images decoded at once: a decoder's activations are as large as its images times hundreds of channels."""
 
@@ -109,6 +113,36 @@ def cache_decoder(cache: TrajectoryCache) -> Decoder | None:
     space = cache.recipe.space
     where = f"{cache.address}/{DECODER_PATH}"
     return None if space is None else read_decoder_file(space, decoder_weights(cache), where)
+
+
+def open_tiny_decoder(folder: Path, space: LatentSpace, item_shape: tuple[int, ...]) -> Decoder:
+    """A smaller decoder for latents: an `AutoencoderTiny` that diffusers saved.
+
+    Args:
+        folder: with its config.json and weights in safetensors.
+        space: of the latents; its images must have the same shape.
+        item_shape: of the latents, (C, h, w).
+
+    Raises:
+        UsageError: the folder holds no such decoder, or one of other latents.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        (file,) = folder.glob("diffusion_pytorch_model*.safetensors")
+        if config["_class_name"] != TINY:
+            raise ValueError(f"it is a {config['_class_name']}")
+        tensors = decoding_tensors(TINY, load(file.read_bytes()))
+        options = {key: value for key, value in config.items() if not key.startswith("_")}
+        factor = float(options.get("scaling_factor", 1.0))
+        tiny = replace(space, decoder=TINY, config=options, scaling_factor=factor, shift_factor=0.0)
+        decoder = build_decoder(tiny, tensors)
+        made = tuple(decoder(torch.zeros(1, *item_shape)).shape[1:])
+        if made != space.image_shape:
+            raise ValueError(f"it makes images of {made}, the teacher's own decoder of {space.image_shape}")
+    except Exception as error:  # whatever a foreign folder makes diffusers, torch and safetensors raise
+        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+        raise UsageError(f"decoder {folder}: no {TINY} that diffusers saved as safetensors ({problem})") from error
+    return decoder
 
 
 def read_decoder_file(space: LatentSpace, data: bytes, where: str) -> Decoder:

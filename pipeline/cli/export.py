@@ -11,6 +11,7 @@ from advkd.pipeline.cli.common import all_or_nothing, example
 
 if TYPE_CHECKING:
     from advkd.cache.read.reader import TrajectoryCache
+    from advkd.stages.decoder import Decoder
     from advkd.stages.evaluate.config import EvaluateConfig
     from advkd.stages.evaluate.deployed import Form
     from advkd.stages.metrics.features import FeatureNetwork
@@ -33,6 +34,12 @@ PYTORCH = "PyTorch"
 @click.option(
     "--max-error", type=click.FloatRange(min=0.0), default=1e-3, show_default=True, help="Largest deviation of --onnx."
 )
+@click.option(
+    "--decoder",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="A smaller decoder for a student of latents: an AutoencoderTiny that diffusers saved.",
+)
 @click.option("--cache", "store", metavar="STORE", help="Score the exported files against this cache.")
 @click.option("--features", metavar="NAME|FOLDER", help="Network to score with, as for advkd-evaluate.")
 @click.option("--time", "timed", is_flag=True, help="Time the exported files and PyTorch.")
@@ -46,6 +53,7 @@ def main(
     onnx: Path | None,
     int8: bool,
     max_error: float,
+    decoder: Path | None,
     store: str | None,
     features: str | None,
     timed: bool,
@@ -61,8 +69,8 @@ def main(
 
     if not (onnx or folder or push):
         raise UsageError("nothing to do: give --onnx FILE, --folder FOLDER or --push REPO")
-    if not onnx and (int8 or store or features or timed):
-        raise UsageError("--int8, --cache, --features and --time need --onnx FILE")
+    if not onnx and (int8 or decoder or store or features or timed):
+        raise UsageError("--int8, --decoder, --cache, --features and --time need --onnx FILE")
     if onnx and onnx.suffix != ".onnx":
         raise UsageError(f"--onnx {onnx}: expected a name that ends in .onnx")
     if bool(store) != bool(features):
@@ -74,13 +82,14 @@ def main(
     from advkd.stages.student.hub import Student
 
     student = Student.from_pretrained(source)
+    tiny = None if decoder is None else _tiny(student, decoder)
     # Check what scoring needs before the export.
     scoring = _scoring(student, store, features) if store and features else None
     if folder:
         student.save_pretrained(folder)
         click.echo(f"{folder}: weights, configuration, model card")
     if onnx:
-        forms = _export(student, onnx, int8, max_error)
+        forms = _export(student, onnx, int8, max_error, tiny)
         if scoring:
             _score(forms, student, scoring)
         if timed:
@@ -89,15 +98,24 @@ def main(
         click.echo(student.push_to_hub(push))
 
 
-def _export(student: Student, path: Path, int8: bool, max_error: float) -> dict[str, Form]:
+def _tiny(student: Student, folder: Path) -> Decoder:
+    from advkd.cache.errors import UsageError
+    from advkd.stages.decoder import open_tiny_decoder
+
+    if student.geometry.space is None:
+        raise UsageError("--decoder is for students of latents; this one makes pixels: leave it out")
+    return open_tiny_decoder(folder, student.geometry.space, student.geometry.item_shape)
+
+
+def _export(student: Student, path: Path, int8: bool, max_error: float, decoder: Decoder | None) -> dict[str, Form]:
     from advkd.stages.student.sharing.export import export_int8, export_onnx
     from advkd.stages.student.sharing.onnx_student import OnnxStudent
 
-    _say(path, "float32", export_onnx(student, path, max_error=max_error))
+    _say(path, "float32", export_onnx(student, path, max_error=max_error, decoder=decoder))
     forms: dict[str, Form] = {PYTORCH: student, "ONNX": OnnxStudent(path)}
     if int8:
         smaller = path.with_suffix(".int8.onnx")
-        _say(smaller, "int8 convolutions", export_int8(student, path, smaller))
+        _say(smaller, "int8 convolutions", export_int8(student, path, smaller, decoder=decoder))
         forms["ONNX int8"] = OnnxStudent(smaller)
     return forms
 

@@ -29,7 +29,7 @@ from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveCon
 from advkd.stages.teacher.load.identity import tensors_sha256
 from tests.cache.test_conditions import HARMS
 from tests.conftest import Invoke
-from tests.stages.teachers import AUTOENCODER
+from tests.stages.teachers import AUTOENCODER, TINY
 from tests.stores import ITEM_SHAPE, block_states, make_layout, make_recipe, write_store
 
 CONDITION = ClassCondition(num_classes=5, labels=(0, 1, 3), guidance=2.5, null_class=4)
@@ -243,6 +243,27 @@ def test_exported_students_take_labels_and_decode(latent_run: Path, tmp_path: Pa
 
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_inputs()] == ["noise", "label"]
+
+
+def test_a_tiny_decoder_can_take_the_place_of_the_teachers(
+    latent_run: Path, run: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    from diffusers import AutoencoderTiny
+
+    tiny = AutoencoderTiny(**{**TINY, "latent_channels": 1})
+    tiny.save_pretrained(tmp_path / "tiny")
+    result = invoke(export_command, latent_run, "--onnx", tmp_path / "a.onnx", "--decoder", tmp_path / "tiny")
+    assert result.exit_code == 0, result.output
+    items = torch.randn(2, *ITEM_SHAPE)
+    with torch.no_grad():
+        expected = tiny.decode(items).sample
+    student = StudentPipeline.from_pretrained(tmp_path / "a.onnx").student
+    torch.testing.assert_close(student.decode(items), expected, rtol=1e-3, atol=1e-4)
+    refused = invoke(export_command, latent_run, "--onnx", tmp_path / "b.onnx", "--decoder", latent_run)
+    assert refused.exit_code == 2 and "AutoencoderTiny" in refused.stderr
+    refused = invoke(export_command, run, "--onnx", tmp_path / "b.onnx", "--decoder", tmp_path / "tiny")
+    assert refused.exit_code == 2 and "makes pixels" in refused.stderr
+    assert not (tmp_path / "b.onnx").exists()
 
 
 def test_progressive_refuses_what_it_can_not_learn(labelled: Path, tmp_path: Path) -> None:

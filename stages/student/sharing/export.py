@@ -13,7 +13,6 @@ import importlib.util
 import json
 import logging
 import math
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,70 +68,77 @@ def check_packages() -> None:
         raise UsageError(f"exporting needs {', '.join(missing)}: pip install 'advkd[export]'")
 
 
-def export_onnx(student: Student, path: Path, *, max_error: float = MAX_ERROR) -> Deviation:
+def export_onnx(
+    student: Student, path: Path, *, max_error: float = MAX_ERROR, decoder: Decoder | None = None
+) -> Deviation:
     """Write a student as ONNX in float32, if it agrees with PyTorch.
 
     Args:
         student: to export; isn't changed.
         path: the file.
         max_error: bound on the deviation of any pixel.
+        decoder: to write for a student of latents; its own if None.
 
     Raises:
         TrainingError: the deviation is larger; nothing is written.
         UsageError: packages are missing.
     """
-    return _write_if_close(student, path, lambda made: _to_onnx(student, made), max_error)
+    return _write_if_close(student, path, lambda made: _to_onnx(student, made), max_error, decoder)
 
 
-def export_int8(student: Student, source: Path, path: Path) -> Deviation:
+def export_int8(student: Student, source: Path, path: Path, *, decoder: Decoder | None = None) -> Deviation:
     """Quantise the convolutions of an exported student. Any finite deviation passes: the caller judges or scores it.
 
     Args:
         student: its noise calibrates the activations, its images are compared with.
         source: a file that `export_onnx` wrote.
         path: the file to write.
+        decoder: that `export_onnx` wrote.
 
     Raises:
         TrainingError: the images are not finite; nothing is written.
         UsageError: packages are missing.
     """
-    return _write_if_close(student, path, lambda made: _quantise(student, source, made), math.inf)
+    return _write_if_close(student, path, lambda made: _quantise(student, source, made), math.inf, decoder)
 
 
-def _write_if_close(student: Student, path: Path, make: Callable[[Path], None], max_error: float) -> Deviation:
+def _write_if_close(
+    student: Student, path: Path, make: Callable[[Path], None], max_error: float, decoder: Decoder | None
+) -> Deviation:
     check_packages()
+    decoder = decoder or student.decoder
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "made.onnx")
         make(made)
-        decoder = decoder_path(path)
-        if student.decoder is not None:
-            if decoder.is_file():
-                shutil.copy(decoder, decoder_path(made))
-            else:
-                _decoder_to_onnx(student.decoder, decoder_path(made), student.geometry.item_shape)
-        deviation = compare(student, OnnxStudent(made))
+        if decoder is not None:
+            _decoder_to_onnx(decoder, decoder_path(made), student.geometry.item_shape)
+        deviation = compare(student, OnnxStudent(made), decoder)
         if not (math.isfinite(deviation.largest) and deviation.largest <= max_error):
             raise TrainingError(
                 f"the exported student deviates from PyTorch by {deviation.largest:.2g}, more than {max_error:g}; "
                 f"{path} was not written"
             )
-        if student.decoder is not None:
-            write_atomically(decoder, [decoder_path(made).read_bytes()])
+        if decoder is not None:
+            write_atomically(decoder_path(path), [decoder_path(made).read_bytes()])
         write_atomically(path, [made.read_bytes()])
     return deviation
 
 
 @torch.no_grad()
-def compare(student: Student, exported: OnnxStudent) -> Deviation:
-    """Deviation on the same seeds' noise, in batches of several sizes."""
+def compare(student: Student, exported: OnnxStudent, decoder: Decoder | None = None) -> Deviation:
+    """Deviation of images on the same seeds' noise, in batches of several sizes.
+
+    Args:
+        student: in PyTorch.
+        exported: its file.
+        decoder: of its latents, as exported; None for a student of pixels.
+    """
     sizes, reference, first, differences = [1, 2, 5, *[8] * (NUM_CHECKED // 8 - 1)], _cpu_copy(student), 0, []
     for size in sizes:
-        seeds = range(FIRST_CHECK_SEED + first, FIRST_CHECK_SEED + first + size)
-        given = student.inputs(seeds)
-        items, expected = exported(*given), reference(*given)
-        if student.decoder is not None:
-            items, expected = exported.decode(items), reference.decode(expected)
-        differences.append(items - expected)
+        given = student.inputs(range(FIRST_CHECK_SEED + first, FIRST_CHECK_SEED + first + size))
+        expected = reference(*given)
+        expected = expected if decoder is None else decoder.to(expected.device)(expected)
+        differences.append(exported.decode(exported(*given)) - expected)
         first += size
     difference = torch.cat(differences)
     return Deviation(largest=float(difference.abs().max()), rms=float(difference.square().mean().sqrt()))
