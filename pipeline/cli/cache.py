@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from advkd.pipeline.cli.cache_advise import advise
 from advkd.pipeline.cli.cache_build import build
 from advkd.pipeline.cli.cache_combine import merge, subset
 from advkd.pipeline.cli.cache_look import diff, info, preview
@@ -17,5 +18,5 @@ def main() -> None:
     """Build, inspect, verify, merge, cut and pack trajectory caches."""
 
 
-for _command in (build, info, verify, merge, subset, pack, unpack, preview, diff):
+for _command in (advise, build, info, verify, merge, subset, pack, unpack, preview, diff):
     main.add_command(_command)

@@ -94,11 +94,11 @@ def build(
         _dry_run(changed, store, workers, scheduler)
     else:
         recorded = runs_under_dvc() and check_cache_not_again(store, experiment)
-        _make_teacher(changed)
+        make_teacher(changed)
         _build(changed, store, "stop" if recorded else on_mismatch, recorded, workers, scheduler)
 
 
-def _make_teacher(experiment: Experiment) -> None:
+def make_teacher(experiment: Experiment) -> None:
     """Train the default teacher first if it isn't there."""
     from advkd.pipeline.dvc import check_teacher_not_again
     from advkd.pipeline.experiment import needs_pretraining
@@ -165,7 +165,7 @@ def _estimate(experiment: Experiment, store: Path, teacher: str, workers: int | 
         f"disk          {len(todo) * plan.block_bytes / 1e9:.3f} GB in {len(todo)} blocks\n"
         f"memory        about {memory / 1e9:.3f} GB for {at_once} blocks at a time{where}; the network comes on top\n"
         f"time          about {duration(total)} ({seconds * 1e3:.1f} ms for a batch of {batch} here{shared})\n"
-        "nothing was written (dry run)"
+        "nothing was written (dry run); `advkd-cache advise` says how many steps this teacher needs"
     )
 
 
