@@ -22,26 +22,37 @@ class TrajectoryDataset(Dataset[tuple[Tensor, ...]]):
 
     For x_t convert to float32 and multiply by `cache.states[step].scale`.
 
-    Item i is the tuple of the chosen states of the i-th chosen seed, each of shape (C, H, W). A batch is read at once,
-    so any `DataLoader` with shuffling is fast; workers open the store again.
+    Item i is the tuple of the chosen states of the i-th chosen seed, each of shape (C, H, W), and its class label
+    (int64, shape ()) if that was asked for. A batch is read at once, so any `DataLoader` with shuffling is fast;
+    workers open the store again.
 
     Args:
         cache: the store.
         steps: solver steps done, in the order of an item's states; all present states, x_T first, if None.
         seeds: the seeds; all committed ones if None.
+        labels: whether items end with the class label, for caches of conditional teachers.
 
     Raises:
-        NotCachedError: a state or seed is absent.
+        NotCachedError: a state, seed or label is absent.
+        UsageError: labels are asked for, and the teacher is unconditional.
     """
 
     def __init__(
-        self, cache: TrajectoryCache, steps: Sequence[int] | None = None, seeds: npt.ArrayLike | None = None
+        self,
+        cache: TrajectoryCache,
+        steps: Sequence[int] | None = None,
+        seeds: npt.ArrayLike | None = None,
+        *,
+        labels: bool = False,
     ) -> None:
         self.cache = cache
         self.steps = tuple(cache.states if steps is None else steps)
         self.seeds = cache.seeds() if seeds is None else np.asarray(seeds, dtype=np.int64).ravel()
+        self.labels = labels
         for step in self.steps:
             cache.state(step)
+        if labels:
+            cache.labels(self.seeds[:1])
         blocks = np.unique(self.seeds // cache.layout.block_size)
         absent = np.setdiff1d(blocks, np.asarray(cache.blocks, dtype=np.int64))
         if absent.size:
@@ -59,6 +70,8 @@ class TrajectoryDataset(Dataset[tuple[Tensor, ...]]):
         """The states of some seeds, read at once."""
         seeds = self.seeds[indices]
         batches = [torch.from_numpy(self.cache.rows(step, seeds)) for step in self.steps]
+        if self.labels:
+            batches.append(torch.from_numpy(self.cache.labels(seeds).astype(np.int64)))
         return list(zip(*batches, strict=True))
 
 

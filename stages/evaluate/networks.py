@@ -25,7 +25,7 @@ from advkd.stages.reporter import Reporter
 
 ARCHITECTURES = {network.architecture: network for network in (SmallClassifier, SelfSupervisedCnn)}
 MAX_TRAINING = 8192
-"""Cached images that a self-supervised network is trained on, spread evenly."""
+"""Cached images that a self-supervised network is trained on, chosen at random."""
 TRAINING_SEED = 0
 
 
@@ -91,7 +91,8 @@ def with_own_features(
     if _trained_on(folder) == trained_on:
         return own
     seeds = cache.seeds()
-    chosen = seeds[np.linspace(0, len(seeds) - 1, min(len(seeds), MAX_TRAINING)).round().astype(np.int64)]
+    order = np.random.default_rng(TRAINING_SEED).permutation(len(seeds))  # every n-th seed could be of one class
+    chosen = seeds[np.sort(order[:MAX_TRAINING])]
     batches = cached_batches(cache, list(cache.states)[-1], chosen, config.batch_size, decode)
     images = torch.cat([shrunk(clipped(x_0)) for x_0 in batches])
     network = train_self_supervised(images, cache.recipe.image_shape[1], TRAINING_SEED, reporter, device=device)

@@ -64,13 +64,14 @@ def kernel_sum(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) 
 
 
 def _prepare(reference: Reference) -> Score:
-    """Each set is compared with a part of the reference of its own."""
-    parts = []
-    for index in range(reference.num_sets):
-        part = reference.features[index :: reference.num_sets]
-        if len(part) > 1:
-            chosen = np.linspace(0, len(part) - 1, min(len(part), MAX_REFERENCE)).round().astype(np.int64)
-            values = part[chosen].astype(np.float64)
+    """Each set is compared with a part of the reference of its own.
+
+    Parts are runs of seeds, not every n-th one, which could be of one class: labels follow the seeds in turn.
+    """
+    parts, size = [], len(reference.features) // reference.num_sets
+    for start in range(0, size * reference.num_sets, max(1, size)):
+        values = reference.features[start : start + min(size, MAX_REFERENCE)].astype(np.float64)
+        if len(values) > 1:
             parts.append((values, own_term(values)))
     return lambda features, index: kid(features, *parts[index]) if index < len(parts) else None
 

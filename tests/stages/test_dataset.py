@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from advkd.cache.dataset import BlockShuffle, TrajectoryDataset
 from advkd.cache.errors import DamagedError, NotCachedError, UsageError
+from advkd.cache.format.condition import ClassCondition
 from advkd.cache.read.reader import TrajectoryCache
 from tests.stores import BLOCK_SIZE, write_store
 
@@ -108,3 +109,14 @@ def test_dask_reads_lazily_and_shows_gaps_as_nan(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "gap.zarr/states/0002")
     with pytest.raises(NotCachedError, match="not here"):
         TrajectoryCache.open(tmp_path / "gap.zarr").dask_array(2)
+
+
+def test_labels_come_with_the_states_where_asked(store: Path, tmp_path: Path) -> None:
+    condition = ClassCondition(num_classes=3, labels=(0, 2))
+    write_store(tmp_path / "labelled.zarr", condition=condition)
+    dataset = TrajectoryDataset(TrajectoryCache.open(tmp_path / "labelled.zarr"), [0, 4], [5, 2], labels=True)
+    x_t, x_0, labels = next(iter(DataLoader(dataset, batch_size=2)))
+    assert x_t.shape == x_0.shape and labels.tolist() == [2, 0] and labels.dtype == torch.int64
+    assert len(TrajectoryDataset(dataset.cache, [4])[0]) == 1
+    with pytest.raises(UsageError, match="unconditional"):
+        TrajectoryDataset(TrajectoryCache.open(store), labels=True)

@@ -15,7 +15,7 @@ from advkd.stages.metrics.base import Reference
 from advkd.stages.metrics.classes import class_shares, mean_confidence, overlap, rarest_class
 from advkd.stages.metrics.features import FeatureNetwork, Look
 from advkd.stages.metrics.intervals import Interval, mean_interval, paired_difference, standard_error
-from advkd.stages.metrics.kid import BLOCK_ENTRIES, kernel_sum, kid, own_term
+from advkd.stages.metrics.kid import BLOCK_ENTRIES, KID, kernel_sum, kid, own_term
 from advkd.stages.metrics.lpips import Lpips
 from advkd.stages.metrics.neighbours import nearest_distances, to_rows
 from advkd.stages.metrics.pairs import perceptual_distances
@@ -293,3 +293,16 @@ def test_the_verdict_knows_which_value_is_better(name: str) -> None:
     expected = {"lower": "ahead", "higher": "behind", "as teacher": ""}
     assert MEASURES[name].verdict(below) == expected[MEASURES[name].better]
     assert MEASURES[name].verdict(chance) == MEASURES[name].verdict(None) == ""
+
+
+def test_parts_of_the_reference_hold_every_class_where_labels_follow_the_seeds() -> None:
+    """Labels come in turn, so every n-th seed may be of one class, far from a set of all."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(400) % 10
+    features, others = (generator.normal(size=(400, 4)) + 5.0 * labels[:, None] for _ in range(2))
+    score = KID.prepare(Reference(features=features, class_shares=None, real_features=None, num_sets=10))
+    assert score is not None
+    values = [score(others[40 * index : 40 * index + 40], index) or 0.0 for index in range(10)]
+    single = KID.prepare(Reference(features=features[::10], class_shares=None, real_features=None, num_sets=1))
+    assert single is not None
+    assert abs(np.mean(values)) < 0.1 * abs(single(others[:40], 0) or 0.0)
