@@ -30,6 +30,7 @@ from tests.conftest import ROOT, Invoke
 from tests.stores import write_store
 
 COMMANDS = {
+    "advkd-cache advise": cache_command.commands["advise"],
     "advkd-cache build": cache_command.commands["build"],
     "advkd-cache info": cache_command.commands["info"],
     "advkd-cache verify": cache_command.commands["verify"],
@@ -48,10 +49,11 @@ COMMANDS = {
     "advkd-config": config_command,
 }
 FLAGS = {
+    "advkd-cache advise": {"--config", "--set", "--teacher", "--tolerance", "--num", "--device", "--out"},
     "advkd-cache build": {
         "--config", "--set", "--teacher", "--steps", "--sampler", "--record", "--seeds", "--block-size", "--batch-size",
         "--dtype", "--precision", "--device", "--workers", "--scheduler", "--out", "--on-mismatch", "--dry-run",
-        "--accept-range", "--eta", "--spacing",
+        "--accept-range", "--eta", "--spacing", "--labels", "--guidance",
     },
     "advkd-cache info": {"--json"},
     "advkd-cache verify": {"--recompute", "--teacher", "--batch-size", "--device", "--repair", "--json"},
@@ -66,7 +68,9 @@ FLAGS = {
         "--cache", "--config", "--set", "--run", "--states", "--max-steps", "--resume", "--on-mismatch", "--seed",
         "--device",
     },
-    "advkd-sample": {"--run", "--num", "--first-seed", "--seeds", "--seed", "--out", "--batch-size", "--device"},
+    "advkd-sample": {
+        "--run", "--num", "--first-seed", "--seeds", "--labels", "--seed", "--out", "--batch-size", "--device",
+    },
     "advkd-evaluate": {
         "--run", "--cache", "--config", "--set", "--teacher", "--features", "--inception-weights", "--real", "--full",
         "--sets", "--no-teacher", "--seed", "--device",
@@ -74,7 +78,7 @@ FLAGS = {
     "advkd-compare": {"--out"},
     "advkd-config": {"--name", "--small", "--set"},
     "advkd-export": {
-        "--onnx", "--int8", "--max-error", "--cache", "--features", "--time", "--folder", "--push",
+        "--onnx", "--int8", "--max-error", "--cache", "--features", "--time", "--folder", "--push", "--decoder",
     },
 }  # fmt: skip
 

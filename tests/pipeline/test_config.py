@@ -21,6 +21,7 @@ def test_all_of_them_ship_and_load() -> None:
         "celebahq256",
         "cifar10",
         "digits",
+        "digits-classes",
         "digits-flow",
         "digits-long",
         "digits-small",
