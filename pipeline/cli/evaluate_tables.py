@@ -90,14 +90,24 @@ def _beside(evaluation: Evaluation) -> Table:
 
 
 def _print_by_class(evaluation: Evaluation) -> None:
-    """Fréchet distances within classes, the student's and the teacher's, where classes have enough images."""
-    student, teacher = (row.class_frechet or {} for row in evaluation.table.rows[:2])
-    if not student:
+    """Fréchet distances within classes, the student's and the teacher's, where the teacher is told classes."""
+    from advkd.stages.metrics.frechet import MIN_PER_DIMENSION
+    from advkd.stages.metrics.table import NOT_MEASURED
+
+    student, teacher = (row.class_frechet for row in evaluation.table.rows[:2])
+    if student is None:
         return
-    said = [
-        f"{label}: {value:.1f}" + (f" ({teacher[label]:.1f})" if label in teacher else "")
-        for label, value in list(student.items())[:MAX_CLASSES]
-    ]
+    if not any(value is not None for value in student.values()):
+        click.echo(
+            "Fréchet distance within each class: not measured; a class needs "
+            f"{MIN_PER_DIMENSION} images per feature,\nin the sets together and in the reference\n"
+        )
+        return
+    said = []
+    for label in list(student)[:MAX_CLASSES]:
+        values = [row[label] for row in (student, teacher) if row is not None]
+        own, *others = (NOT_MEASURED if value is None else f"{value:.1f}" for value in values)
+        said.append(f"{label}: {own}" + "".join(f" ({other})" for other in others))
     more = f" … ({len(student)} classes)" if len(student) > MAX_CLASSES else ""
     click.echo(f"Fréchet distance within each class, student (teacher):\n{', '.join(said)}{more}\n")
 

@@ -159,7 +159,7 @@ def evaluate(
         teacher=samplers[1].name if teacher else None,
         distance=distance,
         training=lambda: (to_rows(clipped(images)) for images in rows_to_train()),
-        labels_of=None if condition is None else condition.labels_of,
+        condition=condition,
     )
     held_out = seeds[is_held_out(seeds)]
     return Evaluation(

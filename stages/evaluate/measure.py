@@ -1,4 +1,4 @@
-"""Every sampler on the same sets of fresh seeds, batch by batch: nothing larger than a set's features is kept."""
+"""Every sampler on the same sets of fresh seeds, batch by batch: images are looked at, then let go."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from advkd.cache.format.condition import Labels
+from advkd.cache.format.condition import ClassCondition, Labels
 from advkd.cache.format.hashing import Seeds
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import MAX_FRESH_SEEDS, EvaluateConfig
 from advkd.stages.evaluate.samplers import Decode, Sampler, as_they_are
 from advkd.stages.metrics.base import Floats, Observed, Reference
-from advkd.stages.metrics.classes import agreement, class_shares
+from advkd.stages.metrics.classes import agreement, class_shares, same_classes
 from advkd.stages.metrics.features import FeatureNetwork, Look, clipped, observe, see, to_numpy
 from advkd.stages.metrics.frechet import frechet_by_class
 from advkd.stages.metrics.neighbours import nearest_distances, to_rows
@@ -102,7 +102,7 @@ def measure(
     teacher: str | None = None,
     distance: ImageDistance | None = None,
     training: Callable[[], Iterable[npt.NDArray[np.float32]]] | None = None,
-    labels_of: Callable[[range], Labels] | None = None,
+    condition: ClassCondition | None = None,
 ) -> Measured:
     """Score samplers on the same sets of fresh seeds.
 
@@ -116,7 +116,7 @@ def measure(
         distance: of image pairs in [−1, 1]; None compares in the layers of `network`.
         training: rows of the cached training images, see `neighbours`, for the first two samplers; None for no
             neighbours.
-        labels_of: the labels that are asked for some seeds; None if the teacher is unconditional.
+        condition: whose labels the samplers are asked for; None if the teacher is unconditional.
     """
     scorer = Scorer(reference)
     measurable = [(sampler, sampler.generate) for sampler in samplers if sampler.generate]
@@ -127,7 +127,7 @@ def measure(
         sampler.name: [] for sampler in samplers[:2] if sampler.generate and training
     }
     probabilities: dict[str, list[Floats]] = defaultdict(list)
-    features: dict[str, list[Floats]] = {sampler.name: [] for sampler, _ in measurable[:2] if labels_of}
+    features: dict[str, list[Floats]] = {sampler.name: [] for sampler, _ in measurable[:2] if condition}
     asked: list[Labels] = []
     pictures: dict[str, Tensor] = {}
     work = sum(sampler.evaluations for sampler, _ in measurable) * config.num_sets * config.set_size
@@ -139,21 +139,22 @@ def measure(
             for sampler, generate in measurable:
                 images[sampler.name] = generate(seeds)
                 reporter.advance(len(seeds) * sampler.evaluations, sampler.name)
-            labels = None if labels_of is None else labels_of(seeds)
-            if labels is not None:
-                asked.append(labels)
-            _observe(network, images, teacher, distance, found, labels)
+            _observe(network, images, teacher, distance, found)
             for name, made in images.items():
                 pictures.setdefault(name, clipped(made[:SEEDS_IN_PICTURES]))
                 if name in near:
                     near[name].append(to_rows(clipped(made)))
+        if condition:
+            asked.append(np.concatenate([condition.labels_of(seeds) for seeds in fresh_seeds(config, index)]))
         for name, parts in found.items():
             observed: dict[Observed, Floats] = {kind: np.concatenate(values) for kind, values in parts.items()}
-            rows[name].add(scorer.score(observed, index))
             if name in features:
                 features[name].append(observed["features"])
             if "probabilities" in observed:
                 probabilities[name].append(observed["probabilities"])
+                if condition and same_classes(observed["probabilities"], condition):
+                    observed["agreement"] = agreement(observed["probabilities"], asked[-1])
+            rows[name].add(scorer.score(observed, index))
     reporter.finish()
     for name, of_sets in probabilities.items():
         rows[name].class_shares = class_shares(np.concatenate(of_sets)).tolist()
@@ -170,41 +171,36 @@ def _observe(
     teacher: str | None,
     distance: ImageDistance | None,
     found: dict[str, Observations],
-    labels: Labels | None,
 ) -> None:
     """Add a batch's images, side by side by seed: the teacher's are looked at once for all samplers."""
     looks = {name: observe(network, made) for name, made in images.items()}
     if teacher is None:
         for name, parts in looks.items():
-            for part, look in parts:
-                _add(found[name], look, None if labels is None else labels[part])
+            for _, look in parts:
+                _add(found[name], look)
         return
     for part, theirs in looks.pop(teacher):
-        asked = None if labels is None else labels[part]
-        _add(found[teacher], theirs, asked)
+        _add(found[teacher], theirs)
         wanted = images[teacher][part]
         for name, parts in looks.items():
             _, look = next(parts)
             made = images[name][part]
-            _add(found[name], look, asked)
+            _add(found[name], look)
             found[name]["squared_errors"].append(to_numpy(squared_errors(made, wanted)))
             found[name]["perceptual_distances"].append(to_numpy(pair_distances(distance, look, theirs, made, wanted)))
 
 
-def _by_class(features: Floats, labels: Labels, reference: Reference) -> dict[str, float] | None:
+def _by_class(features: Floats, labels: Labels, reference: Reference) -> dict[str, float | None] | None:
     if reference.labels is None:
         return None
     by_class = frechet_by_class(features, labels, reference.features, reference.labels)
-    return {str(label): value for label, value in by_class.items()} or None
+    return {str(label): value for label, value in by_class.items()}
 
 
-def _add(found: Observations, look: Look, labels: Labels | None) -> None:
+def _add(found: Observations, look: Look) -> None:
     found["features"].append(to_numpy(look.features))
     if look.probabilities is not None:
-        probabilities = to_numpy(look.probabilities)
-        found["probabilities"].append(probabilities)
-        if labels is not None and labels.max() < probabilities.shape[1]:  # the classifier may be of other classes
-            found["agreement"].append(agreement(probabilities, labels))
+        found["probabilities"].append(to_numpy(look.probabilities))
 
 
 def pair_distances(distance: ImageDistance | None, look: Look, other: Look, images: Tensor, others: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from advkd.cache.format.condition import Labels
+from advkd.cache.format.condition import ClassCondition, Labels
 from advkd.stages.metrics.base import Floats, Measure, Reference, Score, mean_of_set
 
 
@@ -24,6 +24,12 @@ def class_shares(probabilities: Floats) -> Floats:
 def mean_confidence(probabilities: Floats) -> float:
     """Mean probability of the most probable class, in [1/K, 1]."""
     return float(probabilities.max(1).mean())
+
+
+def same_classes(probabilities: Floats, condition: ClassCondition) -> bool:
+    """Whether a classifier with probabilities of shape (N, K) has the teacher's classes, a null row apart."""
+    num_classes = probabilities.shape[1]
+    return num_classes in (condition.num_classes - 1, condition.num_classes) and condition.labels[-1] < num_classes
 
 
 def agreement(probabilities: Floats, labels: Labels) -> Floats:

@@ -53,8 +53,10 @@ def _roots(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     return np.sqrt(np.clip(np.asarray(values, dtype=np.float64), 0.0, None))
 
 
-def frechet_by_class(features: Floats, labels: Labels, reference: Floats, reference_labels: Labels) -> dict[int, float]:
-    """Fréchet distance within each class, for classes of which both sides have `MIN_PER_DIMENSION` per feature.
+def frechet_by_class(
+    features: Floats, labels: Labels, reference: Floats, reference_labels: Labels
+) -> dict[int, float | None]:
+    """Fréchet distance within each class of the reference; None unless both sides have `MIN_PER_DIMENSION` per feature.
 
     Args:
         features: of samples, shape (N, D).
@@ -62,11 +64,11 @@ def frechet_by_class(features: Floats, labels: Labels, reference: Floats, refere
         reference: features to compare with, shape (M, D).
         reference_labels: their classes, shape (M,).
     """
-    distances, enough = {}, MIN_PER_DIMENSION * features.shape[1]
+    distances: dict[int, float | None] = {}
+    enough = MIN_PER_DIMENSION * features.shape[1]
     for label in np.unique(reference_labels).tolist():
         sides = features[labels == label], reference[reference_labels == label]
-        if min(map(len, sides)) >= enough:
-            distances[label] = frechet_distance(Gaussian.fit(sides[0]), Gaussian.fit(sides[1]))
+        distances[label] = frechet_distance(*map(Gaussian.fit, sides)) if min(map(len, sides)) >= enough else None
     return distances
 
 

@@ -39,8 +39,9 @@ class Row:
     """By measure, one value per set; absent where it was not measured."""
     class_shares: list[float] | None = None
     """Over all sets, one per class, where there is a classifier."""
-    class_frechet: dict[str, float] | None = None
-    """Fréchet distance within each class over all sets, by label, for conditional teachers; None where not measured."""
+    class_frechet: dict[str, float | None] | None = None
+    """Fréchet distance within each class over all sets, by label, None for a class with too few images; None itself
+    without classes, and but for student and teacher."""
 
     def add(self, measured: dict[str, float]) -> None:
         """Append the scores of one more set."""
