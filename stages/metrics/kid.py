@@ -19,7 +19,7 @@ from advkd.stages.metrics.base import Floats, Measure, Reference, Score
 
 DEGREE = 3
 MAX_REFERENCE = 10_000
-"""Rows of a part of the reference that are used, spread evenly: the cost of its own term is quadratic in them."""
+"""Rows of a part of the reference that are used: the cost of its own term is quadratic in them."""
 BLOCK_ENTRIES = 1 << 21
 """Entries of the kernel matrix at one time: 16 MB."""
 

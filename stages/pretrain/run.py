@@ -1,7 +1,7 @@
 """Stage 0: trains the teacher and the classifier, and measures both.
 
 teachers/NAME/
-  pipeline/     a normal diffusers DDPMPipeline
+  pipeline/     a normal diffusers DDPMPipeline; with classes its two parts, of which diffusers has no pipeline
   classifier/   config.json and model.safetensors: features to score with
   report.json   Fréchet distance to the real images beside real against real; accuracy
   samples.png   what the teacher makes
