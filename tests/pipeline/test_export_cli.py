@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from advkd.cache.format.condition import ClassCondition
 from advkd.pipeline.cli.export import main as export_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
@@ -25,11 +26,18 @@ from advkd.stages.student.sharing.onnx_student import OnnxStudent
 from advkd.stages.student.train import train
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
 from tests.conftest import ROOT, Invoke
-from tests.pipeline.readme import TEXT, below, python_blocks, readme_commands
+from tests.pipeline.readme import TEXT, below, commands_below, python_blocks, readme_commands
 from tests.pipeline.servers import model_hub
 from tests.stores import write_store
 
 STUDENTS = (ROOT / "docs/students.md").read_text()
+
+
+CONFIG = TrainConfig(
+    student=StudentConfig(width=8, depth=1, attention=False), steps=2, batch_size=16, preview_every=2,
+    objective=ObjectiveConfig(adversarial=AdversarialConfig(width=4)),
+)  # fmt: skip
+CLASSES = ClassCondition(num_classes=11, labels=tuple(range(10)), guidance=2.0, null_class=10)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with cache/toy.zarr, runs/toy and a classifier."""
     folder = tmp_path_factory.mktemp("home")
     write_store(folder / "cache/toy.zarr", "0:256")
-    config = TrainConfig(
-        student=StudentConfig(width=8, depth=1, attention=False), steps=2, batch_size=16, preview_every=2,
-        objective=ObjectiveConfig(adversarial=AdversarialConfig(width=4)),
-    )  # fmt: skip
-    train(folder / "cache/toy.zarr", config, folder / "runs/toy")
+    train(folder / "cache/toy.zarr", CONFIG, folder / "runs/toy")
     torch.manual_seed(0)
     save_classifier(folder / "classifier", SmallClassifier(1, 8, 10).eval(), {})
     return folder
@@ -172,10 +176,16 @@ def test_the_readmes_way_to_use_a_student(invoke: Invoke, as_digits: Path, monke
 
 
 def test_the_students_page_runs(invoke: Invoke, as_digits: Path) -> None:
+    write_store(as_digits / "cache/digits-classes.zarr", condition=CLASSES)
+    train(as_digits / "cache/digits-classes.zarr", CONFIG, as_digits / "runs/digits-classes")
+    ((command,),) = commands_below(STUDENTS, "Classes and latents")
+    result = invoke(sample_command, *shlex.split(command)[1:])
+    assert result.exit_code == 0 and Path("digits.png").is_file(), result.output
     names: dict[str, Any] = {}
     for block in python_blocks(STUDENTS):
         exec(block, names)
     assert names["x_0"].shape == (2, 1, 8, 8) and len(names["states"]) == 2
+    assert len(names["sevens"]) == len(names["own"]) == 2
     assert sorted(path.name for path in Path("digits-one-pass").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "provenance.json",
     ]  # fmt: skip
