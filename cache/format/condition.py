@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -63,9 +64,12 @@ class ClassCondition:
         Returns:
             int32, shape (N,).
         """
-        table = np.asarray(self.labels, dtype=np.int32)
-        chosen: Labels = table[np.asarray(seeds, dtype=np.int64) % len(table)]
+        chosen: Labels = self._table[np.asarray(seeds, dtype=np.int64) % len(self.labels)]
         return chosen
+
+    @cached_property
+    def _table(self) -> Labels:
+        return np.asarray(self.labels, dtype=np.int32)
 
     @property
     def evaluations(self) -> int:

@@ -19,6 +19,7 @@ from advkd.cache.format.arrays import label_spec
 from advkd.cache.format.condition import LABELS_PATH, Labels
 from advkd.cache.format.ledger import HOW_TO_FIX
 from advkd.cache.format.metadata import read_arrays, read_metadata
+from advkd.cache.format.seeds import seeds_of
 from advkd.cache.format.source import open_source
 from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.chunks import ArrayRows
@@ -113,7 +114,7 @@ class TrajectoryCache(Contents):
         return values.view(self.dtype).reshape(wanted.size, *self.item_shape) if out is None else out
 
     def labels(self, seeds: npt.ArrayLike) -> Labels:
-        """The class labels that the teacher was told for some seeds.
+        """The class labels that the teacher was told for some seeds; a block's are compared with the rule at first use.
 
         Args:
             seeds: seeds in any order, repeats allowed.
@@ -130,10 +131,19 @@ class TrajectoryCache(Contents):
         if condition is None:
             raise UsageError(f"{self.address} has no labels: its teacher is unconditional")
         wanted = self._declared(seeds)
-        values = self._label_rows.gather(wanted).view("<i4").ravel()
-        if not np.array_equal(values, condition.labels_of(wanted)):
-            raise DamagedError(f"{self.address}: {LABELS_PATH} differs from the recipe's rule; {HOW_TO_FIX}")
-        return values
+        blocks = wanted // self.layout.block_size
+        checked = self._checked_labels[blocks]
+        if not checked.all():
+            for block in np.unique(blocks[~checked]).tolist():
+                stored = self._label_rows.block(block).view("<i4").ravel()
+                if not np.array_equal(stored, condition.labels_of(seeds_of(block, self.layout.block_size))):
+                    raise DamagedError(f"{self.address}: {LABELS_PATH} differs from the recipe's rule; {HOW_TO_FIX}")
+                self._checked_labels[block] = True
+        return condition.labels_of(wanted)
+
+    @cached_property
+    def _checked_labels(self) -> npt.NDArray[np.bool_]:
+        return np.zeros(self.num_blocks, dtype=np.bool_)
 
     @cached_property
     def _label_rows(self) -> ArrayRows:
