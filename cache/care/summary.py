@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def path_of(layout: Layout) -> str:
         return "variance exploding"
     if all(abs(state.alpha + state.sigma - 1.0) < PATH_TOLERANCE for state in layout.states):
         return "flow matching"
-    if all(abs(state.alpha**2 + state.sigma**2 - 1.0) < PATH_TOLERANCE for state in layout.states):
+    if all(abs(math.hypot(state.alpha, state.sigma) - 1.0) < PATH_TOLERANCE for state in layout.states):
         return "variance preserving"
     return "another linear path"
 

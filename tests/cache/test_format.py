@@ -1,5 +1,6 @@
 """Format 1, as docs/cache-format.md has it: golden data, a reader written from the page alone, other Zarr readers."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 import zarr
 
-from advkd.cache.care.summary import summarize
+from advkd.cache.care.summary import path_of, summarize
 from advkd.cache.care.verify import verify
 from advkd.cache.errors import DamagedError, NewerCacheError, NotACacheError
 from advkd.cache.format.hashing import is_held_out
+from advkd.cache.format.layout import State
 from advkd.cache.format.noise import standard_normal
 from advkd.cache.read.compare import tolerance_of
 from advkd.cache.read.reader import TrajectoryCache
@@ -50,6 +52,24 @@ def test_the_golden_store_reads_for_ever() -> None:
     assert (summary["seeds"], summary["gaps"]) == ([[0, 4], [8, 12]], [[4, 8]])
     assert summary["teacher"]["license"] == "apache-2.0"
     assert summary["states"][1]["rounding_rms"] == pytest.approx(2e-4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "path"),
+    [
+        ([(0.0, 1.0), (0.6, 0.8), (1.0, 0.0)], "variance preserving"),
+        ([(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)], "flow matching"),
+        ([(1.0, 80.0), (1.0, 0.0)], "variance exploding"),
+        ([(0.5, 1.0), (1.0, 0.0)], "another linear path"),
+        ([(1.7e308, 1.0), (1.0, 0.0)], "another linear path"),
+    ],
+)
+def test_levels_tell_the_path(levels: list[tuple[float, float]], path: str) -> None:
+    states = tuple(
+        State(step=step, timestep=-1.0, alpha=alpha, sigma=sigma, scale=1.0)
+        for step, (alpha, sigma) in enumerate(levels)
+    )
+    assert path_of(dataclasses.replace(golden.LAYOUT, states=states)) == path
 
 
 def test_writing_the_golden_store_again_changes_nothing(tmp_path: Path) -> None:

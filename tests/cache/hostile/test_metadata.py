@@ -18,6 +18,9 @@ from tests.cache.exercise import Mutant
 from tests.cache.mutations import mutated_stores
 from tests.conftest import ROOT
 
+# A store that fails is long to print; as an error, Hypothesis' warning about that would hide the failure.
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="its own size is told by Linux only")
 
 
