@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     help="`inception`, `self` (trained on the cache's own images), or the folder of a small classifier.",
 )
 @click.option("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where they can't be downloaded.")
-@click.option("--real", metavar="NAME|FOLDER", help="Real images to compare with: `digits`, `mnist`, or a folder.")
+@click.option(
+    "--real", metavar="NAME|FOLDER", help="Real images to compare with: `digits`, `mnist`, `emoji`, or a folder."
+)
 @click.option("--full", is_flag=True, help="The whole protocol: five sets of 2,048 seeds, reference of 8,192.")
 @click.option(
     "--sets",

@@ -29,7 +29,7 @@ class EvaluateConfig:
     inception_weights: str | None = None
     """pytorch-fid's weights as a local file; null takes torch's own download folder."""
     real: str | None = None
-    """Real images to compare with: `digits`, `mnist`, or a folder of image files; null for none."""
+    """Real images to compare with: `digits`, `mnist`, `emoji`, or a folder of image files; null for none."""
     perceptual: str = FEATURES
     """How image pairs are compared: `features`, by the layers of the network above, or `lpips`, by its package."""
     num_sets: int = 5

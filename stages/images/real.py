@@ -28,7 +28,7 @@ class RealImages:
     """A data set by name, or the image files of a folder and its sub-folders.
 
     Args:
-        source: `digits`, `mnist`, or a folder.
+        source: a name of `DATASETS`, or a folder.
         item_shape: of the teacher's images, (C, H, W).
 
     Raises:
@@ -44,15 +44,16 @@ class RealImages:
         self._item_shape = item_shape
         self._paths: list[Path] = []
         if source in DATASETS:
-            if item_shape[0] != 1:
-                raise UsageError(f"real images {source}: they are grey, the cache's have {item_shape[0]} channels")
+            dataset = DATASETS[source]
+            if item_shape[0] != dataset.channels:
+                are = "grey" if dataset.channels == 1 else "in colour"
+                raise UsageError(f"real images {source}: they are {are}, the cache's have {item_shape[0]} channels")
             if item_shape[1] != item_shape[2]:
                 shape = "×".join(map(str, item_shape[1:]))
                 raise UsageError(f"real images {source}: they are square, the cache's are {shape}; give a folder")
-            self._images = load_dataset(source, item_shape[1])[0]
-            self.resizing, self.num_images = DATASETS[source].resizing, len(self._images)
-            native = DATASETS[source].native_size
-            self.num_resized = 0 if item_shape[1:] == (native, native) else self.num_images
+            self._images = load_dataset(source, item_shape[1]).images
+            self.resizing, self.num_images = dataset.resizing, len(self._images)
+            self.num_resized = 0 if dataset.native_size in (None, item_shape[1]) else self.num_images
             return
         folder = Path(os.path.expanduser(source))
         if folder.is_dir():

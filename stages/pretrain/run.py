@@ -105,14 +105,20 @@ def _alone(partial: Path, folder: Path) -> Iterator[None]:
 
 
 def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> PretrainReport:
-    images, known = load_dataset(config.data, config.size)
-    labels = torch.from_numpy(known)
-    classifier, accuracy = train_classifier(images, labels, config.classifier, config.seed, reporter)
+    dataset, data = DATASETS[config.data], load_dataset(config.data, config.size)
+    images, labels, _ = data
+    classifier, accuracy = train_classifier(data, config.classifier, config.seed, reporter, dataset.background)
     save_classifier(partial / "classifier", classifier, {"held_out_accuracy": accuracy})
     reporter.say(f"classifier: {accuracy:.1%} correct on {config.classifier.held_out} held-out real images")
     device = best_device()
     unet, scheduler = train_teacher(images, labels, config, reporter, device)
     save_pipeline(partial / "pipeline", unet, scheduler)
+    if dataset.license:
+        (partial / "pipeline/README.md").write_text(
+            f"---\nlicense: {dataset.license}\n---\n\n"
+            f"Trained by advkd on the data set `{config.data}`. {dataset.attribution}\n",
+            encoding="utf-8",
+        )
     made = sample_pipeline(partial / "pipeline", config.report_samples, reporter, device, config.num_classes)
     columns = config.num_classes or 8
     save_grid(partial / "samples.png", made[: columns**2].numpy(), columns)
@@ -122,7 +128,7 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
         classifier_accuracy=accuracy,
         num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
     )
-    made_by = {"config": asdict(config), "versions": versions("diffusers", DATASETS[config.data].package)}
+    made_by = {"config": asdict(config), "versions": versions("diffusers", *dataset.packages)}
     write_json(partial / "report.json", {**asdict(report), **made_by})
     return report
 

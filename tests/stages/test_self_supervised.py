@@ -106,10 +106,10 @@ def as_features(network: SmallNetwork) -> FeatureNetwork:
 
 def digits() -> tuple[Tensor, Tensor, Tensor]:
     """A half of the digits as the reference, the other half, and its labels."""
-    images, labels = load_dataset("digits", 16)
+    images, labels, _ = load_dataset("digits", 16)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     half = len(images) // 2
-    return images[order[:half]], images[order[half:]], torch.from_numpy(labels)[order[half:]]
+    return images[order[:half]], images[order[half:]], labels[order[half:]]
 
 
 def test_it_ranks_known_degradations() -> None:
@@ -125,9 +125,7 @@ def test_it_ranks_known_degradations() -> None:
 @pytest.mark.slow
 def test_it_ranks_degradations_as_a_classifier_with_labels_does() -> None:
     reference, images, labels = digits()
-    everything, all_labels = load_dataset("digits", 16)
-    config = ClassifierConfig()
-    classifier, _ = train_classifier(everything, torch.from_numpy(all_labels), config, 0, SilentReporter())
+    classifier, _ = train_classifier(load_dataset("digits", 16), ClassifierConfig(), 0, SilentReporter())
     network = as_features(train_self_supervised(reference, 16, 0, SilentReporter()))
     ours, theirs = [], []
     for name, sets in degradations(images, labels).items():
