@@ -61,7 +61,7 @@ class RealImages:
         if len(self._paths) < 2:
             raise UsageError(
                 f"real images {source}: found {len(self._paths)} image files; expected "
-                f"{' or '.join(f'`{name}`' for name in DATASETS)}, or a folder with at least two image files"
+                f"{', '.join(f'`{name}`' for name in DATASETS)}, or a folder with at least two image files"
             )
         self.resizing, self.num_images = RESIZING, len(self._paths)
 

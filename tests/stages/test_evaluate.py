@@ -108,7 +108,7 @@ def test_real_images_from_a_folder(tmp_path: Path) -> None:
         read_real(tmp_path)
     with pytest.raises(UsageError, match="they are grey, the cache's have 3 channels"):
         RealImages("digits", (3, 8, 8))
-    with pytest.raises(UsageError, match="found 0 image files; expected `digits` or `mnist`, or a folder"):
+    with pytest.raises(UsageError, match="found 0 image files; expected `digits`, `mnist`, `emoji`, or a folder"):
         RealImages(str(tmp_path / "none"), (3, 8, 8))
 
 
