@@ -9,7 +9,7 @@ NEWEST ?= $(firstword $(foreach python,python3.15 python3.14 python3.13 python3.
 	$(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))) $(PYTHON))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-light test-slow bench lint install install-dev install-bench clean
+.PHONY: demo test test-light test-slow bench lint browser install install-dev install-bench clean
 
 demo: install  ## install, then run the default experiment: teacher, cache, student, scores
 	dvc repro
@@ -28,6 +28,10 @@ bench: install-bench  ## measure everything beside its alternatives, under half 
 
 lint: install-dev  ## what CI checks besides the tests
 	pre-commit run --all-files
+
+browser:  ## what the page's tests need: Debian's Chromium (as root), and the onnxruntime-web that pages name
+	command -v chromium chromedriver npm || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver npm)
+	npm install --silent --no-save --no-audit --no-fund --prefix .browser onnxruntime-web@1.30.0
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev

@@ -243,7 +243,7 @@ class Student(nn.Module):
                     delete_patterns=[PROVENANCE],  # remove an earlier student's if this one has none
                 )
         except Exception as error:  # huggingface_hub, its HTTP library and the OS each raise their own
-            raise TrainingError(f"the Hub did not accept {repo_id} ({_first_line(error)})") from error
+            raise TrainingError(f"the Hub did not accept {repo_id} ({first_line(error)})") from error
         return str(commit.commit_url)
 
 
@@ -256,11 +256,12 @@ def _fetch(source: str, **options: Any) -> Path:
         folder = snapshot_download(source, allow_patterns=FILES, **options)
     except Exception as error:  # as above
         raise TrainingError(
-            f"no student in {source}: no such folder, and the Hub refused it ({_first_line(error)})"
+            f"no student in {source}: no such folder, and the Hub refused it ({first_line(error)})"
         ) from error
     return Path(folder)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a message says first, cut short."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

@@ -110,7 +110,7 @@ def hub(folder: Path) -> Iterator[str]:
 
 
 class ModelHubHandler(BaseHTTPRequestHandler):
-    """Model repositories, each a folder: made, committed to, listed and read. Nobody may write to `refused/`."""
+    """Repositories, each a folder, those of Spaces in `spaces/`: made, committed to, listed, read; not `refused/`."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -139,9 +139,10 @@ class ModelHubHandler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            name = f"spaces/{name}" if asked.get("type") == "space" and asked["sdk"] == "static" else name
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             return self._json({"url": f"{self.address}/{name}"})
-        name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+        name = repository_of(path)
         if path.endswith("/preupload/main"):
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
             return self._json({"files": [{**file, "shouldIgnore": False} for file in files]})
@@ -150,24 +151,26 @@ class ModelHubHandler(BaseHTTPRequestHandler):
                 if line["key"] == "header":
                     self.commits.append(line["value"])
                 else:
-                    (self.folder / name / line["value"]["path"]).write_bytes(b64decode(line["value"]["content"]))
+                    committed = self.folder / name / line["value"]["path"]
+                    committed.parent.mkdir(exist_ok=True)
+                    committed.write_bytes(b64decode(line["value"]["content"]))
             url = f"{self.address}/{name}/commit/{COMMIT}"
             return self._json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
         return self._send(404, b'{"error": "no such page"}')
 
     def do_GET(self) -> None:
         path = urllib.parse.unquote(self.path).split("?")[0]
-        name = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
+        name = repository_of(path)
         _, _, resolved = path.partition("/resolve/")
         repository, file = self.folder / name, self.folder / name / resolved.partition("/")[2]
         if not repository.is_dir():
             return self._send(404, b'{"error": "Repository not found"}', X_Error_Code="RepoNotFound")
-        if path.startswith("/api/models/") and "/tree/" in path:
+        if path.startswith("/api/") and "/tree/" in path:
             entries = [
                 {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": COMMIT} for p in listed(repository)
             ]
             return self._json(entries)
-        if path.startswith("/api/models/"):
+        if path.startswith("/api/"):
             siblings = [{"rfilename": child.name} for child in listed(repository)]
             return self._json(
                 {"_id": "1", "id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
@@ -181,6 +184,12 @@ class ModelHubHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def repository_of(path: str) -> str:
+    """The folder of the repository that a request is about."""
+    parts = path.removeprefix("/api/models").removeprefix("/api").strip("/").split("/")
+    return "/".join(parts[: 3 if parts[0] == "spaces" else 2])
 
 
 def listed(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from advkd.pipeline.cli.compare import main as compare_command
 from advkd.pipeline.cli.config import main as config_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.export import main as export_command
+from advkd.pipeline.cli.page import main as page_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.teacher import main as teacher_command
 from advkd.pipeline.cli.train import main as train_command
@@ -46,6 +47,7 @@ COMMANDS = {
     "advkd-evaluate": evaluate_command,
     "advkd-compare": compare_command,
     "advkd-export": export_command,
+    "advkd-page": page_command,
     "advkd-config": config_command,
 }
 FLAGS = {
@@ -80,6 +82,7 @@ FLAGS = {
     "advkd-export": {
         "--onnx", "--int8", "--max-error", "--cache", "--features", "--time", "--folder", "--push", "--decoder",
     },
+    "advkd-page": {"--out", "--cache", "--title", "--float32", "--runtime", "--serve", "--port", "--push"},
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""A student as a static page that samples it in the browser."""
