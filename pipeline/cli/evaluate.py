@@ -65,14 +65,14 @@ def main(
 ) -> None:
     """Score a student beside the samplers that you would otherwise use, on the same fresh seeds.
 
-    Writes metrics.json, scores.json, samplers.csv and pictures to RUN/evaluation.
+    Writes metrics.json, scores.json, samplers.csv, pictures and report.html, which shows them all, to RUN/evaluation.
     """
     from advkd.cache.errors import UsageError
     from advkd.cache.read.reader import TrajectoryCache
     from advkd.pipeline.cli.evaluate_tables import print_evaluation
     from advkd.pipeline.config import default_settings, load_experiment
     from advkd.pipeline.progress import TerminalReporter
-    from advkd.stages.evaluate.report import write_report
+    from advkd.stages.evaluate.results import write_results
 
     if teacher and no_teacher:
         raise UsageError("--teacher and --no-teacher contradict each other: give one of them")
@@ -96,9 +96,12 @@ def main(
             device=device,
             reporter=reporter,
         )
-    pictures = write_report(run / "evaluation", evaluation, cache)
+    write_results(run / "evaluation", evaluation, cache)
     print_evaluation(evaluation)
-    click.echo("look: " + "  ".join(map(str, pictures)))
+    from advkd.stages.report.report import write_report
+    from advkd.stages.report.runs import read_runs
+
+    click.echo(f"look: {write_report(read_runs([run]), run / 'evaluation' / 'report.html')}")
 
 
 def _candidates(named: str | None, experiment: Experiment | None, cache: TrajectoryCache) -> list[TeacherConfig]:

@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from advkd.cache.read.reader import TrajectoryCache
     from advkd.stages.student.hub import Student
 
-CAPTIONS = {
-    "samples.png": "Samples of each sampler from the same noise, as evaluated.",
-    "trajectory.png": "The teacher's recorded states, a row per seed.",
-    "scores.png": "The scores of all samplers.",
-}
 DEFAULT_PORT = 8000
 
 
@@ -59,6 +54,7 @@ def main(
     same noise in the browser as in Python and for the teacher.
     """
     from advkd.cache.errors import UsageError
+    from advkd.stages.evaluate.results import PICTURES
     from advkd.stages.page.site import check_folder, write_site
     from advkd.stages.student.hub import Student
     from advkd.stages.student.sharing.export import check_packages
@@ -70,7 +66,7 @@ def main(
     student = Student.from_pretrained(source)
     cache = _cache_of(student, store) if store else None
     evaluation = Path(source) / "evaluation"
-    pictures = [(evaluation / name, caption) for name, caption in CAPTIONS.items() if (evaluation / name).is_file()]
+    pictures = [(evaluation / name, caption) for name, caption in PICTURES.items() if (evaluation / name).is_file()]
     site = write_site(
         student,
         title or Path(source).name,

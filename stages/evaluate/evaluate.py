@@ -47,7 +47,6 @@ from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.features import FeatureNetwork, clipped, observe, to_numpy
 from advkd.stages.metrics.intervals import mean_interval
 from advkd.stages.metrics.lpips import Lpips
-from advkd.stages.metrics.neighbours import to_rows
 from advkd.stages.metrics.pairs import squared_errors
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.run import Run, seeds_of_run
@@ -158,7 +157,7 @@ def evaluate(
         reporter=reporter,
         teacher=samplers[1].name if teacher else None,
         distance=distance,
-        training=lambda: (to_rows(clipped(images)) for images in rows_to_train()),
+        training=lambda: map(clipped, rows_to_train()),
         condition=condition,
     )
     held_out = seeds[is_held_out(seeds)]
@@ -178,6 +177,7 @@ def evaluate(
         real=real,
         reference_shares=reference.class_shares,
         pictures=measured.pictures,
+        nearest=measured.nearest,
         weights_sha256=weights,
         identity=identity,
         device=str(on),

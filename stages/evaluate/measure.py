@@ -19,7 +19,7 @@ from advkd.stages.metrics.base import Floats, Observed, Reference
 from advkd.stages.metrics.classes import agreement, class_shares, same_classes
 from advkd.stages.metrics.features import FeatureNetwork, Look, clipped, observe, see, to_numpy
 from advkd.stages.metrics.frechet import frechet_by_class
-from advkd.stages.metrics.neighbours import nearest_distances, to_rows
+from advkd.stages.metrics.neighbours import nearest_images, to_rows
 from advkd.stages.metrics.pairs import perceptual_distances, squared_errors
 from advkd.stages.metrics.registry import Scorer
 from advkd.stages.metrics.table import Row, ScoreTable
@@ -40,6 +40,8 @@ class Measured:
 
     table: ScoreTable
     pictures: dict[str, Tensor]
+    nearest: list[Tensor]
+    """The training images nearest to the student's first ones; empty where they weren't searched."""
 
 
 def fresh_seeds(config: EvaluateConfig, index: int) -> Iterator[range]:
@@ -101,7 +103,7 @@ def measure(
     reporter: Reporter,
     teacher: str | None = None,
     distance: ImageDistance | None = None,
-    training: Callable[[], Iterable[npt.NDArray[np.float32]]] | None = None,
+    training: Callable[[], Iterable[Tensor]] | None = None,
     condition: ClassCondition | None = None,
 ) -> Measured:
     """Score samplers on the same sets of fresh seeds.
@@ -114,7 +116,7 @@ def measure(
         reporter: reports progress.
         teacher: the sampler whose images the others' are paired with; None for no pairs.
         distance: of image pairs in [−1, 1]; None compares in the layers of `network`.
-        training: rows of the cached training images, see `neighbours`, for the first two samplers; None for no
+        training: the cached training images, for the nearest to the first two samplers' images; None for no
             neighbours.
         condition: whose labels the samplers are asked for; None if the teacher is unconditional.
     """
@@ -160,9 +162,8 @@ def measure(
         rows[name].class_shares = class_shares(np.concatenate(of_sets)).tolist()
     for name, of_sets in features.items():
         rows[name].class_frechet = _by_class(np.concatenate(of_sets), np.concatenate(asked), reference)
-    if training and near:
-        add_neighbours(rows, near, config.num_sets, scorer, training())
-    return Measured(table=ScoreTable(rows=list(rows.values())), pictures=pictures)
+    nearest = add_neighbours(rows, near, config.num_sets, scorer, training()) if training and near else []
+    return Measured(table=ScoreTable(rows=list(rows.values())), pictures=pictures, nearest=nearest)
 
 
 def _observe(
@@ -216,8 +217,8 @@ def add_neighbours(
     near: Mapping[str, list[npt.NDArray[np.float32]]],
     num_sets: int,
     scorer: Scorer,
-    training: Iterable[npt.NDArray[np.float32]],
-) -> None:
+    training: Iterable[Tensor],
+) -> list[Tensor]:
     """Add the nearest training images of all sets of some samplers, in one pass over the cache.
 
     Args:
@@ -225,10 +226,15 @@ def add_neighbours(
         near: by sampler, its images as rows, all sets in order.
         num_sets: of one size.
         scorer: for the scores.
-        training: the training images as rows, in parts; without any, nothing is added.
+        training: the training images, in parts; without any, nothing is added.
+
+    Returns:
+        The nearest images of the first sampler's first images.
     """
-    distances = nearest_distances(np.concatenate([part for parts in near.values() for part in parts]), training)
+    samples = np.concatenate([part for parts in near.values() for part in parts])
+    distances, nearest = nearest_images(samples, training, SEEDS_IN_PICTURES)
     if np.isfinite(distances).all():  # infinite if this copy of the cache has none of the run's seeds
         for name, of_sampler in zip(near, np.split(distances, len(near)), strict=True):
             for index, of_set in enumerate(np.split(of_sampler, num_sets)):
                 rows[name].add(scorer.score({"training_distances": of_set}, index))
+    return nearest

@@ -51,6 +51,8 @@ class Evaluation:
     """Of the classes in the reference, shape (K,), where there is a classifier."""
     pictures: dict[str, Tensor]
     """The first seeds' images by sampler, for a picture."""
+    nearest: list[Tensor]
+    """The cached training images nearest to the student's first images; empty where they weren't searched."""
     weights_sha256: str | None
     """Of the student's file: scores are of these weights, whatever is trained later."""
     identity: dict[str, Any]

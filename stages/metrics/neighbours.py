@@ -23,23 +23,30 @@ def to_rows(images: Tensor) -> npt.NDArray[np.float32]:
     return to_numpy(shrunk(images).flatten(1))
 
 
-def nearest_distances(samples: Floats, training: Iterable[Floats]) -> npt.NDArray[np.float64]:
-    """Root mean square difference to the nearest training image.
+def nearest_images(
+    samples: Floats, training: Iterable[Tensor], num_kept: int
+) -> tuple[npt.NDArray[np.float64], list[Tensor]]:
+    """The nearest training image of each sample.
 
     Args:
-        samples: shape (N, D).
-        training: rows of shape (M, D), in parts, read once.
+        samples: as `to_rows` makes them, shape (N, D).
+        training: images in [−1, 1], shape (M, C, H, W), in parts, read once.
+        num_kept: how many nearest images to return.
 
     Returns:
-        Shape (N,), in the images' units; infinite where there are no training images.
+        The root mean square differences, shape (N,), in the images' units, infinite where there are no training
+        images; and the nearest images of the first samples, each (C, H, W), empty without training images.
     """
     from sklearn.metrics import pairwise_distances_argmin_min
 
-    nearest = np.full(len(samples), np.inf)
+    nearest, kept = np.full(len(samples), np.inf), {}
     for part in training:
-        nearest = np.minimum(nearest, pairwise_distances_argmin_min(samples, part)[1])
+        found, distances = pairwise_distances_argmin_min(samples, to_rows(part))
+        for index in np.flatnonzero(distances[:num_kept] < nearest[:num_kept]):
+            kept[index] = part[found[index]].clone()
+        nearest = np.minimum(nearest, distances)
     result: npt.NDArray[np.float64] = nearest / samples.shape[1] ** 0.5
-    return result
+    return result, [kept[index] for index in sorted(kept)]
 
 
 NEAREST_TRAINING = Measure(

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.pipeline.cli.cache import main as cache_command
-from advkd.pipeline.cli.compare import main as compare_command
 from advkd.pipeline.cli.config import main as config_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.export import main as export_command
 from advkd.pipeline.cli.page import main as page_command
+from advkd.pipeline.cli.report import main as report_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.teacher import main as teacher_command
 from advkd.pipeline.cli.train import main as train_command
@@ -45,9 +45,9 @@ COMMANDS = {
     "advkd-train": train_command,
     "advkd-sample": sample_command,
     "advkd-evaluate": evaluate_command,
-    "advkd-compare": compare_command,
     "advkd-export": export_command,
     "advkd-page": page_command,
+    "advkd-report": report_command,
     "advkd-config": config_command,
 }
 FLAGS = {
@@ -77,7 +77,7 @@ FLAGS = {
         "--run", "--cache", "--config", "--set", "--teacher", "--features", "--inception-weights", "--real", "--full",
         "--sets", "--no-teacher", "--seed", "--device",
     },
-    "advkd-compare": {"--out"},
+    "advkd-report": {"--out"},
     "advkd-config": {"--name", "--small", "--set"},
     "advkd-export": {
         "--onnx", "--int8", "--max-error", "--cache", "--features", "--time", "--folder", "--push", "--decoder",
@@ -183,7 +183,10 @@ def test_build_train_sample_evaluate(
     details = json.loads(Path("runs/toy/evaluation/scores.json").read_text())
     assert len(details["samplers"]["student"]["frechet"]) == 2
     assert details["cost"]["teacher"]["macs"] > 0
-    for name in ("samples.png", "trajectory.png", "scores.png"):
+    assert result.output.splitlines()[-1] == "look: runs/toy/evaluation/report.html"
+    report = Path("runs/toy/evaluation/report.html").read_text()
+    assert "dpmsolver++ 2" in report and report.count("data:image/png") == 5  # four pictures, a preview
+    for name in ("samples.png", "nearest.png", "trajectory.png", "scores.png"):
         assert picture_size(f"runs/toy/evaluation/{name}")[0] > 100
     bare = ("--run", "runs/toy", "--cache", store, "--features", "classifier")
     assert invoke(evaluate_command, *bare).exit_code == 0

@@ -11,6 +11,7 @@ import pytest
 
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.evaluate_tables import print_evaluation
+from advkd.pipeline.cli.report import main as report_command
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.cost import Cost
 from advkd.stages.evaluate.scores import Evaluation
@@ -48,8 +49,9 @@ def test_the_page_runs_as_it_stands(invoke: Invoke, tmp_path: Path) -> None:
     assert names["accuracy"] > 0.95
     for command in itertools.chain(*shell_blocks(PAGE)):
         name, *arguments = shlex.split(command)
-        assert name == "advkd-evaluate"
-        result = invoke(evaluate_command, *arguments)
+        if name == "advkd-report":
+            shutil.copytree("runs/digits", "runs/small")
+        result = invoke({"advkd-evaluate": evaluate_command, "advkd-report": report_command}[name], *arguments)
         assert result.exit_code == 0, f"{command}: {result.output}"
     scores = json.loads(Path("runs/mine/evaluation/scores.json").read_text())
     assert scores["samplers"]["student"]["frechet"][0] > 0.0
@@ -75,7 +77,7 @@ def test_the_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) ->
             table=ScoreTable(rows=rows), features="small-cnn", features_sha256="",
             config=EvaluateConfig(num_sets=5, set_size=2048), num_reference=1_000_000, num_training=937_500,
             held_out=None, student=cost, teacher=cost,
-            deployed_parameters=1, without_teacher="", real=None, reference_shares=None, pictures={},
+            deployed_parameters=1, without_teacher="", real=None, reference_shares=None, pictures={}, nearest=[],
             weights_sha256=None, identity={}, device="cpu",
         )
     )  # fmt: skip

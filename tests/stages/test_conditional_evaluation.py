@@ -14,7 +14,7 @@ from advkd.pipeline.cli.evaluate_tables import print_evaluation
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.evaluate import evaluate
 from advkd.stages.evaluate.measure import make_reference, measure
-from advkd.stages.evaluate.report import write_report
+from advkd.stages.evaluate.results import write_results
 from advkd.stages.evaluate.samplers import Sampler, all_samplers, student_sampler, teacher_sampler
 from advkd.stages.evaluate.scores import Evaluation
 from advkd.stages.metrics.classes import ASKED_CLASS, agreement
@@ -106,7 +106,7 @@ def test_asked_classes_are_scored_beside_the_teachers(
     for row in evaluation.table.rows:
         assert len(row.values[ASKED_CLASS.name]) == 2
         assert all(0.0 <= value <= 1.0 for value in row.values[ASKED_CLASS.name])
-    write_report(run / "evaluation", evaluation, TrajectoryCache.open(store))
+    write_results(run / "evaluation", evaluation, TrajectoryCache.open(store))
     written = json.loads((run / "evaluation/scores.json").read_text())["samplers"]
     student, teacher, *others = (written[row.name] for row in evaluation.table.rows)
     assert student["scores"][ASKED_CLASS.name]["student_minus_this"] is None
@@ -185,5 +185,5 @@ def test_latents_of_every_sampler_are_decoded(tmp_path: Path) -> None:
     assert {tuple(images.shape[1:]) for images in evaluation.pictures.values()} == {(3, 8, 8)}
     assert evaluation.decoder is not None and evaluation.decoder.macs > 0
     assert all(ASKED_CLASS.name in row.values for row in evaluation.table.rows)
-    write_report(run / "evaluation", evaluation, TrajectoryCache.open(store))
+    write_results(run / "evaluation", evaluation, TrajectoryCache.open(store))
     assert "decoder" in json.loads((run / "evaluation/scores.json").read_text())["cost"]

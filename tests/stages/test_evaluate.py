@@ -18,7 +18,7 @@ from advkd.stages.evaluate.config import MAX_SEED, EvaluateConfig
 from advkd.stages.evaluate.cost import compare_costs, count_macs, interleaved_latency
 from advkd.stages.evaluate.measure import fresh_seeds
 from advkd.stages.evaluate.networks import load_features
-from advkd.stages.evaluate.report import write_report
+from advkd.stages.evaluate.results import write_results
 from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.metrics.features import see
@@ -249,13 +249,13 @@ def test_a_report_tells_what_was_measured_and_harms_no_linked_file(
     assert not any(is_full(**whole | {name: value - 1}) for name, value in whole.items())
     # As DVC leaves its outputs where `cache.type` is hardlink: the same file as in its own cache.
     evaluation = tmp_path / "evaluation"
-    write_report(evaluation, scores, cache)
+    write_results(evaluation, scores, cache)
     (tmp_path / "linked").mkdir()
     for path in evaluation.iterdir():
         (tmp_path / "linked" / path.name).hardlink_to(path)
     before = tree(tmp_path / "linked")
     assert before.keys() >= {"samplers.csv", "scores.json", "scores.png", "samples.png", "trajectory.png"}
-    write_report(evaluation, dataclasses.replace(scores, num_reference=7, features="others"), cache)
+    write_results(evaluation, dataclasses.replace(scores, num_reference=7, features="others"), cache)
     assert tree(tmp_path / "linked") == before
     assert tree(evaluation)["scores.png"] != before["scores.png"]
     assert not any(path.name.endswith(".partial") for path in evaluation.iterdir())

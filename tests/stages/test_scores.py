@@ -17,7 +17,7 @@ from advkd.stages.metrics.features import FeatureNetwork, Look
 from advkd.stages.metrics.intervals import Interval, mean_interval, paired_difference, standard_error
 from advkd.stages.metrics.kid import BLOCK_ENTRIES, KID, kernel_sum, kid, own_term
 from advkd.stages.metrics.lpips import Lpips
-from advkd.stages.metrics.neighbours import nearest_distances, to_rows
+from advkd.stages.metrics.neighbours import nearest_images, to_rows
 from advkd.stages.metrics.pairs import perceptual_distances
 from advkd.stages.metrics.precision_recall import precision, recall
 from advkd.stages.metrics.registry import MEASURES, Scorer
@@ -165,8 +165,9 @@ def test_classes() -> None:
 def test_nearest_training_image() -> None:
     training = normal(10, 100, 16)
     samples = np.concatenate([training[40:42], training[:1] + 0.5])
-    parts = [training[:50], training[50:]]
-    found = nearest_distances(samples, parts)
+    images = torch.from_numpy(training)[:, None, None, :]
+    found, nearest = nearest_images(samples, [images[:50], images[50:]], 2)
+    assert torch.equal(torch.stack(nearest), images[40:42])
     np.testing.assert_allclose(found[:2], 0.0, atol=1e-6)  # learned by heart
     assert found[2] == pytest.approx(0.5)
     slow = [np.sqrt(np.square(training - sample).mean(1)).min() for sample in samples]
@@ -217,9 +218,10 @@ def test_absent_lpips_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_copy_of_the_cache_without_the_runs_seeds_has_no_neighbours(there: bool) -> None:
     """Scores are still written, without these two."""
     row = Row(name="student", evaluations=1)
-    training = [np.ones((5, 3), dtype=np.float32)] if there else []
+    training = [torch.ones(5, 3, 1, 1)] if there else []
     scorer = Scorer(Reference(features=normal(0, 9, 2), class_shares=None, real_features=None, num_sets=2))
-    add_neighbours({"student": row}, {"student": [np.zeros((4, 3), dtype=np.float32)]}, 2, scorer, training)
+    kept = add_neighbours({"student": row}, {"student": [np.zeros((4, 3), dtype=np.float32)]}, 2, scorer, training)
+    assert len(kept) == (4 if there else 0)
     assert set(row.values) == ({"nearest_training", "nearest_training_closest"} if there else set())
     assert all(values == pytest.approx([1.0, 1.0]) for values in row.values.values())
 

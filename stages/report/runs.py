@@ -1,4 +1,4 @@
-"""Evaluated runs side by side: what each change was worth."""
+"""Evaluated runs as their folders tell, and side by side: what each change was worth."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from advkd.cache.errors import TrainingError, UsageError
-from advkd.cache.files.durable import write_atomically
 from advkd.cache.format.differences import differences
 from advkd.stages.metrics.intervals import Interval
 from advkd.stages.metrics.table import Row, ScoreTable, difference
-from advkd.stages.pictures import save_figure
 from advkd.stages.student.run import Run
 from advkd.stages.student.student import weights_sha256
 
@@ -24,6 +22,8 @@ class EvaluatedRun:
     """One run's scores."""
 
     name: str
+    path: Path
+    table: ScoreTable
     student: Row
     teacher: Row | None
     """The teacher itself on the same seeds, where it was measured."""
@@ -31,7 +31,12 @@ class EvaluatedRun:
     num_parameters: int
     """Of the deployed student."""
     macs: float
+    cost: dict[str, Any]
+    """Of student, teacher and decoder, as in scores.json."""
     protocol: dict[str, Any]
+    """What must agree for scores to be comparable."""
+    identity: dict[str, Any]
+    """Of the run, as in run.json."""
     gain: Interval | None = None
     """Its distances minus those of the run before."""
 
@@ -77,17 +82,22 @@ def _read(run: Path) -> EvaluatedRun:
             "cache": value["student"]["cache"]["fingerprint"][:12],
         }
         cost = value["cost"]["student"]
-        student, *others = ScoreTable.from_json(value["samplers"]).rows
+        table = ScoreTable.from_json(value["samplers"])
+        student, *others = table.rows
         if student.mean("frechet") is None:
             raise ValueError("the student's Fréchet distance is missing")
         return EvaluatedRun(
             name=run.name,
+            path=run,
+            table=table,
             student=student,
             teacher=next((row for row in others if row.name.startswith("teacher") and row.values), None),
             held_out_mse=value["held_out_mse"],
             num_parameters=int(cost["deployed_parameters"]),
             macs=float(cost["macs"]),
+            cost=value["cost"],
             protocol=protocol,
+            identity=value["student"],
         )
     except FileNotFoundError:
         raise TrainingError(
@@ -97,59 +107,38 @@ def _read(run: Path) -> EvaluatedRun:
         raise TrainingError(f"{path} is not what advkd-evaluate writes ({type(error).__name__}: {error})") from None
 
 
-def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> list[Path]:
-    """Write a Markdown table, `out`.md, and a plot, `out`.png.
-
-    Returns:
-        Their paths.
-    """
-    table, plot = out.with_name(out.name + ".md"), out.with_name(out.name + ".png")
-    write_atomically(table, ["\n".join([*table_lines(runs), ""]).encode()])
-    _plot(runs, plot)
-    return [table, plot]
-
-
 def table_lines(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The table as Markdown."""
+    """The comparison as Markdown."""
     protocol = runs[0].protocol
-    lines = [
+    columns, rows = comparison(runs)
+    return [
         f"Fréchet distance to the teacher's cached x_0, mean ± sd over {protocol['num_sets']} sets of "
         f"{protocol['set_size']:,} fresh seeds; {protocol['features']} features, reference of "
         f"{protocol['num_reference']:,} seeds.",
         "",
-        "| run | distance | minus the run before, 95 % | held-out MSE | parameters | M MACs |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        f"{'|---' * len(columns)}|",
+        *(f"| {' | '.join(row)} |" for row in rows),
     ]
-    for run in runs:
-        gain = run.gain.text(1) if run.gain else ""
-        mse = "" if run.held_out_mse is None else f"{run.held_out_mse:.4f}"
-        lines.append(
-            f"| {run.name} | {_distance(run.student)} | {gain} | {mse} | {run.num_parameters:,} | "
-            f"{run.macs / 1e6:.1f} |"
-        )
-    if runs[0].teacher:
-        lines.append(f"| the teacher itself | {_distance(runs[0].teacher)} | | | | |")
-    return lines
+
+
+def comparison(runs: Sequence[EvaluatedRun]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: a line per run, the teacher itself last."""
+    columns = ["run", "distance", "minus the run before, 95 %", "held-out MSE", "parameters", "M MACs"]
+    rows = [
+        [
+            run.name,
+            _distance(run.student),
+            run.gain.text(1) if run.gain else "",
+            "" if run.held_out_mse is None else f"{run.held_out_mse:.4f}",
+            f"{run.num_parameters:,}",
+            f"{run.macs / 1e6:.1f}",
+        ]
+        for run in runs
+    ]
+    teacher = runs[0].teacher
+    return columns, [*rows, ["the teacher itself", _distance(teacher), "", "", "", ""]] if teacher else rows
 
 
 def _distance(row: Row) -> str:
     return f"{row.mean('frechet'):.1f} ± {row.deviation('frechet'):.1f}"
-
-
-def _plot(runs: Sequence[EvaluatedRun], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 0.45 * len(runs) + 1.2), layout="constrained")
-    axes: Any = figure.add_subplot()
-    means = [run.student.mean("frechet") for run in runs]
-    deviations = [run.student.deviation("frechet") for run in runs]
-    axes.barh(range(len(runs)), means, xerr=deviations, capsize=3)
-    axes.set_yticks(range(len(runs)), [run.name for run in runs])
-    axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="Fréchet distance to the teacher")
-    axes.xaxis.set_major_formatter("{x:g}")
-    if runs[0].teacher:
-        mean = runs[0].teacher.mean("frechet")
-        axes.axvline(mean, color="black", linestyle="--", label="the teacher itself")
-        axes.legend()
-    save_figure(path, figure)

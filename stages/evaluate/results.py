@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from advkd.cache.files.durable import write_atomically, write_json
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.decoder import as_images, cache_decoder
@@ -17,32 +19,43 @@ from advkd.stages.metrics.registry import MEASURES
 from advkd.stages.pictures import save_rows, save_trajectories
 from advkd.stages.provenance import versions
 
-MAX_ROWS = 4
 SEEDS_IN_PICTURE = 12
+SAMPLES, NEAREST, TRAJECTORY, SCORES = "samples.png", "nearest.png", "trajectory.png", "scores.png"
+PICTURES = {
+    SAMPLES: "Each sampler's images from the same noise.",
+    NEAREST: "The student's images above the nearest images that it was trained on.",
+    TRAJECTORY: "States of the teacher as the cache has them, a row per seed.",
+    SCORES: "Scores against evaluations, precision against recall, shares of classes.",
+}
+"""Files that `write_results` writes, with what they show; `nearest.png` only where neighbours were searched."""
 
 
-def write_report(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) -> list[Path]:
-    """Write everything; the pictures' paths come back, the best first."""
+def write_results(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) -> None:
+    """Write everything."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", metrics(evaluation))
     write_json(folder / "scores.json", details(evaluation))
     config = evaluation.config
     table = evaluation.table.to_csv(num_sets=config.num_sets, set_size=config.set_size)
     write_atomically(folder / "samplers.csv", [table.encode()])
-    shown = [name for name in _picture_order(evaluation) if name in evaluation.pictures][:MAX_ROWS]
-    compared = save_rows(
-        folder / "samples.png", {name: evaluation.pictures[name][:SEEDS_IN_PICTURE].numpy() for name in shown}
-    )
+    shown = [name for name in _picture_order(evaluation) if name in evaluation.pictures]
+    save_rows(folder / SAMPLES, {name: evaluation.pictures[name][:SEEDS_IN_PICTURE].numpy() for name in shown})
+    if evaluation.nearest:
+        near = torch.stack(evaluation.nearest[:SEEDS_IN_PICTURE]).numpy()
+        save_rows(
+            folder / NEAREST,
+            {"student": evaluation.pictures[evaluation.table.student.name][: len(near)].numpy(), "nearest": near},
+        )
     seeds = cache.seeds()[: SEEDS_IN_PICTURE // 2]
     states = list(cache.states.values())
     decoder = cache_decoder(cache)
-    trajectory = save_trajectories(
-        folder / "trajectory.png",
+    save_trajectories(
+        folder / TRAJECTORY,
         [state.timestep for state in states],
         [as_images(cache.rows(state.step, seeds), decoder) for state in states],
         None if cache.recipe.condition is None else cache.labels(seeds).tolist(),
     )
-    return [compared, trajectory, plot_scores(folder / "scores.png", evaluation)]
+    plot_scores(folder / SCORES, evaluation)
 
 
 def _picture_order(evaluation: Evaluation) -> list[str]:

@@ -1,0 +1,1 @@
+"""A report on evaluated runs: one HTML file that can be sent."""
