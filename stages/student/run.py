@@ -102,9 +102,12 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
 
 
 def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_processes: int = 1) -> dict[str, Any]:
-    """What identifies a run: its configuration, the number of processes it started with, the content of its blocks."""
+    """What identifies a run: its configuration, the number of processes it started with, the content of its blocks.
+
+    Trackers are left out: they change nothing about the result, and may be added to a run that has begun.
+    """
     return {
-        "config": asdict(config),
+        "config": {name: value for name, value in asdict(config).items() if name != "trackers"},
         "processes": num_processes,
         "cache": {
             "fingerprint": cache.recipe.fingerprint,

@@ -25,6 +25,7 @@ from advkd.stages.student.student import build_student, load_student
 from advkd.stages.student.trainer import Trainer
 from advkd.stages.student.training.data import fetch_states, read_labels, value_range
 from advkd.stages.student.training.distributed import ProcessGroup
+from advkd.stages.student.training.trackers import check_installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ def train(
         UsageError: the request doesn't fit the cache, the folder or the number of processes.
         TrainingError: training diverged; the last checkpoint stays.
     """
+    check_installed(config.trackers)
     processes = ProcessGroup(config.mixed_precision, device)
     reporter = reporter if reporter and processes.is_main else SilentReporter()
     cache = TrajectoryCache.open(cache_path)

@@ -30,6 +30,7 @@ from advkd.stages.student.training.data import prefetch_batches, read_float, rea
 from advkd.stages.student.training.distributed import ProcessGroup
 from advkd.stages.student.training.log import MetricsLog, forget_metrics_after
 from advkd.stages.student.training.protocol import Program, mean_metrics
+from advkd.stages.student.training.trackers import Trackers
 
 PREVIEW_SEEDS = 8
 VALIDATION_SEEDS = 256
@@ -133,7 +134,15 @@ class Trainer:
         """Train up to a step, or until `should_stop()` is True in any process."""
         self.reporter.start("train", last_step, "steps", done=self.step)
         stopped = False
-        with MetricsLog(self.run.log if self.processes.is_main else None) as log:
+        main = self.processes.is_main
+        trackers = Trackers(
+            self.config.trackers if main else (),
+            self.run.log,
+            step=self.step,
+            identity=self.identity,
+            reporter=self.reporter,
+        )
+        with trackers, MetricsLog(self.run.log if main else None, trackers) as log:
             while self.step < last_step and not stopped:
                 phase = self._phase_of(self.step)
                 if phase != self.phase:
@@ -205,7 +214,7 @@ class Trainer:
             if mse < self.best and self.phase == len(self.program.phases) - 1:
                 self.best = mse
                 self._keep(self.run.best)
-        self._preview()
+        log.show(self.step, "preview", self._preview())
 
     def held_out_mse(self, student: nn.Module) -> float:
         """Mean squared error of a student's x_0 against the teacher's on some held-out seeds."""
@@ -221,7 +230,7 @@ class Trainer:
         made = generate(student, read_float(self.cache, self.geometry.steps[0], seeds), labels)
         return (made - real).square(), labels
 
-    def _preview(self) -> None:
+    def _preview(self) -> Path:
         """Save x_0 of teacher and student, on the same seeds every time, held-out ones where there are any."""
         seeds = self.split.held_out[:PREVIEW_SEEDS] if len(self.split.held_out) else self.split.training[:PREVIEW_SEEDS]
         noise = read_float(self.cache, self.geometry.steps[0], seeds)
@@ -229,7 +238,7 @@ class Trainer:
         made = generate(self.average.model, noise, read_labels(self.cache, seeds))
         path = self.run.preview / f"step-{self.step:06d}.png"
         rows = {"x_T": noise, "teacher": real, "student": made}
-        save_rows(path, {name: as_images(values, self._decoder) for name, values in rows.items()})
+        return save_rows(path, {name: as_images(values, self._decoder) for name, values in rows.items()})
 
     def _save(self) -> None:
         """Save a checkpoint and the student; weights that are not finite never replace good ones."""

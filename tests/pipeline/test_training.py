@@ -53,13 +53,14 @@ def test_the_commands_that_train(tmp_path: Path) -> None:
         said[command] = done.stdout
     for (command, output), name, processes in zip(
         [item for item in said.items() if "advkd-train" in item[0]],
-        ("digits", "small", "two", "cifar"),
-        (1, 1, 2, 4),
+        ("digits", "small", "tracked", "two", "cifar"),
+        (1, 1, 1, 2, 4),
         strict=True,
     ):
         assert output.count(f"runs/{name}: step 4 of 4") == 1, command
         record = json.loads((tmp_path / f"runs/{name}/run.json").read_text())
         assert record["identity"]["processes"] == processes
+    assert [*(tmp_path / "runs/tracked/log/tensorboard").glob("events.*")]
     (compared,) = (output for command, output in said.items() if command.startswith("advkd-report"))
     assert "| small | " in compared and (tmp_path / "report.html").is_file()
 

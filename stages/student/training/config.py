@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from advkd.cache.errors import ConfigError
 from advkd.stages.student.training.optimizers import OPTIMIZERS
+from advkd.stages.student.training.trackers import TRACKERS
 
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 MAX_SEED = 2**31
@@ -58,6 +59,8 @@ class TrainingConfig:
     """Steps between previews, each scored on held-out seeds."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    trackers: list[str] = field(default_factory=list)
+    """Experiment trackers that also get the log: `tensorboard`, `wandb`, `trackio`. Not part of a run's identity."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulate", "log_every", "preview_every", "checkpoint_every"):
@@ -65,6 +68,8 @@ class TrainingConfig:
                 raise ConfigError(f"train.{key}: {getattr(self, key)} is not positive")
         one_of("train.mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
         one_of("train.optimizer", self.optimizer, OPTIMIZERS)
+        for name in self.trackers:
+            one_of("train.trackers", name, TRACKERS)
         if not 0 <= self.seed < MAX_SEED:
             raise ConfigError(f"train.seed: {self.seed} is not in [0, 2^31)")
         if (

@@ -1,4 +1,4 @@
-"""A run's metrics in DVCLive's tables, which a resumed run continues without gaps or repeated rows."""
+"""A run's metrics in DVCLive's tables, which a resumed run continues without gaps or repeated rows, and in trackers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from advkd.stages.student.training.trackers import Trackers
+
 
 class MetricsLog:
     """DVCLive's folder, open for writing.
 
     Args:
         folder: `log` of the run; None (all ranks but 0) writes nothing.
+        trackers: open ones, which get the same and pictures; none in all ranks but 0.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, trackers: Trackers) -> None:
         self._folder = folder
+        self._trackers = trackers
         self._live: Any = None
 
     def __enter__(self) -> Self:
@@ -38,6 +42,11 @@ class MetricsLog:
             for name, value in values.items():
                 self._live.log_metric(name, value)
             self._live.make_summary()
+        self._trackers.log(step, values)
+
+    def show(self, step: int, name: str, picture: Path) -> None:
+        """Show a PNG file in the trackers; DVCLive's tables have none."""
+        self._trackers.show(step, name, picture)
 
 
 def forget_metrics_after(log: Path, step: int) -> None:
