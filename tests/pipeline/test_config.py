@@ -25,6 +25,7 @@ def test_all_of_them_ship_and_load() -> None:
         "digits-flow",
         "digits-long",
         "digits-small",
+        "emoji",
         "mnist",
         "mnist-progressive",
         "mnist-small",
