@@ -23,7 +23,7 @@ MAX_BLOCKS_FOR_STATISTICS = 2000
 PATH_TOLERANCE = 1e-4
 _MAX_CHARACTERS = 4096
 """Of each value of the origin: Linux' longest path."""
-_ORIGIN = ("source", "commit", "license", "unet", "variant", "scheduler")
+_ORIGIN = ("source", "commit", "license", "attribution", "unet", "variant", "scheduler")
 
 
 def summarize(cache: TrajectoryCache) -> dict[str, Any]:
@@ -186,9 +186,12 @@ def _statistics(arrays: Sequence[ArrayRecord]) -> dict[str, Any]:
 
 
 def origin_of(cache: TrajectoryCache) -> dict[str, Any]:
-    """Source, commit, licence and chosen files of the teacher, as the store's first builder recorded them."""
+    """Source, commit, licence and chosen files of the teacher as text, and `class_names` by label (as text), as the
+    store's first builder recorded them; only what is known."""
     try:
         value = unseal(cache.source.read("provenance/store.json"))["teacher"]
-        return {key: str(value[key])[:_MAX_CHARACTERS] for key in _ORIGIN if value.get(key)}
+        names = {str(label): str(name)[:_MAX_CHARACTERS] for label, name in value.get("class_names", {}).items()}
+        known = {key: str(value[key])[:_MAX_CHARACTERS] for key in _ORIGIN if value.get(key)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    return {**known, "class_names": names} if names else known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("sampler", f"{sampler['name']}, {sampler['steps']} steps, {paired}{_options(sampler)}"),
         ("path", summary["path"]),
         *([("condition", _condition(summary["condition"]))] if "condition" in summary else []),
+        *([("classes", _listed([*teacher["class_names"].values()]))] if "class_names" in teacher else []),
         ("space", _space(summary)),
         ("teacher", origin),
         *([("licence", str(teacher["license"]))] if "license" in teacher else []),
+        *([("attribution", str(teacher["attribution"]))] if "attribution" in teacher else []),
         ("precision", f"teacher in {summary['precision']['compute']}"),
         ("noise", f"{summary['noise']['rule']}, root seed {summary['noise']['root_seed']}"),
         ("fingerprint", summary["fingerprint"]),
@@ -75,7 +78,7 @@ def _condition(condition: dict[str, Any]) -> str:
     return f"class labels {shown} of {rows} rows, seed mod {len(labels)}; {guidance}"
 
 
-def _listed(labels: list[int]) -> str:
+def _listed(labels: Sequence[object]) -> str:
     return ", ".join(map(str, labels[:8])) + (f" … ({len(labels)})" if len(labels) > 8 else "")
 
 

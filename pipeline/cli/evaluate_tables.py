@@ -107,7 +107,7 @@ def _print_by_class(evaluation: Evaluation) -> None:
     for label in list(student)[:MAX_CLASSES]:
         values = [row[label] for row in (student, teacher) if row is not None]
         own, *others = (NOT_MEASURED if value is None else f"{value:.1f}" for value in values)
-        said.append(f"{label}: {own}" + "".join(f" ({other})" for other in others))
+        said.append(f"{evaluation.name_of(label)}: {own}" + "".join(f" ({other})" for other in others))
     more = f" … ({len(student)} classes)" if len(student) > MAX_CLASSES else ""
     click.echo(f"Fréchet distance within each class, student (teacher):\n{', '.join(said)}{more}\n")
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from advkd.cache.care.summary import origin_of
 from advkd.cache.errors import UsageError
 from advkd.cache.format.hashing import Seeds, is_held_out
 from advkd.cache.read.reader import TrajectoryCache
@@ -176,6 +177,7 @@ def evaluate(
         without_teacher=why_not,
         real=real,
         reference_shares=reference.class_shares,
+        class_names=origin_of(cache).get("class_names", {}),
         pictures=measured.pictures,
         nearest=measured.nearest,
         weights_sha256=weights,

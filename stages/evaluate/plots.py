@@ -13,6 +13,8 @@ from advkd.stages.metrics.table import Row
 from advkd.stages.pictures import save_figure
 
 STUDENT, TEACHER = 0, 1
+MAX_UPRIGHT = 3
+"""Characters of a class's name that stand side by side; longer ones are turned."""
 Draw = Callable[[Any, Evaluation], None]
 
 
@@ -93,5 +95,7 @@ def _classes(axes: Any, evaluation: Evaluation) -> None:
     for index, (name, values) in enumerate(bars.items()):
         axes.bar(np.arange(len(values)) + (index - (len(bars) - 1) / 2) * width, values, width, label=name)
     axes.set(xlabel="class, by the classifier", ylabel="share of samples")
-    axes.set_xticks(range(len(next(iter(bars.values())))))
+    count = len(next(iter(bars.values())))
+    names = [evaluation.name_of(label) for label in range(count)]
+    axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > MAX_UPRIGHT else 0)
     axes.legend(fontsize=8)

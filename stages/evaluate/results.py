@@ -53,7 +53,7 @@ def write_results(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) 
         folder / TRAJECTORY,
         [state.timestep for state in states],
         [as_images(cache.rows(state.step, seeds), decoder) for state in states],
-        None if cache.recipe.condition is None else cache.labels(seeds).tolist(),
+        None if cache.recipe.condition is None else [evaluation.name_of(label) for label in cache.labels(seeds)],
     )
     plot_scores(folder / SCORES, evaluation)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +49,8 @@ class Evaluation:
     real: RealImages | None
     reference_shares: Floats | None
     """Of the classes in the reference, shape (K,), where there is a classifier."""
+    class_names: dict[str, str] = field(default_factory=dict)
+    """Of the teacher's classes, by label; those that are missing go by their numbers."""
     pictures: dict[str, Tensor]
     """The first seeds' images by sampler, for a picture."""
     nearest: list[Tensor]
@@ -58,6 +60,10 @@ class Evaluation:
     identity: dict[str, Any]
     """Of the run: its configuration, and the cache it was trained from."""
     device: str
+
+    def name_of(self, label: object) -> str:
+        """What to call a class."""
+        return self.class_names.get(str(label), str(label))
 
     @property
     def full(self) -> bool:

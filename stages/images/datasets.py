@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from advkd.cache.errors import ConfigError, UsageError
+from advkd.stages.images import emoji
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,9 +82,7 @@ def load_emoji(size: int) -> LabelledImages:
     """
     import torch
 
-    from advkd.stages.images.emoji import draw_emoji
-
-    pixels, labels, drawings = draw_emoji(size)
+    pixels, labels, drawings = emoji.draw_emoji(size)
     images = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1.0)
     return LabelledImages(images, torch.from_numpy(labels), torch.from_numpy(drawings))
 
@@ -109,8 +108,10 @@ class Dataset:
     """Of its images, in [−1, 1]."""
     license: str | None = None
     """What its images are under, and so what is made of them, as the Hub names it; None if nothing is asked."""
-    attribution: str = ""
+    attribution: str | None = None
     """Whom the licence asks to name."""
+    class_names: tuple[str, ...] = ()
+    """By label; empty where the numbers say it."""
 
 
 DATASETS = {
@@ -141,6 +142,7 @@ DATASETS = {
         background=1.0,
         license="cc-by-sa-4.0",
         attribution="All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0",
+        class_names=emoji.CLASSES,
     ),
 }
 

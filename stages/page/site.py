@@ -34,6 +34,8 @@ from advkd.stages.page.sprites import Images, save_sprite
 from advkd.stages.student.facts import (
     PAPER,
     SCORE_HEADINGS,
+    attribution,
+    class_names,
     license_id,
     line,
     provenance_facts,
@@ -223,7 +225,11 @@ def _described(student: Student, name: str) -> dict[str, Any]:
             "noise_dtype": geometry.noise_dtype,
             "labels": geometry.labels,
         },
-        "classes": [{"label": label, "name": str(label)} for label in geometry.labels],
+        "classes": [
+            {"label": label, "name": name}
+            for label, name in zip(geometry.labels, class_names(known, geometry.labels), strict=True)
+        ],
+        "attribution": attribution(known),
         "scores": {"columns": SCORE_HEADINGS, "rows": rows, "notes": [how, *notes]} if rows else None,
         "facts": list(provenance_facts(geometry, known).items()),
         "citation": CITATION,

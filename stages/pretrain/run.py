@@ -35,6 +35,7 @@ from advkd.stages.pretrain.teacher import save_pipeline, train_teacher
 from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
+from advkd.stages.teacher.load.card import TeacherCard
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.path.schedulers import is_flow
 from advkd.stages.teacher.path.solver_path import SolverPath
@@ -113,12 +114,14 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
     device = best_device()
     unet, scheduler = train_teacher(images, labels, config, reporter, device)
     save_pipeline(partial / "pipeline", unet, scheduler)
-    if dataset.license:
-        (partial / "pipeline/README.md").write_text(
-            f"---\nlicense: {dataset.license}\n---\n\n"
-            f"Trained by advkd on the data set `{config.data}`. {dataset.attribution}\n",
-            encoding="utf-8",
-        )
+    card = TeacherCard(
+        license=dataset.license,
+        attribution=dataset.attribution,
+        class_names=dict(enumerate(dataset.class_names)) if config.classes else {},
+    )
+    if card != TeacherCard():
+        text = card.to_markdown(f"Trained by advkd on the data set `{config.data}`.")
+        (partial / "pipeline/README.md").write_text(text, encoding="utf-8")
     made = sample_pipeline(partial / "pipeline", config.report_samples, reporter, device, config.num_classes)
     columns = config.num_classes or 8
     save_grid(partial / "samples.png", made[: columns**2].numpy(), columns)

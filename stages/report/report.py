@@ -18,10 +18,10 @@ from jinja2 import Environment, StrictUndefined
 from advkd.cache.files.durable import write_atomically
 from advkd.stages.evaluate.results import PICTURES
 from advkd.stages.metrics.registry import MEASURES
-from advkd.stages.metrics.table import difference_text
+from advkd.stages.metrics.table import NOT_MEASURED, difference_text
 from advkd.stages.report.charts import distances, training_curves
 from advkd.stages.report.runs import EvaluatedRun, comparison
-from advkd.stages.student.facts import provenance_facts, score_notes
+from advkd.stages.student.facts import attribution, class_names, provenance_facts, score_notes
 from advkd.stages.student.hub import Student
 from advkd.stages.student.run import Run
 
@@ -88,9 +88,11 @@ def _told(run: EvaluatedRun) -> dict[str, Any]:
         "columns": ["sampler", "evaluations", *(MEASURES[name].title for name in columns), "student minus this", ""],
         "rows": run.table.cells(columns),
         "beside": _beside(run),
+        "classes": _classes(run, student),
         "pictures": [
             (_image(path), caption) for name, caption in PICTURES.items() if (path := evaluation / name).is_file()
         ],
+        "attribution": attribution(student.provenance),
         "curves": None if curves is None else _image(curves),
         "previews": [
             (_image(previews[index]), f"step {int(previews[index].stem.removeprefix('step-')):,}")
@@ -117,6 +119,31 @@ def _beside(run: EvaluatedRun) -> list[list[str]]:
                  measure.verdict(gap)]
             )  # fmt: skip
     return lines
+
+
+def _classes(run: EvaluatedRun, student: Student) -> dict[str, Any] | None:
+    """A line per class: its share of the samples, and the distance within it where classes were asked for."""
+    rows = {"student": run.student, "teacher": run.teacher}
+    known = {name: row for name, row in rows.items() if row is not None and row.class_shares is not None}
+    if "student" not in known:
+        return None
+    inside = {name: row.class_frechet for name, row in known.items() if row.class_frechet is not None}
+    labels = range(len(run.student.class_shares or []))
+    names = class_names(student.provenance, labels)
+    lines = [
+        [
+            name,
+            *(f"{100 * row.class_shares[label]:.1f} %" for row in known.values() if row.class_shares),
+            *(_distance(found.get(str(label))) for found in inside.values()),
+        ]
+        for label, name in zip(labels, names, strict=True)
+    ]
+    columns = ["class", *(f"share, {name}" for name in known), *(f"distance within it, {name}" for name in inside)]
+    return {"columns": columns, "rows": lines}
+
+
+def _distance(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.1f}"
 
 
 def _costs(cost: dict[str, Any]) -> list[list[str]]:

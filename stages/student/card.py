@@ -14,6 +14,7 @@ import yaml
 from advkd.stages.student.facts import (
     PAPER,
     SCORE_HEADINGS,
+    attribution,
     is_hash,
     license_id,
     line,
@@ -44,6 +45,7 @@ def model_card(name: str, kind: str, num_parameters: int, geometry: Geometry, kn
         f"---\n{yaml.safe_dump(_metadata(geometry, known), sort_keys=False)}---",
         f"# {_text(name.split('/')[-1])}",
         _summary(kind, num_parameters, geometry),
+        _escaped(attribution(known) or ""),
         _use(name, geometry),
         _scores(known),
         _provenance(geometry, known),

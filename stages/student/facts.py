@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from advkd.stages.student.geometry import Geometry
@@ -53,6 +54,17 @@ def license_id(known: Provenance) -> str | None:
     return name if _LICENSE_ID.fullmatch(name) else None
 
 
+def attribution(known: Provenance) -> str | None:
+    """Whom to name beside the student's images, as the teacher's licence asks; None if nothing is known."""
+    return line(section(known, "teacher").get("attribution", "")) or None
+
+
+def class_names(known: Provenance, labels: Iterable[int]) -> list[str]:
+    """What to call classes: as the teacher does, else by their numbers."""
+    names = section(section(known, "teacher"), "class_names")
+    return [line(names.get(str(label), "")) or str(label) for label in labels]
+
+
 def what_it_makes(geometry: Geometry) -> str:
     """Its images in words, such as "16×16 grey image"."""
     channels, height, width = geometry.image_shape
@@ -67,6 +79,7 @@ def provenance_facts(geometry: Geometry, known: Provenance) -> dict[str, str]:
     facts = {
         "teacher": f"{line(teacher.get('source', ''))}{commit}",
         "teacher's licence": line(teacher.get("license", "")),
+        **({"attribution": said} if (said := attribution(known)) else {}),
         "SHA-256 of the teacher's weights": _hash(teacher.get("tensors_sha256")),
         "sampler": f"{line(sampler['name'])}, {line(sampler.get('steps'))} steps" if sampler.get("name") else "",
         "fingerprint of the cache": _hash(cache.get("fingerprint")),

@@ -29,7 +29,9 @@ def built(invoke: Invoke, pipeline_folder: Path, tmp_path: Path) -> Path:
     """A store that a real teacher, with a model card, made."""
     teacher = tmp_path / "teacher"
     shutil.copytree(pipeline_folder, teacher)
-    (teacher / "README.md").write_text("---\nlicense: cc-by-4.0\ntags: [diffusion]\n---\n# A teacher\n")
+    (teacher / "README.md").write_text(
+        "---\nlicense: cc-by-4.0\nattribution: By A\nid2label: {0: faces, 1: hands}\n---\n# A\n"
+    )
     assert invoke(command, *BUILD, "--teacher", teacher, "--out", "a.zarr").exit_code == 0
     return tmp_path / "a.zarr"
 
@@ -39,6 +41,7 @@ def test_info_tells_what_it_is_and_who_made_it(invoke: Invoke, built: Path, tmp_
     text = invoke(command, "info", built).output
     assert "0:24, 40:48: 32 in 4 blocks of 8" in text and "24:40 declared, but not built" in text
     assert f"teacher       {tmp_path}/teacher, tensors" in text and "licence       cc-by-4.0" in text
+    assert "attribution   By A\n" in text and "classes       faces, hands\n" in text
     summary = json.loads(invoke(command, "info", built, "--json").output)
     cache = TrajectoryCache.open(built)
     assert summary["digest"] == cache.digest and summary["fingerprint"] == cache.recipe.fingerprint

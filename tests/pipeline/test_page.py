@@ -128,7 +128,12 @@ def test_the_page_samples_what_python_samples(home: Path, toy_page: Path, browse
 def test_classes_can_be_picked(invoke: Invoke, home: Path, browser: Any) -> None:
     from selenium.webdriver.support.ui import Select
 
-    run, site, store = home / "runs/classes", Path("site").absolute(), home / "cache/classes.zarr"
+    run, site, store = Path("runs/classes").absolute(), Path("site").absolute(), home / "cache/classes.zarr"
+    shutil.copytree(home / "runs/classes", run)
+    path = run / "student/provenance.json"
+    known = json.loads(path.read_text())
+    known["teacher"] |= {"class_names": {"0": "faces", "3": HOSTILE}, "attribution": "drawn by somebody"}
+    path.write_text(json.dumps(known))
     for options in ((), ("--float32",)):  # the second replaces the first
         arguments = [run, "--cache", store, "--out", site, "--runtime", require_browser(), *options]
         assert invoke(page_command, *arguments).exit_code == 0
@@ -141,6 +146,9 @@ def test_classes_can_be_picked(invoke: Invoke, home: Path, browser: Any) -> None
         assert_equal_pixels(shown_images(browser, "student-sheet", (1, 8, 8), 8), site, run, seeds)
         choice = Select(browser.find_element("id", "class"))
         assert [option.get_attribute("value") for option in choice.options] == ["", "0", "1", "3"]
+        named = [option.text for option in choice.options[1:]]
+        assert named[:2] == ["faces", "1"] and "<script>" in named[2] and "\u202e" not in named[2]
+        assert browser.find_element("id", "attribution").text == "drawn by somebody"
         choice.select_by_value("3")
         wait_until_shown(browser, "0/3")
         assert_equal_pixels(shown_images(browser, "student-sheet", (1, 8, 8), 8), site, run, seeds, [3] * 8)
@@ -193,7 +201,7 @@ def test_hostile_texts_are_text(invoke: Invoke, home: Path, browser: Any, tmp_pa
     shutil.copytree(home / "runs/toy", tmp_path / "runs/toy")
     path = tmp_path / "runs/toy/student/provenance.json"
     known = json.loads(path.read_text())
-    known["teacher"] |= {"source": HOSTILE, "license": HOSTILE}
+    known["teacher"] |= {"source": HOSTILE, "license": HOSTILE, "attribution": HOSTILE, "class_names": [HOSTILE]}
     path.write_text(json.dumps(known))
     arguments = [tmp_path / "runs/toy", "--out", "site", "--runtime", require_browser(), "--title", HOSTILE]
     assert invoke(page_command, *arguments).exit_code == 0
@@ -203,7 +211,8 @@ def test_hostile_texts_are_text(invoke: Invoke, home: Path, browser: Any, tmp_pa
         shown = " ".join(HOSTILE.replace("\u202e", " ").split())
         assert browser.title == browser.find_element("tag name", "h1").text == shown
         facts = browser.find_element("id", "facts").text
-        assert facts.count("<script>alert(1)</script>") == 2 and "\u202e" not in facts
+        assert browser.find_element("id", "attribution").text == shown
+        assert facts.count("<script>alert(1)</script>") == 3 and "\u202e" not in facts
         assert len(browser.find_elements("css selector", "script")) == 2
         assert not browser.find_elements("css selector", "img[src=x]")
         assert errors(browser) == []

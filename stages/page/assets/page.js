@@ -66,6 +66,8 @@ function describe(page) {
   document.title = page.title;
   find("title").textContent = page.title;
   for (const paragraph of page.summary) made("p", paragraph, find("summary"));
+  find("attribution").textContent = page.attribution ?? "";
+  find("shown").hidden = !page.pictures.length;
   for (const {file, caption} of page.pictures) {
     const figure = made("figure", "", find("pictures"));
     const image = made("img", "", figure);

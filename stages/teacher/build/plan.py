@@ -226,6 +226,6 @@ def origin(plan: Plan) -> dict[str, Any]:
     """What the store's provenance says about the teacher and the sampler."""
     teacher = plan.teacher
     return {
-        "teacher": {"source": teacher.source, "commit": teacher.commit, "license": teacher.license, **teacher.parts},
+        "teacher": {"source": teacher.source, "commit": teacher.commit, **teacher.card.to_json(), **teacher.parts},
         "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing, "eta": plan.sampler.eta},
     }

@@ -16,6 +16,7 @@ from typing import Any
 from advkd.cache.errors import TeacherError
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.diffusers_api import first_line
+from advkd.stages.teacher.load.card import TeacherCard
 
 _WEIGHTS = "diffusion_pytorch_model"
 _VARIANT = re.compile(rf"{_WEIGHTS}\.(\w+?)(-\d+-of-\d+)?\.safetensors")
@@ -43,8 +44,7 @@ class TeacherFiles:
     scheduler_config: dict[str, Any]
     commit: str | None
     """Of the Hub's repository, if it came from there."""
-    license: str | None
-    """As the model card names it, if there is one."""
+    card: TeacherCard
 
 
 def find_files(config: TeacherConfig) -> TeacherFiles:
@@ -71,7 +71,7 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
         autoencoder=None if autoencoder is None else _read_part(autoencoder, config),
         scheduler_config=read_json(scheduler),
         commit=commit,
-        license=_license_of(folder),
+        card=TeacherCard.read(folder, index),
     )
 
 
@@ -174,20 +174,6 @@ def _weights(unet: Path, config: TeacherConfig) -> tuple[Path, ...]:
         f"teacher {config.source}: no {whole.name} in its {unet.name} folder, which has {there or 'no weights'}; "
         f"{advice}"
     )
-
-
-def _license_of(folder: Path) -> str | None:
-    """The licence in a model card's front matter."""
-    import yaml
-
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")[:100_000]
-        opening, front, *rest = text.split("---", 2)
-        value = yaml.safe_load(front) if rest and not opening.strip() else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return None
-    named = value.get("license") if isinstance(value, dict) else None
-    return str(named)[:80] if named else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

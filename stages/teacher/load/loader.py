@@ -55,7 +55,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
         source=source,
         commit=files.commit,
         config=network_config,
-        license=files.license,
+        card=files.card,
         parts={key: value for key in PARTS if (value := getattr(config, key)) is not None},
         tensors_sha256=checkpoint_hash,
     )

@@ -12,6 +12,7 @@ from advkd.cache.format.condition import ClassCondition
 from advkd.cache.format.equivalence import DEFAULT_NETWORK, NETWORK_OPTIONS, SCHEDULER_DEFAULTS
 from advkd.cache.format.space import LatentSpace
 from advkd.stages.teacher.diffusers_api import recorded_config
+from advkd.stages.teacher.load.card import TeacherCard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class Teacher:
     """Commit of the Hub's repository, where it came from there."""
     config: dict[str, Any] = field(default_factory=dict)
     """The network's configuration."""
-    license: str | None = None
-    """What its model card names, where it has one."""
+    card: TeacherCard = field(default_factory=TeacherCard)
+    """What is known of it besides its files."""
     tensors_sha256: str = ""
     """Of the weights as they were saved, whatever precision they are used in."""
     parts: dict[str, str] = field(default_factory=dict)
