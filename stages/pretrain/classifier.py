@@ -39,6 +39,24 @@ def jitter(images: Tensor, generator: torch.Generator, background: float = -1.0)
     return F.grid_sample(images - background, grid, align_corners=False) + background
 
 
+def split_drawings(data: LabelledImages, held_out: int) -> tuple[Tensor, Tensor]:
+    """Indices to learn from and held-out ones, stratified by label; a drawing's variants are on one side.
+
+    Args:
+        data: to split.
+        held_out: drawings to hold out.
+
+    Raises:
+        ConfigError: too few drawings are left to learn from.
+    """
+    distinct, first = np.unique(data.drawings.numpy(), return_index=True)
+    if 2 * held_out > len(distinct):
+        raise ConfigError(f"classifier.held_out: {held_out} of {len(distinct)} images leaves too few to learn from")
+    split = train_test_split(distinct, test_size=held_out, stratify=data.labels.numpy()[first], random_state=0)
+    train, test = (_images_of(torch.from_numpy(part), data.drawings) for part in split)
+    return train, test
+
+
 def _images_of(chosen: Tensor, drawings: Tensor) -> Tensor:
     """Indices of the images of some drawings, in the drawings' order."""
     variants = torch.argsort(drawings, stable=True).split(torch.bincount(drawings).tolist())  # type: ignore[no-untyped-call]
@@ -63,16 +81,10 @@ def train_classifier(
     Raises:
         ConfigError: the held-out split or a batch is larger than the remaining images.
     """
-    images, labels, drawings = data
-    distinct, first = np.unique(drawings.numpy(), return_index=True)
-    if 2 * config.held_out > len(distinct):
-        raise ConfigError(
-            f"classifier.held_out: {config.held_out} of {len(distinct)} images leaves too few to learn from"
-        )
+    images, labels, _ = data
+    train, test = split_drawings(data, config.held_out)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    split = train_test_split(distinct, test_size=config.held_out, stratify=labels.numpy()[first], random_state=0)
-    train, test = (_images_of(torch.from_numpy(part), drawings) for part in split)
     classifier = SmallClassifier(images.shape[1], images.shape[2], int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.learning_rate, weight_decay=0.01)
     batches = len(train) // config.batch_size

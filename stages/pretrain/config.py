@@ -38,6 +38,39 @@ class ClassifierConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderConfig:
+    """The autoencoder of a latent teacher, which is trained first, on all images but the classifier's held-out ones."""
+
+    channels: list[int] = field(default_factory=lambda: [16, 32, 64])
+    """Widths of its resolutions, each half of the one before: three of them make latents of a quarter of the size."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    layers_per_block: int = 1
+    """Residual blocks per resolution."""
+    steps: int = 3000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Images per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    kl_weight: float = 1e-3
+    """Weight of the latents' divergence from a standard normal, per value, beside the images' mean absolute error."""
+
+    def __post_init__(self) -> None:
+        if len(self.channels) < 2 or any(width < 8 or width % 8 for width in self.channels):
+            raise ConfigError(f"autoencoder.channels: {self.channels}; expected two or more multiples of 8")
+        if min(self.latent_channels, self.layers_per_block, self.steps, self.batch_size) < 1:
+            raise ConfigError("autoencoder: latent_channels, layers_per_block, steps and batch_size must be positive")
+        if self.learning_rate <= 0.0 or self.kl_weight < 0.0:
+            raise ConfigError("autoencoder: learning_rate must be positive, kl_weight not negative")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
     """How the teacher is trained."""
 
@@ -78,6 +111,8 @@ class PretrainConfig:
     """Teacher's samples for its Fréchet distance to the real images."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """The classifier that scores samples."""
+    autoencoder: AutoencoderConfig | None = None
+    """Makes it a teacher of latents; null for one of pixels."""
 
     def __post_init__(self) -> None:
         check_dataset(self.data, self.size)
@@ -90,8 +125,10 @@ class PretrainConfig:
             raise ConfigError(f"pretrain.channels: {self.channels}; expected multiples of 8")
         if self.channels[-1] < HEAD_WIDTH:
             raise ConfigError(f"pretrain.channels: {self.channels}; the last attends, expected {HEAD_WIDTH} or more")
-        if self.size % 2 ** (len(self.channels) - 1) or self.size % 4:
-            raise ConfigError(f"pretrain.size: {self.size} can't be halved {len(self.channels) - 1} times")
+        factor = self.autoencoder.factor if self.autoencoder else 1
+        if self.size % (factor * 2 ** (len(self.channels) - 1)) or self.size % 4:
+            inside = f", after the autoencoder has divided it by {factor}" if factor > 1 else ""
+            raise ConfigError(f"pretrain.size: {self.size} can't be halved {len(self.channels) - 1} times{inside}")
         if not 0.0 <= self.null_share < 1.0:
             raise ConfigError(f"pretrain.null_share: {self.null_share} is not in [0, 1)")
         if self.report_samples < 64:
@@ -103,6 +140,14 @@ class PretrainConfig:
     def num_classes(self) -> int:
         """How many labels the network is told; 0 if none."""
         return DATASETS[self.data].num_classes if self.classes else 0
+
+    @property
+    def item_shape(self) -> tuple[int, int, int]:
+        """What the network denoises: images or latents, (C, H, W)."""
+        if self.autoencoder is None:
+            return DATASETS[self.data].channels, self.size, self.size
+        side = self.size // self.autoencoder.factor
+        return self.autoencoder.latent_channels, side, side
 
     @property
     def table_rows(self) -> int:

@@ -1,10 +1,11 @@
 """Stage 0: trains the teacher and the classifier, and measures both.
 
 teachers/NAME/
-  pipeline/     a normal diffusers DDPMPipeline; with classes its two parts, of which diffusers has no pipeline
+  pipeline/     a normal diffusers DDPMPipeline; only its parts where that class doesn't fit: classes, latents
   classifier/   config.json and model.safetensors: features to score with
   report.json   Fréchet distance to the real images beside real against real; accuracy
   samples.png   what the teacher makes
+  reconstructions.png   of a teacher of latents: held-out images, and below them what its autoencoder makes of them
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import PARTIAL_SUFFIX, holds_something, write_json
 from advkd.cache.files.locks import LOCK_FILE
 from advkd.cache.format.condition import ClassCondition
+from advkd.stages.decoder import build_decoder
 from advkd.stages.device import best_device
-from advkd.stages.images.datasets import DATASETS, load_dataset
+from advkd.stages.images.datasets import DATASETS, LabelledImages, load_dataset
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
-from advkd.stages.pictures import save_grid
-from advkd.stages.pretrain.classifier import train_classifier
-from advkd.stages.pretrain.config import SOURCE_NOTE, PretrainConfig
+from advkd.stages.pictures import save_grid, save_rows
+from advkd.stages.pretrain.autoencoder import encode, reconstruct, train_autoencoder
+from advkd.stages.pretrain.classifier import split_drawings, train_classifier
+from advkd.stages.pretrain.config import SOURCE_NOTE, AutoencoderConfig, PretrainConfig
 from advkd.stages.pretrain.teacher import save_pipeline, train_teacher
 from advkd.stages.provenance import versions
 from advkd.stages.reporter import Reporter, SilentReporter
@@ -44,6 +47,7 @@ from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 HALVINGS = 10
 REPORT_ROOT_SEED = 1
 REPORT_STEPS = 50
+NUM_RECONSTRUCTIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +59,11 @@ class PretrainReport:
     """Mean Fréchet distance between random halves of the real images."""
     classifier_accuracy: float
     num_parameters: int
+    """Of the network, without an autoencoder."""
+    reconstruction_mse: float | None = None
+    """Of a teacher of latents: mean squared error of its autoencoder on held-out images in [−1, 1]."""
+    frechet_reconstructed_to_real: float | None = None
+    """Of a teacher of latents: the distance of all real images through its autoencoder to the real images."""
 
 
 def pretrain(config: PretrainConfig, folder: Path, reporter: Reporter | None = None) -> PretrainReport:
@@ -112,8 +121,11 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
     save_classifier(partial / "classifier", classifier, {"held_out_accuracy": accuracy})
     reporter.say(f"classifier: {accuracy:.1%} correct on {config.classifier.held_out} held-out real images")
     device = best_device()
-    unet, scheduler = train_teacher(images, labels, config, reporter, device)
-    save_pipeline(partial / "pipeline", unet, scheduler)
+    coded = None
+    if config.autoencoder is not None:
+        coded = _encode(config, config.autoencoder, data, classifier, partial, reporter, device)
+    unet, scheduler = train_teacher(coded.latents if coded else images, labels, config, reporter, device)
+    save_pipeline(partial / "pipeline", unet, scheduler, coded.autoencoder if coded else None)
     card = TeacherCard(
         license=dataset.license,
         attribution=dataset.attribution,
@@ -130,10 +142,50 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
         frechet_real_to_real=real_to_real(classifier, images),
         classifier_accuracy=accuracy,
         num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
+        reconstruction_mse=coded.mse if coded else None,
+        frechet_reconstructed_to_real=coded.frechet if coded else None,
     )
     made_by = {"config": asdict(config), "versions": versions("diffusers", *dataset.packages)}
     write_json(partial / "report.json", {**asdict(report), **made_by})
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Coded:
+    """An autoencoder, and all images through it."""
+
+    autoencoder: nn.Module
+    latents: Tensor
+    mse: float
+    """Of held-out images."""
+    frechet: float
+    """To the images."""
+
+
+def _encode(
+    config: PretrainConfig,
+    autoencoder: AutoencoderConfig,
+    data: LabelledImages,
+    classifier: SmallClassifier,
+    partial: Path,
+    reporter: Reporter,
+    device: torch.device,
+) -> _Coded:
+    """Train an autoencoder, measure it on what it hasn't seen, and encode all images."""
+    learnt, held_out = split_drawings(data, config.classifier.held_out)
+    model = train_autoencoder(data.images[learnt], config, autoencoder, reporter, device)
+    decoded = reconstruct(model, data.images, device)
+    mse = float((decoded - data.images)[held_out].square().mean())
+    shown = held_out[:: max(1, len(held_out) // NUM_RECONSTRUCTIONS)][:NUM_RECONSTRUCTIONS]
+    rows = {"real": data.images[shown].numpy(), "decoded": decoded[shown].numpy()}
+    save_rows(partial / "reconstructions.png", rows)
+    reporter.say(f"autoencoder: mean squared error {mse:.4f} on held-out images")
+    return _Coded(
+        autoencoder=model,
+        latents=encode(model, data.images, device),
+        mse=mse,
+        frechet=_frechet(classifier, decoded, data.images),
+    )
 
 
 def check_folder(folder: Path) -> None:
@@ -153,7 +205,7 @@ def check_folder(folder: Path) -> None:
 def sample_pipeline(
     pipeline: Path, count: int, reporter: Reporter, device: torch.device, num_classes: int = 0, batch_size: int = 256
 ) -> Tensor:
-    """x_0 of `count` seeds by DDIM (flow matching: Euler) in 50 steps, clipped to [−1, 1], shape (count, C, H, W).
+    """Images of `count` seeds by DDIM (flow matching: Euler) in 50 steps, clipped to [−1, 1], shape (count, C, H, W).
 
     Seeds take the labels 0 to `num_classes` − 1 in turn, without guidance.
     """
@@ -163,6 +215,7 @@ def sample_pipeline(
     condition = None
     if num_classes:
         condition = ClassCondition(num_classes=teacher.num_classes, labels=tuple(range(num_classes)))
+    decode = build_decoder(teacher.space, teacher.decoder).to(device) if teacher.space else lambda images: images
     path, parts = SolverPath.of(teacher.scheduler_config, sampler), []
     for start in range(0, count, batch_size):
         seeds = range(start, min(start + batch_size, count))
@@ -176,7 +229,7 @@ def sample_pipeline(
             record=[REPORT_STEPS],
             condition=condition,
         )
-        parts.append(states[REPORT_STEPS].clamp(-1.0, 1.0))
+        parts.append(decode(states[REPORT_STEPS]).clamp(-1.0, 1.0))
         reporter.advance(len(seeds))
     reporter.finish()
     return torch.cat(parts)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from advkd.cache.errors import TrainingError
 from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.images.datasets import DATASETS
+from advkd.stages.pretrain.autoencoder import make_autoencoder
 from advkd.stages.pretrain.config import HEAD_WIDTH, PretrainConfig
 from advkd.stages.reporter import Reporter
 from advkd.stages.schedules import one_cycle
@@ -23,10 +24,11 @@ NUM_TIMESTEPS = 1000
 def make_network(config: PretrainConfig) -> nn.Module:
     """The UNet, with fresh weights."""
     levels = len(config.channels)
+    channels, side, _ = config.item_shape
     unet: nn.Module = diffusers().UNet2DModel(
-        sample_size=config.size,
-        in_channels=DATASETS[config.data].channels,
-        out_channels=DATASETS[config.data].channels,
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
         layers_per_block=config.layers_per_block,
         block_out_channels=tuple(config.channels),
         down_block_types=("DownBlock2D",) * levels,
@@ -51,30 +53,36 @@ def make_scheduler(config: PretrainConfig) -> Any:
     )
 
 
-def save_pipeline(folder: Path, unet: Any, scheduler: Any) -> None:
+def save_pipeline(folder: Path, unet: Any, scheduler: Any, autoencoder: Any = None) -> None:
     """Save a `DDPMPipeline` folder as diffusers does, with safetensors.
 
-    diffusers has no pipeline for a class-conditional UNet: only the two parts are saved then.
+    diffusers has no pipeline for a class-conditional UNet, or for one of an `AutoencoderKL`'s latents: only the parts
+    are saved then.
     """
-    if unet.config.num_class_embeds is None:
+    if unet.config.num_class_embeds is None and autoencoder is None:
         diffusers().DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
         return
     unet.save_pretrained(folder / "unet")
     scheduler.save_pretrained(folder / "scheduler")
+    if autoencoder is not None:
+        autoencoder.save_pretrained(folder / "vae")
 
 
 def save_untrained(folder: Path, config: PretrainConfig) -> None:
     """Save a pipeline with fresh weights, to measure its cost."""
-    save_pipeline(folder, make_network(config), make_scheduler(config))
+    autoencoder = None
+    if config.autoencoder is not None:
+        autoencoder = make_autoencoder(config.autoencoder, DATASETS[config.data].channels, config.size)
+    save_pipeline(folder, make_network(config), make_scheduler(config), autoencoder)
 
 
 def train_teacher(
     images: Tensor, labels: Tensor, config: PretrainConfig, reporter: Reporter, device: torch.device
 ) -> tuple[nn.Module, Any]:
-    """Train on images in [−1, 1], shape (N, C, H, W); the same seed gives the same teacher on a CPU.
+    """Train on images or latents; the same seed gives the same teacher on a CPU.
 
     Args:
-        images: in [−1, 1], float32, shape (N, C, H, W).
+        images: images in [−1, 1] or latents of deviation 1, float32, shape (N, *config.item_shape).
         labels: int64, shape (N,); the network is told them if `config.classes` says so.
         config: of stage 0.
         reporter: shows progress.
