@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     help="Root mean square error of x_0 that is small enough; the configured sampler's own if not given.",
 )
 @click.option("--num", type=click.IntRange(min=2), default=32, show_default=True, help="Seeds to sample, in one batch.")
+@click.option(
+    "--features", metavar="NAME", help="Compare images by Fréchet distance, too: `inception`, or a network's folder."
+)
 @click.option("--device", help="cuda, cuda:1, mps or cpu; the best that is there if not given.")
 @click.option(
     "--out", metavar="FOLDER", type=click.Path(path_type=Path), help="What was tried; cache/NAME.advice if not given."
@@ -37,6 +41,7 @@ def advise(
     teacher: str | None,
     tolerance: float | None,
     num: int,
+    features: str | None,
     device: str | None,
     out: Path | None,
 ) -> None:
@@ -55,8 +60,14 @@ def advise(
     make_teacher(experiment)
     folder = out or Path("cache") / f"{experiment.name}.advice"
     plan = make_plan(experiment.teacher, experiment.sampler, experiment.cache, folder / "none.zarr")
+    network = None
+    if features is not None:
+        from advkd.stages.evaluate.networks import load_features
+
+        shape = plan.teacher.space.image_shape if plan.teacher.space else plan.teacher.item_shape
+        network = load_features(dataclasses.replace(experiment.evaluate, features=features), shape)
     with TerminalReporter() as reporter:
-        advice = run_advise(plan, num, tolerance, folder, reporter)
+        advice = run_advise(plan, num, tolerance, folder, reporter, network)
     _print(plan, advice)
 
 
@@ -64,15 +75,21 @@ def _print(plan: Plan, advice: Advice) -> None:
     from advkd.pipeline.progress import duration
 
     seeds = len(plan.seeds)
+    has_frechet = any(one.frechet is not None for one in advice.tried)
+    wide = 10 if has_frechet else 0
     click.echo(
         f"error: root mean square difference of x_0 from {advice.reference}'s; below {advice.floor:.2g} it says "
         f"nothing\n"
-        f"{'solver':<14}{'steps':>6}{'evaluations':>13}{'error':>9}   {seeds:,} seeds here"
+        f"{'solver':<14}{'steps':>6}{'evaluations':>13}{'error':>9}{'Fréchet' if has_frechet else '':>{wide}}"
+        f"   {seeds:,} seeds here"
     )
     for one in advice.tried:
         mark = "  ← cheapest within the tolerance" if one is advice.enough else ""
         taken = duration(one.seconds * one.evaluations * seeds)
-        click.echo(f"{one.name:<14}{one.steps:>6}{one.evaluations:>13}{one.error:>9.2g}   {taken}{mark}")
+        distance = f"{one.frechet:.2f}" if one.frechet is not None else ""
+        click.echo(
+            f"{one.name:<14}{one.steps:>6}{one.evaluations:>13}{one.error:>9.2g}{distance:>{wide}}   {taken}{mark}"
+        )
     if not plan.recipe.deterministic:
         click.echo(
             f"the configured {plan.sampler.name} adds noise at each step: its x_0 doesn't follow from x_T, so errors "

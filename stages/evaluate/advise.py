@@ -23,10 +23,14 @@ from torch import Tensor
 from advkd.cache.errors import ConfigError, TeacherError
 from advkd.cache.files.durable import write_atomically, write_json
 from advkd.cache.format.recipe import Recipe, digest
+from advkd.stages.decoder import build_decoder
+from advkd.stages.metrics.features import LOOK_BATCH, FeatureNetwork, see
+from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.pictures import save_figure
 from advkd.stages.reporter import Reporter
 from advkd.stages.teacher.build.plan import Plan
 from advkd.stages.teacher.config import SamplerConfig
+from advkd.stages.teacher.load.identity import tensors_sha256
 from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import find_solver, is_deterministic
 from advkd.stages.teacher.sample.sampling import initial_noise, record_states
@@ -54,6 +58,8 @@ class Tried:
     """Root mean square difference of x_0 from the reference's, over all seeds and values."""
     seconds: float
     """Per image and evaluation, in batches of these seeds."""
+    frechet: float | None = None
+    """Fréchet distance from the reference's images of the same seeds; None without features."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +76,14 @@ class Advice:
     plot: Path
 
 
-def advise(plan: Plan, num_seeds: int, tolerance: float | None, folder: Path, reporter: Reporter) -> Advice:
+def advise(
+    plan: Plan,
+    num_seeds: int,
+    tolerance: float | None,
+    folder: Path,
+    reporter: Reporter,
+    network: FeatureNetwork | None = None,
+) -> Advice:
     """Try every deterministic solver in 5 to 1000 steps.
 
     Args:
@@ -79,11 +92,12 @@ def advise(plan: Plan, num_seeds: int, tolerance: float | None, folder: Path, re
         tolerance: of the root mean square error of x_0; the configured sampler's own error if None.
         folder: keeps what was tried, and the plot.
         reporter: shows progress.
+        network: whose features to compare, too; None for none.
 
     Raises:
         TeacherError: no solver can be followed, or x_0 is not finite.
     """
-    trial = _Trial(plan, range(num_seeds), folder, reporter)
+    trial = _Trial(plan, range(num_seeds), folder, reporter, network)
     tried = trial.run()
     flow, configured = plan.path.solver.flow, plan.sampler
     first_order = [one for one in tried if one.name in (*FIRST_ORDER, *FLOW_FIRST_ORDER)]
@@ -107,11 +121,14 @@ def _reference(flow: bool) -> SamplerConfig:
 
 
 class _Trial:
-    def __init__(self, plan: Plan, seeds: range, folder: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, plan: Plan, seeds: range, folder: Path, reporter: Reporter, network: FeatureNetwork | None
+    ) -> None:
         self._plan = plan
         self._seeds = seeds
         self._folder = folder
         self._reporter = reporter
+        self._network = network
         num_timesteps = plan.teacher.num_timesteps
         self.reference_steps = min(REFERENCE_STEPS, num_timesteps)
         limits = dict.fromkeys((*FIRST_ORDER, *FLOW_FIRST_ORDER), num_timesteps)
@@ -122,7 +139,8 @@ class _Trial:
         if is_deterministic(own):
             wanted.add((own.name, own.steps))
         self._paths = dict(self._path(name, steps) for name, steps in sorted(wanted))
-        self._identity = digest([self._recipe().to_json() | {"sampler": own.spacing}, len(seeds)])
+        seen = [] if network is None else [tensors_sha256(network.network.state_dict())]
+        self._identity = digest([self._recipe().to_json() | {"sampler": own.spacing}, len(seeds), *seen])
 
     def _recipe(self) -> Recipe:
         return self._plan.recipe
@@ -153,11 +171,20 @@ class _Trial:
         wanted = torch.from_numpy(np.load(kept, allow_pickle=False)) if is_known else self._solve(reference)[0]
         if not is_known:
             write_atomically(kept, [_npy(wanted)])
+        like = self._gaussian(wanted)
         for (name, steps), path in left.items():
             made, seconds = self._solve(path)
+            fitted = self._gaussian(made)
             error = float((made - wanted).double().square().mean().sqrt())
             evaluations = path.evaluations * self._recipe().evaluations_at_once
-            one = Tried(name=name, steps=steps, evaluations=evaluations, error=error, seconds=seconds)
+            one = Tried(
+                name=name,
+                steps=steps,
+                evaluations=evaluations,
+                error=error,
+                seconds=seconds,
+                frechet=None if fitted is None or like is None else frechet_distance(fitted, like),
+            )
             known[_label(name, steps)] = asdict(one)
             write_json(self._folder / KNOWN, {"identity": self._identity, "tried": known})
         self._reporter.finish()
@@ -189,6 +216,15 @@ class _Trial:
         )
         evaluations = path.evaluations * plan.recipe.evaluations_at_once
         return kept[steps], (time.perf_counter() - began) / (evaluations * len(self._seeds))
+
+    def _gaussian(self, x0: Tensor) -> Gaussian | None:
+        """Of the images' features."""
+        if self._network is None:
+            return None
+        teacher = self._plan.teacher
+        images = x0 if teacher.space is None else build_decoder(teacher.space, teacher.decoder)(x0)
+        batches = torch.split(images.to(self._network.device), LOOK_BATCH)
+        return Gaussian.fit(see(self._network, batches)[0])
 
     def _advanced(self, note: str) -> Callable[[], None]:
         return lambda: self._reporter.advance(1, note)

@@ -9,6 +9,7 @@ import pytest
 from advkd.pipeline.cli.cache import main as cache_command
 from advkd.stages.evaluate import advise as module
 from advkd.stages.evaluate.advise import Tried, advise
+from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.reporter import SilentReporter
 from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
@@ -92,3 +93,17 @@ def test_the_command_prints_a_table_and_yaml(smooth: Path, tmp_path: Path, invok
     assert "none is within 1e-09" in tight.output
     noisy = invoke(*common, "sampler.name=ddpm")
     assert "adds noise at each step" in noisy.output
+
+
+def test_images_are_compared_by_features_where_asked(smooth: Path, tmp_path: Path, invoke: Invoke) -> None:
+    save_classifier(tmp_path / "classifier", SmallClassifier(1, 8, 10), {})
+    common = (cache_command, "advise", "--teacher", smooth, "--num", 8, "--set", "pretrain=null", "--out", "advice")
+    said = invoke(*common, "--features", "classifier")
+    assert said.exit_code == 0, said.output
+    assert "error   Fréchet   " in said.output
+    tried = json.loads(Path("advice/tried.json").read_text())["tried"]
+    assert tried["ddim 20"]["frechet"] < tried["ddim 5"]["frechet"] < tried["ddim 2"]["frechet"]
+    assert "Fréchet" not in invoke(*common).output
+    assert json.loads(Path("advice/tried.json").read_text())["tried"]["ddim 20"]["frechet"] is None
+    wrong = invoke(*common, "--features", "inception")
+    assert wrong.exit_code == 2 and "needs colour images" in wrong.output

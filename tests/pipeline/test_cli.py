@@ -51,7 +51,7 @@ COMMANDS = {
     "advkd-config": config_command,
 }
 FLAGS = {
-    "advkd-cache advise": {"--config", "--set", "--teacher", "--tolerance", "--num", "--device", "--out"},
+    "advkd-cache advise": {"--config", "--set", "--teacher", "--tolerance", "--num", "--features", "--device", "--out"},
     "advkd-cache build": {
         "--config", "--set", "--teacher", "--steps", "--sampler", "--record", "--seeds", "--block-size", "--batch-size",
         "--dtype", "--precision", "--device", "--workers", "--scheduler", "--out", "--on-mismatch", "--dry-run",
