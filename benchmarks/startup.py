@@ -66,6 +66,7 @@ def pipeline(folder: Path, num_bytes: int) -> Path:
         "runs/digits/log/metrics.json": 100,
         **{f"runs/digits/evaluation/{name}": 1000 for name in ("scores.json", "metrics.json", "samplers.csv")},
         **{f"runs/digits/evaluation/{name}.png": 1000 for name in ("samples", "trajectory", "scores")},
+        "runs/digits/evaluation/report.html": 100_000,
         "cache/digits.zarr/zarr.json": 100,
     }
     size = min(num_bytes, 15_000_000)
