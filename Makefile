@@ -11,8 +11,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test test-light test-slow bench lint browser install install-dev install-bench clean
 
-demo: install  ## install, then run the default experiment: teacher, cache, student, scores
+demo: install  ## install, then run the default experiment: teacher, cache, student, scores, report
 	dvc repro
+	@ls -t runs/*/evaluation/report.html | sed -n '1s/^/look: /p'
 
 test: install-dev  ## install, then run the tests
 	pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder

@@ -216,7 +216,7 @@ def _described(student: Student, name: str) -> dict[str, Any]:
             f"A one-pass student of a diffusion model: one network evaluation makes a {what_it_makes(geometry)} where "
             f"its teacher takes {_evaluations(student)}.",
             f"{student.deployed_parameters():,} parameters in {len(geometry.levels) - 1} submodules, each of which "
-            f"learned adversarially to produce the teacher's state at one point of the denoising (Adv-KD, {PAPER}).",
+            f"learned to produce the teacher's state at one point of the denoising; after Adv-KD, {PAPER}.",
         ],
         "geometry": {
             "item_shape": geometry.item_shape,
