@@ -22,6 +22,7 @@ from advkd.stages.metrics.frechet import frechet_by_class
 from advkd.stages.metrics.neighbours import nearest_images, to_rows
 from advkd.stages.metrics.pairs import perceptual_distances, squared_errors
 from advkd.stages.metrics.registry import Scorer
+from advkd.stages.metrics.sharpness import gradient_magnitudes, upper_octave_power
 from advkd.stages.metrics.table import Row, ScoreTable
 from advkd.stages.reporter import Reporter
 from advkd.stages.student.training.data import read_float
@@ -174,6 +175,10 @@ def _observe(
     found: dict[str, Observations],
 ) -> None:
     """Add a batch's images, side by side by seed: the teacher's are looked at once for all samplers."""
+    for name, made in images.items():
+        shown = clipped(made)
+        found[name]["gradients"].append(to_numpy(gradient_magnitudes(shown)))
+        found[name]["fine_power"].append(to_numpy(upper_octave_power(shown)))
     looks = {name: observe(network, made) for name, made in images.items()}
     if teacher is None:
         for name, parts in looks.items():

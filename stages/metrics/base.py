@@ -19,7 +19,14 @@ from advkd.stages.metrics.intervals import Interval
 Floats = npt.NDArray[np.floating[Any]]
 
 Observed = Literal[
-    "features", "probabilities", "agreement", "squared_errors", "perceptual_distances", "training_distances"
+    "features",
+    "probabilities",
+    "agreement",
+    "squared_errors",
+    "perceptual_distances",
+    "gradients",
+    "fine_power",
+    "training_distances",
 ]
 """What can be observed of a set of N samples, float32:
 
@@ -28,6 +35,8 @@ Observed = Literal[
     agreement             (N,), 1 where the most probable class is the label that was asked, else 0
     squared_errors        (N,), to the teacher's image from the same noise
     perceptual_distances  (N,), to the teacher's image from the same noise
+    gradients             (N,), mean magnitude of an image's gradient
+    fine_power            (N,), of an image's highest frequencies
     training_distances    (N,), to the nearest cached training image; of student and teacher only
 """
 

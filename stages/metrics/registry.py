@@ -9,6 +9,7 @@ from advkd.stages.metrics.kid import KID
 from advkd.stages.metrics.neighbours import NEAREST_TRAINING, NEAREST_TRAINING_CLOSEST
 from advkd.stages.metrics.pairs import MSE_TO_TEACHER, PERCEPTUAL_TO_TEACHER
 from advkd.stages.metrics.precision_recall import PRECISION, RECALL
+from advkd.stages.metrics.sharpness import FINE_POWER, GRADIENT
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
@@ -24,6 +25,8 @@ MEASURES: dict[str, Measure] = {
         CLASS_OVERLAP,
         RAREST_CLASS,
         CONFIDENCE,
+        GRADIENT,
+        FINE_POWER,
         NEAREST_TRAINING,
         NEAREST_TRAINING_CLOSEST,
     )

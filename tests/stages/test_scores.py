@@ -21,6 +21,7 @@ from advkd.stages.metrics.neighbours import nearest_images, to_rows
 from advkd.stages.metrics.pairs import perceptual_distances
 from advkd.stages.metrics.precision_recall import precision, recall
 from advkd.stages.metrics.registry import MEASURES, Scorer
+from advkd.stages.metrics.sharpness import gradient_magnitudes, upper_octave_power
 from advkd.stages.metrics.table import Row, ScoreTable
 
 Array = npt.NDArray[np.float64]
@@ -308,3 +309,19 @@ def test_parts_of_the_reference_hold_every_class_where_labels_follow_the_seeds()
     single = KID.prepare(Reference(features=features[::10], class_shares=None, real_features=None, num_sets=1))
     assert single is not None
     assert abs(np.mean(values)) < 0.1 * abs(single(others[:40], 0) or 0.0)
+
+
+def test_sharpness_falls_with_blur_and_knows_its_frequencies() -> None:
+    """A wave of three pixels is in the upper octave, one of eight pixels isn't; an edge's gradient is its height."""
+    across = torch.arange(24.0).expand(1, 1, 24, 24)
+    fine, coarse = (torch.sin(across * (2 * torch.pi / length)) for length in (3.0, 8.0))
+    upper = 1 - 11**2 / 24**2  # of all frequencies
+    assert float(upper_octave_power(fine)) == pytest.approx(0.5 / upper, rel=1e-4)
+    assert float(upper_octave_power(coarse)) < 1e-6
+    edge = (across >= 12.0).float() * 2.0 - 1.0
+    assert float(gradient_magnitudes(edge)) == pytest.approx(2.0 / 23)
+    blurred = torch.nn.functional.avg_pool2d(edge, 3, 1, 1, count_include_pad=False)
+    images = torch.cat([edge, blurred])
+    assert gradient_magnitudes(images).shape == upper_octave_power(images).shape == (2,)
+    assert upper_octave_power(images)[1] < 0.6 * upper_octave_power(images)[0]
+    assert float(gradient_magnitudes(torch.cat([edge, edge.mT]))[1]) == pytest.approx(2.0 / 23)
