@@ -27,6 +27,7 @@ _SECTIONS = {
     "precision": ("cache", "precision"),
     "device": ("cache", "device"),
     "accept_range": ("cache", "accept_range"),
+    "keep_weights": ("cache", "keep_weights"),
 }
 _NAMING = (
     "teacher",

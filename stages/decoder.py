@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import DamagedError, UsageError
 from advkd.cache.format.space import DECODER_PATH, LatentSpace
-from advkd.cache.read.decoder import decoder_weights
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.read.weights import decoder_weights
+from advkd.stages.diffusers_models import model_class
 
 _PARTS = {
     "AutoencoderKL": ("decoder", "post_quant_conv"),
@@ -91,9 +92,7 @@ def build_decoder(space: LatentSpace, tensors: Mapping[str, Tensor]) -> Decoder:
     Raises:
         Exception: whatever diffusers and torch raise for a configuration or weights that don't fit.
     """
-    from diffusers import models
-
-    kind: Any = getattr(models, space.decoder)
+    kind = model_class(space.decoder)
     with torch.device("meta"):
         model: nn.Module = kind.from_config(dict(space.config))
     for child, _ in list(model.named_children()):

@@ -21,6 +21,7 @@ MAX_BLOCKS_FOR_STATISTICS = 2000
 """Of a larger store, evenly spaced records are read, so that `info` stays quick; the summary says how many."""
 
 PATH_TOLERANCE = 1e-4
+FLOW_MATCHING = "flow matching"
 _MAX_CHARACTERS = 4096
 """Of each value of the origin: Linux' longest path."""
 _ORIGIN = ("source", "commit", "license", "attribution", "unet", "variant", "scheduler")
@@ -92,7 +93,7 @@ def path_of(layout: Layout) -> str:
     if all(state.alpha == 1.0 for state in layout.states):
         return "variance exploding"
     if all(abs(state.alpha + state.sigma - 1.0) < PATH_TOLERANCE for state in layout.states):
-        return "flow matching"
+        return FLOW_MATCHING
     # Products, not powers: a float that overflows raises under ** and is infinite under *.
     squares = [state.alpha * state.alpha + state.sigma * state.sigma for state in layout.states]
     if all(abs(square - 1.0) < PATH_TOLERANCE for square in squares):

@@ -27,11 +27,11 @@ from advkd.cache.format.arrays import ArraySpec
 from advkd.cache.format.condition import LABELS_PATH
 from advkd.cache.format.seeds import seeds_of
 from advkd.cache.format.space import DECODER_PATH
-from advkd.cache.format.store_paths import provenance_path, record_path, states_path
+from advkd.cache.format.store_paths import TEACHER_PATH, provenance_path, record_path, states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES, MAX_BLOCKS
 from advkd.cache.read.compare import TOLERANCE_FILE, tolerance_of
-from advkd.cache.read.decoder import decoder_weights
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.read.weights import decoder_weights, teacher_weights
 
 _PIECE = 4 << 20
 _CRC_OF_ALL = crc32c(bytes(CRC_BYTES))
@@ -88,6 +88,7 @@ class _Verification:
             self._block(block)
         self._store_provenance(STORE_FILE)
         self._store_provenance(TOLERANCE_FILE)
+        self._teacher()
         if cache.recipe.space is not None:
             self._decoder()
         root = cache.files.root
@@ -151,6 +152,15 @@ class _Verification:
             self._find("missing", DECODER_PATH, "is not there: without it latents are no images")
         except DamagedError:
             self._find("damage", DECODER_PATH, "is damaged, or another decoder than the recipe names")
+
+    def _teacher(self) -> None:
+        self.known.add(TEACHER_PATH)
+        try:
+            teacher_weights(self.cache)
+        except NotCachedError:
+            pass  # it is kept where somebody asked for it
+        except DamagedError:
+            self._find("damage", TEACHER_PATH, "is damaged, or another network than the recipe names")
 
     def _chunk(self, spec: ArraySpec, expected: ArrayRecord | None, block: int) -> None:
         """Compare a chunk with its record; without one, with the CRC that it ends with."""

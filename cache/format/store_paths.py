@@ -6,6 +6,7 @@
       states/<step>/zarr.json     array (N, *item_shape), one chunk per block, codecs bytes + crc32c
       states/<step>/c/<block>/0/0/0    C-order values + 4 bytes of CRC: can be memory-mapped
       blocks/<block>.json         the ledger (advkd.cache.format.ledger)
+      teacher/model.safetensors   the teacher's network, where it was kept: outside identity, named by the recipe's hash
       provenance/                 who, when, where, how long: outside identity
 
 Row i is seed i. A block is a fixed, aligned run of `block_size` seeds; only whole blocks exist.
@@ -14,6 +15,9 @@ Row i is seed i. A block is a fixed, aligned run of `block_size` seeds; only who
 from __future__ import annotations
 
 from advkd.cache.format.layout import State
+
+TEACHER_PATH = "teacher/model.safetensors"
+"""Relative to the store."""
 
 
 def metadata_path(array: str) -> str:

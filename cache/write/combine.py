@@ -21,6 +21,7 @@ from advkd.cache.format.equivalence import equivalent
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
 from advkd.cache.format.space import DECODER_PATH
+from advkd.cache.format.store_paths import TEACHER_PATH
 from advkd.cache.read.compare import (
     TOLERANCE_FILE,
     array_differences,
@@ -29,8 +30,8 @@ from advkd.cache.read.compare import (
     tolerance_of,
     within,
 )
-from advkd.cache.read.decoder import MAX_DECODER_BYTES
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.read.weights import MAX_WEIGHTS_BYTES
 from advkd.cache.write.divide import Outcome, divide
 from advkd.cache.write.writer import CacheWriter
 
@@ -245,12 +246,13 @@ def _same_bytes(there: TrajectoryCache, block: int, cache: TrajectoryCache) -> b
 
 
 def carry(sources: Sequence[TrajectoryCache], out: Path) -> None:
-    """What the first store knows of its origin goes along, and a decoder, where the target has none."""
-    for name in ("provenance/store.json", TOLERANCE_FILE, *([DECODER_PATH] if sources[0].recipe.space else [])):
+    """What the first store knows of its origin goes along, and its networks' weights, where the target has none."""
+    decoder = [DECODER_PATH] if sources[0].recipe.space else []
+    for name in ("provenance/store.json", TOLERANCE_FILE, TEACHER_PATH, *decoder):
         for cache in sources:
             if (out / name).is_file():
                 break
             try:
-                write_atomically(safe_target(out, name), [cache.files.read(name, MAX_DECODER_BYTES)])
+                write_atomically(safe_target(out, name), [cache.files.read(name, MAX_WEIGHTS_BYTES)])
             except FileNotFoundError:
                 continue

@@ -29,9 +29,10 @@ from advkd.cache.format.records import Records
 from advkd.cache.format.seeds import blocks_of
 from advkd.cache.format.source import LocalSource, check_num_blocks
 from advkd.cache.format.space import DECODER_PATH
+from advkd.cache.format.store_paths import TEACHER_PATH
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS
-from advkd.cache.read.decoder import check_decoder
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.read.weights import check_decoder, check_teacher
 
 OnMismatch = Literal["stop", "set-aside"]
 SWEEP_SECONDS = 2.0
@@ -239,6 +240,20 @@ class StoreFolder:
         path = safe_target(self.path, DECODER_PATH)
         if not path.is_file():
             check_decoder(weights, self.recipe.space, "the decoder that was given")
+            write_atomically(path, [weights])
+
+    def write_teacher(self, weights: bytes) -> None:
+        """Put the teacher's network into the store, unless it is there.
+
+        Args:
+            weights: a safetensors file.
+
+        Raises:
+            DamagedError: it is another network than the recipe names.
+        """
+        path = safe_target(self.path, TEACHER_PATH)
+        if not path.is_file():
+            check_teacher(weights, self.recipe, "the network that was given")
             write_atomically(path, [weights])
 
     def _is_file(self, name: str, data: bytes) -> bool:

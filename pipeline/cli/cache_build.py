@@ -57,6 +57,12 @@ if TYPE_CHECKING:
     default=None,
     help="Go on where x_0 does not lie in the range of images, [−1, 1].",
 )
+@click.option(
+    "--keep-weights",
+    is_flag=True,
+    default=None,
+    help="Put the teacher's network into the store, for students that start from it.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, how long and how large; write nothing.")
 @guarded
 def build(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from advkd.cache.errors import ConfigError
 from advkd.stages.student.progressive.config import ProgressiveOptions, ProgressiveTraining
 from advkd.stages.student.progressive.kind import Progressive
+from advkd.stages.student.teacher.kind import Teacher
 from advkd.stages.student.training.config import one_of
 from advkd.stages.student.unrolled.config import UnrolledOptions, UnrolledTraining
 from advkd.stages.student.unrolled.kind import Unrolled
@@ -28,7 +29,8 @@ class StudentConfig(UnrolledOptions, ProgressiveOptions):
     """Which network; its shape, noise levels and number of submodules follow from the cache."""
 
     kind: str = "unrolled"
-    """`unrolled`, or `progressive` (the paper's)."""
+    """`unrolled`, `teacher` (the teacher's own network, from a store that keeps it: `cache.keep_weights`), or
+    `progressive` (the paper's)."""
 
     def __post_init__(self) -> None:
         one_of("student.kind", self.kind, KINDS)
@@ -60,6 +62,8 @@ class Kind(Protocol):
     gradient accumulation."""
     counts_steps: bool
     """Whether `train.steps` and `train.batch_size` say how long it trains, on how many seeds per process and step."""
+    starts_from_teacher: bool
+    """Whether it is the teacher's network with the teacher's weights, which the store must keep."""
 
     def is_paired(self, config: TrainConfig) -> bool:
         """Whether a loss assumes that x_T determines x_0."""
@@ -94,5 +98,5 @@ class Kind(Protocol):
         """
 
 
-KINDS: dict[str, Kind] = {"unrolled": Unrolled(), "progressive": Progressive()}
+KINDS: dict[str, Kind] = {"unrolled": Unrolled(), "teacher": Teacher(), "progressive": Progressive()}
 """By the name in `student.kind`."""

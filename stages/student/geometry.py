@@ -9,9 +9,11 @@ from typing import Any, Self
 
 import numpy.typing as npt
 
+from advkd.cache.care.summary import FLOW_MATCHING, path_of
 from advkd.cache.errors import UsageError
 from advkd.cache.files.strict_json import integer
 from advkd.cache.format.condition import ClassCondition, Labels
+from advkd.cache.format.equivalence import DEFAULT_NETWORK, NETWORK_OPTIONS
 from advkd.cache.format.layout import DTYPES
 from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE, LatentSpace
 from advkd.cache.read.reader import TrajectoryCache
@@ -19,8 +21,49 @@ from advkd.cache.read.reader import TrajectoryCache
 MAX_LEVELS = 4096
 FORMAT, CONDITIONAL_FORMAT = 1, 2
 """Formats of a student's folder: of unconditional ones in pixel space, and of all others, as for stores."""
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+"""What a teacher's network may predict."""
+MAX_NUMBER, MAX_NUMBERS, MAX_DEPTH = 1 << 16, 512, 128
+"""Bounds of a network's configuration, which may come from elsewhere: modules are built before weights are read."""
 MAX_NAMED = 20
 """Labels that a message lists."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkDescription:
+    """The teacher's network, for a student that is one."""
+
+    name: str
+    """Its class in diffusers."""
+    config: dict[str, Any]
+    """Of that class."""
+    prediction: str
+    """What it predicts: one of `PREDICTIONS`."""
+
+    @classmethod
+    def of(cls, cache: TrajectoryCache) -> Self:
+        """That of a cache's teacher."""
+        teacher = cache.recipe.teacher
+        flow = path_of(cache.layout) == FLOW_MATCHING
+        predicted = "flow" if flow else str(teacher["scheduler"].get("prediction_type", "epsilon"))
+        return cls(name=teacher.get("network", DEFAULT_NETWORK), config=dict(teacher["unet"]), prediction=predicted)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Read a description, which may come from elsewhere.
+
+        Raises:
+            ValueError: it names another class, or its network would be excessive.
+        """
+        name, config, prediction = value["name"], value["config"], value["prediction"]
+        if name not in NETWORK_OPTIONS or prediction not in PREDICTIONS or not isinstance(config, dict):
+            raise ValueError(f"network: {str(name)[:40]} with prediction {str(prediction)[:20]} is unknown")
+        numbers = [number for found in config.values() for number in (found if isinstance(found, list) else [found])]
+        depths = [config.get(key) or 0 for key in ("layers_per_block", "num_layers")]
+        excessive = any(isinstance(number, int) and abs(number) > MAX_NUMBER for number in numbers)
+        if excessive or len(numbers) > MAX_NUMBERS or any(not 0 <= int(depth) <= MAX_DEPTH for depth in depths):
+            raise ValueError("network: its configuration is excessive")
+        return cls(name=name, config=config, prediction=prediction)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +88,17 @@ class Geometry:
     """The class labels that the student learns, ascending."""
     space: LatentSpace | None = None
     """Where items live; None for pixels, about [−1, 1]."""
+    network: NetworkDescription | None = None
+    """Of the teacher, where the student is that network."""
 
     @classmethod
-    def of(cls, cache: TrajectoryCache, steps: Sequence[int] | None = None) -> Self:
+    def of(cls, cache: TrajectoryCache, steps: Sequence[int] | None = None, *, network: bool = False) -> Self:
         """The geometry of some of a cache's recorded states.
 
         Args:
             cache: the cache.
             steps: the states to learn from, as numbers of solver steps; all recorded ones if None.
+            network: whether to describe the teacher's network, too.
 
         Raises:
             UsageError: x_T or x_0 is not among `steps`.
@@ -79,6 +125,7 @@ class Geometry:
             num_classes=0 if condition is None else condition.num_classes,
             labels=() if condition is None else condition.labels,
             space=cache.recipe.space,
+            network=NetworkDescription.of(cache) if network else None,
         )
 
     @property
@@ -120,8 +167,10 @@ class Geometry:
         return list(labels)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON; classes or a space only where there are any."""
+        """As JSON; classes, a space or a network only where there are any."""
         value = asdict(self)
+        if self.network is None:
+            del value["network"]
         if not self.num_classes:
             del value["num_classes"], value["labels"]
         del value["space"]
@@ -159,4 +208,5 @@ class Geometry:
             noise_dtype=str(value["noise_dtype"]),
             **classes,
             space=LatentSpace.from_json(value["space"]) if "space" in value else None,
+            network=NetworkDescription.from_json(value["network"]) if "network" in value else None,
         )

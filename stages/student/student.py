@@ -22,7 +22,7 @@ from advkd.cache.errors import AdvkdError, DamagedError, TrainingError
 from advkd.cache.files.durable import write_atomically, write_json
 from advkd.cache.format.noise import standard_normal
 from advkd.cache.format.space import DECODER_PATH
-from advkd.cache.read.decoder import check_decoder
+from advkd.cache.read.weights import check_decoder
 from advkd.stages.student.config import KINDS, StudentConfig
 from advkd.stages.student.geometry import CONDITIONAL_FORMAT, FORMAT, Geometry
 from advkd.stages.student.training.protocol import StudentNetwork

@@ -17,6 +17,7 @@ from torch import nn
 
 from advkd.cache.errors import UsageError
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.read.weights import teacher_weights
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.config import KINDS, TrainConfig
 from advkd.stages.student.geometry import Geometry
@@ -86,9 +87,12 @@ def train(
     split = split_seeds(cache, config.seeds or seeds)
     _check_kind(cache, config, processes.world_size)
     torch.manual_seed(config.seed)
-    geometry = Geometry.of(cache, config.states)
-    student = build_student(config.student, geometry).to(processes.accelerator.device)
     kind = KINDS[config.student.kind]
+    geometry = Geometry.of(cache, config.states, network=kind.starts_from_teacher)
+    student = build_student(config.student, geometry)
+    if kind.starts_from_teacher:
+        student.start_from(teacher_weights(cache))
+    student.to(processes.accelerator.device)
     # The global batch stays that of the start, divided among the processes of now.
     divided = kind.divided(config, num_processes, processes.world_size)
     program = kind.program(divided, student, geometry, processes.accelerator, len(split.training))

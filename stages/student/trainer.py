@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import TrainingError
 from advkd.cache.format.recipe import digest
-from advkd.cache.read.decoder import decoder_weights
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.read.weights import decoder_weights
 from advkd.stages.decoder import as_images, cache_decoder
 from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.pictures import save_rows

@@ -106,6 +106,9 @@ class CacheConfig:
     """Seed of all noise: with another one, the same seed numbers give other noise."""
     accept_range: bool = False
     """Whether to build although more than 1 % of x_0's values in the first block lie beyond ±2."""
+    keep_weights: bool = False
+    """Whether the store also gets the teacher's network, from which a student of kind `teacher` starts. Not part of the
+    recipe."""
     device: str | None = None
     """`cuda`, `cuda:1`, `mps`, `cpu`; the best that is there if not given. Not part of the recipe."""
 

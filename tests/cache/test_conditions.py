@@ -24,8 +24,8 @@ from advkd.cache.format.encoding import Packing
 from advkd.cache.format.recipe import Recipe, digest
 from advkd.cache.format.space import DECODER_PATH
 from advkd.cache.read.compare import compare
-from advkd.cache.read.decoder import decoder_weights
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.cache.read.weights import decoder_weights
 from advkd.cache.write.combine import merge, subset
 from advkd.cache.write.pack import pack, unpack
 from tests.cache import golden

@@ -55,7 +55,7 @@ FLAGS = {
     "advkd-cache build": {
         "--config", "--set", "--teacher", "--steps", "--sampler", "--record", "--seeds", "--block-size", "--batch-size",
         "--dtype", "--precision", "--device", "--workers", "--scheduler", "--out", "--on-mismatch", "--dry-run",
-        "--accept-range", "--eta", "--spacing", "--labels", "--guidance",
+        "--accept-range", "--eta", "--spacing", "--labels", "--guidance", "--keep-weights",
     },
     "advkd-cache info": {"--json"},
     "advkd-cache verify": {"--recompute", "--teacher", "--batch-size", "--device", "--repair", "--json"},

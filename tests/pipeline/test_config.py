@@ -69,7 +69,7 @@ def test_the_references_setting_is_as_published() -> None:
         ({"sampler": {"spacing": "even"}}, "'even' is none of trailing"),
         ({"sampler": {"eta": 1.0, "name": "euler"}}, "of ddim only"),
         ({"train": {"student": {"kind": "progressive"}, "compile": True}}, "don't apply to student.kind progressive"),
-        ({"train": {"student": {"kind": "big"}}}, "'big' is none of unrolled, progressive"),
+        ({"train": {"student": {"kind": "big"}}}, "'big' is none of unrolled, teacher, progressive"),
         ({"train": {"student": {"depth": 0}}}, "leave no blocks"),
         ({"train": {"ema": 1.0}}, r"in \[0, 1\)"),
         ({"train": {"objective": {"adversarial": {"start": 2}}}}, "no fraction"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -9,16 +10,20 @@ import pytest
 import yaml
 
 from advkd.cache import TrajectoryCache
+from advkd.pipeline.cli.cache import main as cache_command
+from advkd.pipeline.cli.train import main as train_command
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.student.config import TrainConfig
 from advkd.stages.student.unrolled.config import AdversarialConfig, ObjectiveConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Invoke
 from tests.pipeline.clones import ENVIRONMENT, new_clone, repro, run, select_experiment
-from tests.pipeline.readme import shell_blocks
+from tests.pipeline.readme import commands_below, shell_blocks
+from tests.stages.teachers import save_conditional
 from tests.stores import write_store
 
 TRAINING = (ROOT / "docs/training.md").read_text()
 ABLATION = (ROOT / "docs/ablation.md").read_text()
+FROM_TEACHER = "Students that start from the teacher"
 SMALL = """
 teacher: {source: nowhere}
 train:
@@ -43,7 +48,8 @@ def test_the_commands_that_train(tmp_path: Path) -> None:
         write_store(tmp_path / f"cache/{name}.zarr", "0:256")
     environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     said = {}
-    first, *rest = [command for block in shell_blocks(TRAINING) for command in block]
+    blocks = [block for block in shell_blocks(TRAINING) if block not in commands_below(TRAINING, FROM_TEACHER)]
+    first, *rest = [command for block in blocks for command in block]
     scored = "advkd-evaluate --config configs/digits.yaml --run runs/digits --cache cache/digits.zarr"
     for command in (first, scored, *rest):  # as `dvc repro` scores the run that others are compared with
         done = subprocess.run(
@@ -63,6 +69,22 @@ def test_the_commands_that_train(tmp_path: Path) -> None:
     assert [*(tmp_path / "runs/tracked/log/tensorboard").glob("events.*")]
     (compared,) = (output for command, output in said.items() if command.startswith("advkd-report"))
     assert "| small | " in compared and (tmp_path / "report.html").is_file()
+
+
+def test_the_commands_of_students_that_start_from_the_teacher(tmp_path: Path, invoke: Invoke) -> None:
+    """On a teacher with random weights, whose cache is built with them."""
+    save_conditional(tmp_path / "teacher", prediction_type="v_prediction")
+    small = yaml.safe_load(SMALL) | {"name": "digits"}
+    small |= {"teacher": {"source": "teacher"}, "cache": {"seeds": "0:64", "block_size": 32, "accept_range": True}}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/digits.yaml").write_text(yaml.safe_dump(small))
+    (commands,) = commands_below(TRAINING, FROM_TEACHER)
+    for command, (program, *arguments) in zip((cache_command, train_command), map(shlex.split, commands), strict=True):
+        done = invoke(command, *arguments)
+        assert done.exit_code == 0, done.output
+        assert program in ("advkd-cache", "advkd-train")
+    config = json.loads((tmp_path / "runs/two/student/config.json").read_text())
+    assert config["student"]["kind"] == "teacher" and config["geometry"]["steps"] == [0, 20, 50]
 
 
 def test_every_key_that_the_page_names_exists() -> None:

@@ -21,6 +21,7 @@ class Progressive:
 
     normalises_over_batch = True
     counts_steps = False
+    starts_from_teacher = False
 
     def is_paired(self, config: ProgressiveTraining) -> bool:
         """No loss assumes that x_T determines x_0."""

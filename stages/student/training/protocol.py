@@ -27,9 +27,21 @@ class StudentNetwork(nn.Module):
         """One prediction per recorded state after x_T."""
         raise NotImplementedError
 
+    def start_from(self, weights: bytes) -> None:
+        """Take the weights of the teacher's network, a checked safetensors file; of kinds that start from them."""
+        raise NotImplementedError
+
     def deployed_parameters(self) -> int:
         """Parameters that a sample needs; all of them, unless a kind has some for training only."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class UnrollingNetwork(StudentNetwork):
+    """A network whose submodules each predict x̂_0 and make the next state from it."""
+
+    def unroll(self, noise: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Every submodule's x̂_0, and every state after x_T, in stored units; the last state is the last x̂_0."""
+        raise NotImplementedError
 
 
 def check_labels(noise: Tensor, labels: Tensor | None, num_classes: int) -> None:

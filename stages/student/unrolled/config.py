@@ -32,7 +32,8 @@ class UnrolledOptions:
     attention: bool = True
     """unrolled: whether each submodule has self-attention over the trunk's positions."""
     shared: bool = False
-    """unrolled: whether all submodules share their weights, except for a scale and a shift in every block."""
+    """unrolled: whether all submodules share their weights, except for a scale and a shift in every block. teacher:
+    whether all evaluations share them."""
 
     def __post_init__(self) -> None:
         if self.depth + self.coarse < 1 or min(self.depth, self.coarse) < 0:

@@ -23,6 +23,7 @@ class Unrolled:
 
     normalises_over_batch = False
     counts_steps = True
+    starts_from_teacher = False
 
     def is_paired(self, config: UnrolledTraining) -> bool:
         """Whether a loss assumes that x_T determines x_0."""
@@ -61,10 +62,10 @@ class Unrolled:
         num_seeds: int,
     ) -> Program:
         """How to train it."""
-        from advkd.stages.student.unrolled.network import UnrolledStudent
+        from advkd.stages.student.training.protocol import UnrollingNetwork
         from advkd.stages.student.unrolled.program import UnrolledProgram
 
-        assert isinstance(student, UnrolledStudent)
+        assert isinstance(student, UnrollingNetwork)
         global_batch = config.batch_size * accelerator.num_processes
         if num_seeds < global_batch:
             raise UsageError(f"train.batch_size {global_batch} exceeds the {num_seeds} seeds to train on")

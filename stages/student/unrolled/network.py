@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import TrainingError
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.training.protocol import StudentNetwork, check_labels
+from advkd.stages.student.training.protocol import UnrollingNetwork, check_labels
 
 Level = tuple[float, float]
 """(alpha, sigma) of a state, in stored units."""
@@ -161,7 +161,7 @@ class Submodule(nn.Module):
         return features, x0
 
 
-class UnrolledStudent(StudentNetwork):
+class UnrolledStudent(UnrollingNetwork):
     """One submodule per recorded state after x_T.
 
     Args:

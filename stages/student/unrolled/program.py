@@ -16,10 +16,9 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.training.data import Batch
 from advkd.stages.student.training.descent import Descent
 from advkd.stages.student.training.optimizers import OPTIMIZERS
-from advkd.stages.student.training.protocol import Metrics, Phase, mean_metrics
+from advkd.stages.student.training.protocol import Metrics, Phase, UnrollingNetwork, mean_metrics
 from advkd.stages.student.unrolled.adversary import Adversary, CriticInput
 from advkd.stages.student.unrolled.config import UnrolledTraining
-from advkd.stages.student.unrolled.network import UnrolledStudent
 from advkd.stages.student.unrolled.regression import Regression, head_targets
 
 
@@ -51,7 +50,7 @@ class UnrolledProgram:
     """One phase, with all submodules."""
 
     def __init__(
-        self, config: UnrolledTraining, student: UnrolledStudent, geometry: Geometry, accelerator: Accelerator
+        self, config: UnrolledTraining, student: UnrollingNetwork, geometry: Geometry, accelerator: Accelerator
     ) -> None:
         objective = config.objective
         self.config = config

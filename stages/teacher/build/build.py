@@ -17,6 +17,7 @@ from advkd.cache.errors import NotCachedError
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.sealed_json import seal
 from advkd.cache.format.seeds import seeds_of
+from advkd.cache.format.store_paths import TEACHER_PATH
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.divide import Attempt, Outcome, divide
 from advkd.cache.write.writer import OnMismatch
@@ -28,6 +29,7 @@ from advkd.stages.teacher.build.block import SampledBlock, check_images, commit_
 from advkd.stages.teacher.build.plan import Plan, origin, say_older_rules
 from advkd.stages.teacher.build.resources import check_disk, check_memory
 from advkd.stages.teacher.build.tolerance import record_tolerance
+from advkd.stages.teacher.load.loader import saved_network
 
 PREVIEWED = 8
 """Seeds in the picture of the first block."""
@@ -127,6 +129,8 @@ def begin_store(plan: Plan) -> None:
     plan.writer.grow(plan.seeds)
     if plan.recipe.space is not None:
         plan.writer.write_decoder(save(plan.teacher.decoder))
+    if plan.config.keep_weights and not (plan.store / TEACHER_PATH).is_file():
+        plan.writer.write_teacher(saved_network(plan.teacher))
     note = plan.store / "provenance" / "store.json"
     if not note.is_file():
         write_atomically(note, [seal(origin(plan))])

@@ -56,11 +56,19 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
         commit=files.commit,
         config=network_config,
         card=files.card,
+        files=files.network.weights,
         parts={key: value for key in PARTS if (value := getattr(config, key)) is not None},
         tensors_sha256=checkpoint_hash,
     )
     _try_out(teacher)
     return teacher
+
+
+def saved_network(teacher: Teacher) -> bytes:
+    """One safetensors file with a teacher's network, in the precision in which it was saved."""
+    from safetensors.torch import save
+
+    return save(load_model(teacher.config, teacher.files, f"teacher {teacher.source}: its network").state_dict())
 
 
 def _of_known_class(config: Mapping[str, Any], source: str) -> dict[str, Any]:

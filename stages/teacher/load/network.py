@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Teacher:
     """The network's configuration."""
     card: TeacherCard = field(default_factory=TeacherCard)
     """What is known of it besides its files."""
+    files: tuple[Path, ...] = ()
+    """Safetensors files that hold the network's weights."""
     tensors_sha256: str = ""
     """Of the weights as they were saved, whatever precision they are used in."""
     parts: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""A student that is the teacher's own network, unrolled over a few recorded states."""

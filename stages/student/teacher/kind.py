@@ -1,0 +1,24 @@
+"""The student that is its teacher's network, as the registry of kinds has it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from advkd.stages.student.unrolled.config import UnrolledOptions
+from advkd.stages.student.unrolled.kind import Unrolled
+
+if TYPE_CHECKING:
+    from advkd.stages.student.geometry import Geometry
+    from advkd.stages.student.training.protocol import StudentNetwork
+
+
+class Teacher(Unrolled):
+    """The teacher's network, unrolled over a few states and trained as the unrolled student is."""
+
+    starts_from_teacher = True
+
+    def build(self, options: UnrolledOptions, geometry: Geometry) -> StudentNetwork:
+        """A network with fresh weights; training starts from the teacher's instead."""
+        from advkd.stages.student.teacher.network import TeacherStudent
+
+        return TeacherStudent(geometry, options.shared)
