@@ -7,6 +7,7 @@ import click
 from advkd.pipeline.cli.cache_advise import advise
 from advkd.pipeline.cli.cache_build import build
 from advkd.pipeline.cli.cache_combine import merge, subset
+from advkd.pipeline.cli.cache_export import export
 from advkd.pipeline.cli.cache_look import diff, info, preview
 from advkd.pipeline.cli.cache_pack import pack, unpack
 from advkd.pipeline.cli.cache_verify import verify
@@ -15,8 +16,8 @@ from advkd.pipeline.cli.cache_verify import verify
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="advkd", message="%(prog)s %(version)s")
 def main() -> None:
-    """Build, inspect, verify, merge, cut and pack trajectory caches."""
+    """Build, inspect, verify, merge, cut, pack and export trajectory caches."""
 
 
-for _command in (advise, build, info, verify, merge, subset, pack, unpack, preview, diff):
+for _command in (advise, build, info, verify, merge, subset, pack, unpack, export, preview, diff):
     main.add_command(_command)
