@@ -34,6 +34,7 @@ from advkd.stages.student.provenance import FILE as PROVENANCE
 from advkd.stages.student.provenance import Provenance, read_provenance, write_provenance
 from advkd.stages.student.student import (
     WEIGHTS,
+    folder_of,
     is_student,
     labels_of,
     noise_of,
@@ -159,8 +160,7 @@ class Student(nn.Module):
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
-        elif (folder / "run.json").is_file() or (folder / "student" / "config.json").is_file():
-            folder = folder / "student"
+        folder = folder_of(folder)
         network, config, geometry = read_student(folder)
         return cls(network, config, geometry, read_provenance(folder), read_decoder(folder, geometry)).eval()
 

@@ -33,6 +33,7 @@ from advkd.cache.format.seeds import blocks_of, parse_seed_range
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.provenance import versions
 from advkd.stages.student.config import KINDS, TrainConfig
+from advkd.stages.student.student import folder_of, weights_sha256
 
 FORMAT = 1
 LOCK_FILE = "run.lock"
@@ -102,12 +103,20 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
 
 
 def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_processes: int = 1) -> dict[str, Any]:
-    """What identifies a run: its configuration, the number of processes it started with, the content of its blocks.
+    """What identifies a run: its configuration, the number of processes it started with, the content of its blocks,
+    and the weights that it started from, if they are an earlier student's.
 
     Trackers are left out: they change nothing about the result, and may be added to a run that has begun.
     """
+    settings = asdict(config)
+    del settings["trackers"]
+    start = {}
+    if config.start is None:
+        del settings["start"]
+    else:
+        start = {"start": weights_sha256(folder_of(Path(config.start)))}
     return {
-        "config": {name: value for name, value in asdict(config).items() if name != "trackers"},
+        "config": settings,
         "processes": num_processes,
         "cache": {
             "fingerprint": cache.recipe.fingerprint,
@@ -115,6 +124,7 @@ def identity(config: TrainConfig, cache: TrajectoryCache, split: SeedSplit, num_
             "blocks": [min(split.blocks), max(split.blocks) + 1],
             "digest": cache.digest_of(split.blocks),
         },
+        **start,
     }
 
 

@@ -79,6 +79,12 @@ def is_student(folder: Path) -> bool:
     return isinstance(value, dict) and {"format", "student", "geometry"} <= value.keys()
 
 
+def folder_of(path: Path) -> Path:
+    """A student's folder: that of a run, or the path itself."""
+    is_run = (path / "run.json").is_file() or (path / "student" / "config.json").is_file()
+    return path / "student" if is_run else path
+
+
 def load_student(folder: Path) -> tuple[StudentNetwork, Geometry]:
     """Load a student's network, in float32 and evaluation mode, and its geometry.
 

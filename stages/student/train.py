@@ -22,7 +22,7 @@ from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.config import KINDS, TrainConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.run import Run, SeedSplit, identity, split_seeds
-from advkd.stages.student.student import build_student, load_student
+from advkd.stages.student.student import build_student, folder_of, load_student
 from advkd.stages.student.trainer import Trainer
 from advkd.stages.student.training.data import fetch_states, read_labels, value_range
 from advkd.stages.student.training.distributed import ProcessGroup
@@ -90,7 +90,9 @@ def train(
     kind = KINDS[config.student.kind]
     geometry = Geometry.of(cache, config.states, network=kind.starts_from_teacher)
     student = build_student(config.student, geometry)
-    if kind.starts_from_teacher:
+    if config.start:
+        _start(student, Path(config.start))
+    elif kind.starts_from_teacher:
         student.start_from(teacher_weights(cache))
     student.to(processes.accelerator.device)
     # The global batch stays that of the start, divided among the processes of now.
@@ -161,6 +163,22 @@ def _trained(trainer: Trainer, student: nn.Module, step: int) -> Trained:
         preview=previews[-1] if previews else None,
         is_main=trainer.processes.is_main,
     )
+
+
+def _start(student: nn.Module, other: Path) -> None:
+    """Take the weights of an earlier student.
+
+    Raises:
+        TrainingError: there is none.
+        UsageError: it is of another architecture.
+    """
+    weights, own = load_student(folder_of(other))[0].state_dict(), student.state_dict()
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        raise UsageError(
+            f"train.start: {other} is a student of another architecture: expected the same student settings, states, "
+            "image shape and classes"
+        )
+    student.load_state_dict(weights)
 
 
 def _check_kind(cache: TrajectoryCache, config: TrainConfig, world_size: int) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from advkd.cache.errors import TrainingError, UsageError
 from advkd.stages.reporter import SilentReporter
-from advkd.stages.student.config import KINDS
+from advkd.stages.student.config import KINDS, StudentConfig
 from advkd.stages.student.hub import Student
 from advkd.stages.student.run import Run
+from advkd.stages.student.student import weights_sha256
 from advkd.stages.student.train import train
 from tests.conftest import ROOT
 from tests.stages.test_descent import CONFIG, SAME, apart, launch
@@ -190,3 +192,31 @@ def test_a_launcher_that_starts_too_few_processes_is_refused(store: Path, tmp_pa
     done = command(*launcher, store=store, run=tmp_path / "one")
     assert done.returncode != 0 and not (tmp_path / "one").exists()
     assert "torchrun --nproc-per-node" in done.stderr, done.stderr[-2000:]
+
+
+def test_a_run_starts_from_an_earlier_students_weights(store: Path, tmp_path: Path) -> None:
+    """It begins where the other ended, knows its weights, and starts over where they have changed."""
+    train(store, UNROLLED, tmp_path / "first")
+    later = dataclasses.replace(UNROLLED, start=str(tmp_path / "first"), learning_rate=1e-9, kernel_learning_rate=1e-9)
+    later = dataclasses.replace(later, steps=2, weight_decay=0.0, ema=0.0)
+    train(store, later, tmp_path / "second")
+    ended = Student.from_pretrained(tmp_path / "first").state_dict()
+    for name, tensor in Student.from_pretrained(tmp_path / "second").state_dict().items():
+        torch.testing.assert_close(tensor, ended[name], rtol=0.0, atol=1e-6)
+    known = Student.from_pretrained(tmp_path / "second").provenance
+    assert known["start"] == weights_sha256(tmp_path / "first/student")
+    assert "start" not in record_of(tmp_path / "first")["identity"]["config"]
+    assert train(store, later, tmp_path / "second").complete
+    train(store, LONGER, tmp_path / "first")
+    with pytest.raises(UsageError, match=r"second holds another run .*start"):
+        train(store, later, tmp_path / "second")
+
+
+def test_a_start_that_does_not_fit_is_refused(store: Path, tmp_path: Path) -> None:
+    train(store, UNROLLED, tmp_path / "first")
+    wider = dataclasses.replace(UNROLLED, start=str(tmp_path / "first"), student=StudentConfig(width=16, depth=1))
+    with pytest.raises(UsageError, match=r"train.start: .*first is a student of another architecture"):
+        train(store, wider, tmp_path / "second")
+    with pytest.raises(TrainingError, match="no student in"):
+        train(store, dataclasses.replace(UNROLLED, start="nowhere"), tmp_path / "second")
+    assert not (tmp_path / "second").exists()

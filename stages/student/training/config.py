@@ -47,6 +47,8 @@ class TrainingConfig:
     """Decay per step of the exponential moving average of the weights. Only the average is saved and scored."""
     ema_width: float | None = None
     """Replaces `ema` by a power-function average of this relative width (Karras et al. 2024, §3), such as 0.05."""
+    start: str | None = None
+    """An earlier run, or a student's folder, from whose weights training starts: of the same architecture."""
     seed: int = 0
     """Seed of the initial weights, the order of batches and all random draws."""
     mixed_precision: str = "no"
