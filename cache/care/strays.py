@@ -29,14 +29,14 @@ def strays(root: Path, known: Collection[str], seals: Collection[str], listed: C
             continue  # a write in flight, or one that the next build sweeps
         parts = path.split("/")
         state = parts[1] if parts[0] == "states" and len(parts) > 2 else None
-        block = _block_of(parts)
+        block = block_of(parts)
         if block is not None and block not in listed and _is_being_made(root, block):
             continue
         problem = "is recorded nowhere: left by an interrupted build, or foreign"
         yield Finding(kind="stray", file=path, problem=problem, block=block, state=state)
 
 
-def _block_of(parts: list[str]) -> int | None:
+def block_of(parts: list[str]) -> int | None:
     """The block that a file would be of, by its path."""
     if parts[0] in ("blocks", "provenance"):
         return _number(parts[-1].removeprefix("block-").partition(".")[0])

@@ -1,4 +1,4 @@
-"""`advkd-cache export`."""
+"""`advkd-cache export` and `push`: caches for other tools, and on the Hub."""
 
 from __future__ import annotations
 
@@ -36,3 +36,23 @@ def export(store: str, form: str, out: Path, seeds: str | None, states: str | No
         exported = export_cache(TrajectoryCache.open(store), out, form, reporter, seeds=seeds, steps=steps)
     there = f", {exported.num_present} of which were there" if exported.num_present else ""
     click.echo(f"{out}: {exported.num_seeds:,} seeds in {exported.num_shards:,} shards{there}")
+
+
+@click.command(epilog=example("advkd-cache push cache/digits.zarr hf://datasets/me/digits"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("address")
+@click.option("--private", is_flag=True, default=None, help="Make a new repository private.")
+@guarded
+def push(store: Path, address: str, private: bool | None) -> None:
+    """Publish a cache as a data set of the Hub, hf://datasets/OWNER/NAME, with a card and a picture.
+
+    Sends what the Hub lacks: an interrupted push goes on, a grown cache sends its new blocks. Every command that reads
+    a cache opens the address. `hf auth login` comes first.
+    """
+    from advkd.pipeline.progress import TerminalReporter
+    from advkd.stages.exchange.push import push_cache
+
+    with TerminalReporter() as reporter:
+        pushed = push_cache(store, address, reporter, private=private)
+    there = f"; {pushed.num_present:,} were there" if pushed.num_present else ""
+    click.echo(f"{pushed.url}: {pushed.num_files:,} files in {pushed.num_commits} commits{there}")

@@ -9,7 +9,7 @@ import urllib.parse
 from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -110,7 +110,8 @@ def hub(folder: Path) -> Iterator[str]:
 
 
 class ModelHubHandler(BaseHTTPRequestHandler):
-    """Repositories, each a folder, those of Spaces in `spaces/`: made, committed to, listed, read; not `refused/`."""
+    """Repositories, each a folder, those of Spaces and data sets in `spaces/` and `datasets/`: made, committed to,
+    listed, read; not `refused/`."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -139,7 +140,8 @@ class ModelHubHandler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            name = f"spaces/{name}" if asked.get("type") == "space" and asked["sdk"] == "static" else name
+            if asked.get("type") == "dataset" or (asked.get("type") == "space" and asked["sdk"] == "static"):
+                name = f"{asked['type']}s/{name}"
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             return self._json({"url": f"{self.address}/{name}"})
         name = repository_of(path)
@@ -152,7 +154,7 @@ class ModelHubHandler(BaseHTTPRequestHandler):
                     self.commits.append(line["value"])
                 else:
                     committed = self.folder / name / line["value"]["path"]
-                    committed.parent.mkdir(exist_ok=True)
+                    committed.parent.mkdir(parents=True, exist_ok=True)
                     committed.write_bytes(b64decode(line["value"]["content"]))
             url = f"{self.address}/{name}/commit/{COMMIT}"
             return self._json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
@@ -166,10 +168,13 @@ class ModelHubHandler(BaseHTTPRequestHandler):
         if not repository.is_dir():
             return self._send(404, b'{"error": "Repository not found"}', X_Error_Code="RepoNotFound")
         if path.startswith("/api/") and "/tree/" in path:
-            entries = [
-                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": COMMIT} for p in listed(repository)
-            ]
-            return self._json(entries)
+            inside = repository / path.partition("/tree/main")[2].strip("/")
+            if not inside.is_dir():
+                return self._send(404, b'{"error": "Entry not found"}', X_Error_Code="EntryNotFound")
+            everything = "recursive=true" in self.path.lower()
+            return self._json(
+                [entry_of(p, repository) for p in sorted(inside.rglob("*") if everything else inside.iterdir())]
+            )
         if path.startswith("/api/"):
             siblings = [{"rfilename": child.name} for child in listed(repository)]
             return self._json(
@@ -189,7 +194,16 @@ class ModelHubHandler(BaseHTTPRequestHandler):
 def repository_of(path: str) -> str:
     """The folder of the repository that a request is about."""
     parts = path.removeprefix("/api/models").removeprefix("/api").strip("/").split("/")
-    return "/".join(parts[: 3 if parts[0] == "spaces" else 2])
+    return "/".join(parts[: 3 if parts[0] in ("spaces", "datasets") else 2])
+
+
+def entry_of(path: Path, repository: Path) -> dict[str, object]:
+    """A file or folder as the Hub lists it, a file by git's own name of its bytes."""
+    name = str(path.relative_to(repository))
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": COMMIT}
+    data = path.read_bytes()
+    return {"type": "file", "path": name, "size": len(data), "oid": sha1(b"blob %d\0" % len(data) + data).hexdigest()}
 
 
 def listed(folder: Path) -> list[Path]:
