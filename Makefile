@@ -31,7 +31,8 @@ lint: install-dev  ## what CI checks besides the tests
 	pre-commit run --all-files
 
 browser:  ## what the page's tests need: Debian's Chromium (as root), and the onnxruntime-web that pages name
-	command -v chromium chromedriver npm || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver npm)
+	command -v chromium && command -v chromedriver || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
+	command -v npm || (apt-get update -qq && apt-get install -y -qq npm)
 	npm install --silent --no-save --no-audit --no-fund --prefix .browser onnxruntime-web@1.30.0
 
 install: .venv/.installed

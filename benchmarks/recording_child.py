@@ -12,6 +12,7 @@ from typing import Any
 from advkd.stages.teacher.build import background, build
 from advkd.stages.teacher.build.plan import make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
+from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 from benchmarks.harness import peak_megabytes
 
@@ -42,10 +43,11 @@ def main() -> None:
     plan = make_plan(TeacherConfig(source=teacher), SamplerConfig(steps=10), config, Path(store))
     found: dict[str, Any] = {}
     if how == "sample":  # weights and activations only: batches are sampled and dropped
+        path = SolverPath.of(plan.network.scheduler_config, plan.sampler)
         for start in range(0, block_size, batch):
             seeds = range(start, min(start + batch, block_size))
             noise = initial_noise(0, seeds, plan.recipe.item_shape, "float16")
-            record_states(plan.teacher, plan.path, noise, seeds=seeds, root_seed=0, record=[])
+            record_states(plan.network, path, noise, seeds=seeds, root_seed=0, record=[])
     else:
         found = {
             "waited": timed(background.Background, "wait"),

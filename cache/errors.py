@@ -74,3 +74,9 @@ class NeedsDamagedError(DamagedError):
 
 class LockedError(CacheError, BlockingIOError):
     """Another process holds the store."""
+
+
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """What another library's error says first, short enough for a line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

@@ -18,10 +18,11 @@ import yaml
 from advkd.cache.errors import ConfigError, UsageError
 from advkd.cache.files.durable import PARTIAL_SUFFIX
 from advkd.cache.files.locks import LOCK_FILE, NOTE_FILE
-from advkd.cache.format.seeds import blocks_of, parse_seed_range, seeds_of
+from advkd.cache.format.seeds import blocks_of, seeds_of
 from advkd.cache.format.store_paths import record_path
 from advkd.pipeline.config import Experiment, from_dict
 from advkd.stages.teacher.config import recorded_steps
+from advkd.stages.teacher.pipelines.prompt_list import requested_seeds
 
 YES = "`rebuild: true` in the experiment's configuration makes it again"
 
@@ -101,7 +102,7 @@ class _Made:
     def lacks_blocks(self, store: Path) -> str | None:
         """Which of its blocks the store here lacks, in words; it may be another extension of the recorded one."""
         cache = self.request.cache
-        blocks = blocks_of(parse_seed_range(cache.seeds), cache.block_size)
+        blocks = blocks_of(requested_seeds(cache), cache.block_size)
         absent = [block for block in blocks if not (store / record_path(block)).is_file()]
         if not absent:
             return None

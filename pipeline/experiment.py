@@ -20,6 +20,10 @@ _SECTIONS = {
     "guidance": ("sampler", "guidance"),
     "labels": ("cache", "labels"),
     "record": ("cache", "record"),
+    "prompts": ("cache", "prompts"),
+    "seeds_per_prompt": ("cache", "seeds_per_prompt"),
+    "height": ("sampler", "height"),
+    "width": ("sampler", "width"),
     "seeds": ("cache", "seeds"),
     "block_size": ("cache", "block_size"),
     "batch_size": ("cache", "batch_size"),
@@ -37,6 +41,10 @@ _NAMING = (
     "spacing",
     "guidance",
     "labels",
+    "prompts",
+    "seeds_per_prompt",
+    "height",
+    "width",
     "record",
     "block_size",
     "dtype",
@@ -44,7 +52,14 @@ _NAMING = (
 )
 """Flags that change the recipe or layout; the store's name gets a suffix for each, or it would collide with the
 configured store."""
-_PREFIXES = {"block_size": "block", "eta": "eta", "guidance": "guidance"}
+_PREFIXES = {
+    "block_size": "block",
+    "eta": "eta",
+    "guidance": "guidance",
+    "seeds_per_prompt": "each",
+    "height": "height",
+    "width": "width",
+}
 
 
 def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experiment, str]:
@@ -81,6 +96,8 @@ def with_flags(experiment: Experiment, flags: dict[str, Any]) -> tuple[Experimen
 def _label(flag: str, value: Any) -> str:
     if flag == "teacher":
         return f"-{Path(value).name}"
+    if flag == "prompts":
+        return f"-{Path(value).stem}"
     if flag in ("record", "labels"):
         return f"-{flag}{'_'.join(map(str, value)) if isinstance(value, list) else value}"
     return f"-{_PREFIXES.get(flag, '')}{value}"

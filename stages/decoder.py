@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from advkd.cache.errors import DamagedError, UsageError
+from advkd.cache.errors import DamagedError, UsageError, first_line
 from advkd.cache.format.space import DECODER_PATH, LatentSpace
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.read.weights import decoder_weights
@@ -139,7 +139,7 @@ def open_tiny_decoder(folder: Path, space: LatentSpace, item_shape: tuple[int, .
         if made != space.image_shape:
             raise ValueError(f"it makes images of {made}, the teacher's own decoder of {space.image_shape}")
     except Exception as error:  # whatever a foreign folder makes diffusers, torch and safetensors raise
-        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+        problem = first_line(error)
         raise UsageError(f"decoder {folder}: no {TINY} that diffusers saved as safetensors ({problem})") from error
     return decoder
 
@@ -158,5 +158,5 @@ def read_decoder_file(space: LatentSpace, data: bytes, where: str) -> Decoder:
     try:
         return build_decoder(space, load(data))
     except Exception as error:  # whatever a foreign configuration makes diffusers, torch and safetensors raise
-        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+        problem = first_line(error)
         raise DamagedError(f"{where} doesn't fit the configuration of its {space.decoder} ({problem})") from error

@@ -17,6 +17,8 @@ MARGIN = 2
 FRAME_MILLISECONDS = 350
 LABEL_HEIGHT = 14
 LABEL_GAP = 6
+MAX_LABEL = 40
+"""Characters of a label, which may be a prompt; the rest is cut."""
 MIN_SIDE = 64
 """Smaller images are enlarged by a whole factor to at least this many pixels."""
 
@@ -68,13 +70,13 @@ def save_grid(path: Path, images: Images, columns: int | None = None) -> Path:
 
 
 def save_trajectories(
-    path: Path, timesteps: Sequence[float], states: Sequence[Images], labels: Sequence[object] | None = None
+    path: Path, names: Sequence[str], states: Sequence[Images], labels: Sequence[object] | None = None
 ) -> Path:
-    """One row per seed and one column per recorded state, with the timestep above each column.
+    """One row per seed and one column per recorded state, with its name above each column.
 
     Args:
         path: PNG to write.
-        timesteps: of each state; negative means x_0.
+        names: of each state, such as its timestep.
         states: values of each state, about [−1, 1], shape (N, C, H, W).
         labels: what to write before each row, such as its class.
     """
@@ -84,33 +86,29 @@ def save_trajectories(
     headed.paste(sheet, (0, LABEL_HEIGHT))
     draw = ImageDraw.Draw(headed)
     width = (sheet.width - MARGIN) / len(states)
-    for index, timestep in enumerate(timesteps):
-        draw.text((MARGIN + (index + 0.5) * width, 1), _label(timestep), fill="black", anchor="ma")
+    for index, name in enumerate(names):
+        draw.text((MARGIN + (index + 0.5) * width, 1), name, fill="black", anchor="ma")
     return save_image(path, headed if labels is None else _with_labels(headed, list(map(str, labels)), LABEL_HEIGHT))
 
 
-def save_denoising(path: Path, timesteps: Sequence[float], states: Sequence[Images]) -> Path:
-    """An animated GIF of the denoising: one frame per state with its timestep, the last one shown longer.
+def save_denoising(path: Path, names: Sequence[str], states: Sequence[Images]) -> Path:
+    """An animated GIF of the denoising: one frame per state with its name, the last one shown longer.
 
     Args:
         path: GIF to write.
-        timesteps: of each state; negative means x_0.
+        names: of each state, such as its timestep.
         states: values of each state, about [−1, 1], shape (N, C, H, W).
     """
     frames = []
-    for timestep, images in zip(timesteps, states, strict=True):
+    for name, images in zip(names, states, strict=True):
         sheet = grid(images, max(1, round(len(images) ** 0.5)))
         frame = Image.new("RGB", (sheet.width, sheet.height + LABEL_HEIGHT), "white")
         frame.paste(sheet, (0, LABEL_HEIGHT))
-        ImageDraw.Draw(frame).text((MARGIN, 1), _label(timestep), fill="black")
+        ImageDraw.Draw(frame).text((MARGIN, 1), name, fill="black")
         frames.append(frame.quantize(256))
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]
     options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
     return _save(path, lambda partial: frames[0].save(partial, format="GIF", **options))
-
-
-def _label(timestep: float) -> str:
-    return f"t={timestep:g}" if timestep >= 0 else "x_0"
 
 
 def save_rows(path: Path, rows: Mapping[str, Images]) -> Path:
@@ -126,6 +124,7 @@ def save_rows(path: Path, rows: Mapping[str, Images]) -> Path:
 
 def _with_labels(sheet: Image.Image, labels: Sequence[str], top: int) -> Image.Image:
     """A sheet with a label before each of its rows, which begin below `top` pixels."""
+    labels = [label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…" for label in labels]
     left = MARGIN + max(round(ImageDraw.Draw(sheet).textlength(label)) for label in labels) + LABEL_GAP
     labelled = Image.new("RGB", (sheet.width + left, sheet.height), "white")
     labelled.paste(sheet, (left, 0))

@@ -46,7 +46,8 @@ class StoreMetadata:
             *required,
         ):
             with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-                self.declared[spec.path] = int(parse_json(cache.files.read(spec.metadata_path))["shape"][0])
+                num_rows = int(parse_json(cache.files.read(spec.metadata_path))["shape"][0])
+                self.declared[spec.path] = num_rows * spec.seeds_per_row
             if spec.path in self.declared or self._has_files(spec.path):
                 here.append(spec)
             else:

@@ -8,6 +8,7 @@ from typing import Any
 from advkd.cache.codec.unpacked_source import UnpackedSource
 from advkd.cache.files.sealed_json import unseal
 from advkd.cache.format.array_record import ArrayRecord
+from advkd.cache.format.arrays import ArraySpec
 from advkd.cache.format.equivalence import SCHEDULER_OPTIONS
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.ledger import BlockRecord, content_digest
@@ -55,6 +56,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "sampler": _sampler(recipe),
         "path": path_of(cache.layout),
         **({} if recipe.condition is None else {"condition": recipe.condition.to_json()}),
+        **({} if recipe.prompts is None else {"prompts": recipe.prompts.to_json()}),
         **({} if recipe.space is None else {"space": recipe.space.to_json()}),
         "precision": recipe.precision,
         "noise": recipe.noise,
@@ -154,13 +156,17 @@ def _arrays(cache: TrajectoryCache, records: Sequence[BlockRecord]) -> list[dict
     return [
         {
             "path": name,
-            **({"item_shape": list(here[name].item_shape), "dtype": here[name].dtype} if name in here else {}),
+            **(_described(here[name]) if name in here else {}),
             "here": name in here,
             "minimum": min(record.arrays[name].minimum for record in records if name in record.arrays),
             "maximum": max(record.arrays[name].maximum for record in records if name in record.arrays),
         }
         for name in cache.further_names
     ]
+
+
+def _described(spec: ArraySpec) -> dict[str, Any]:
+    return {"item_shape": list(spec.item_shape), "dtype": spec.dtype, "seeds_per_row": spec.seeds_per_row}
 
 
 def _packed(cache: TrajectoryCache, source: UnpackedSource, sampled: Sequence[int]) -> dict[str, Any]:
@@ -190,9 +196,15 @@ def origin_of(cache: TrajectoryCache) -> dict[str, Any]:
     """Source, commit, licence and chosen files of the teacher as text, and `class_names` by label (as text), as the
     store's first builder recorded them; only what is known."""
     try:
-        value = unseal(cache.source.read("provenance/store.json"))["teacher"]
-        names = {str(label): str(name)[:_MAX_CHARACTERS] for label, name in value.get("class_names", {}).items()}
-        known = {key: str(value[key])[:_MAX_CHARACTERS] for key in _ORIGIN if value.get(key)}
+        return origin_in(unseal(cache.source.read("provenance/store.json"))["teacher"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def origin_in(value: Any) -> dict[str, Any]:
+    """The same of a teacher's description that may come from elsewhere."""
+    if not isinstance(value, dict) or not isinstance(value.get("class_names", {}), dict):
+        return {}
+    names = {str(label): str(name)[:_MAX_CHARACTERS] for label, name in value.get("class_names", {}).items()}
+    known = {key: str(value[key])[:_MAX_CHARACTERS] for key in _ORIGIN if value.get(key)}
     return {**known, "class_names": names} if names else known

@@ -137,9 +137,9 @@ class _Verification:
             self._find("missing", f"{name}/c/{block}", problem, block)
 
     def _labels_sha256(self, block: int) -> str | None:
-        """sha256 of a block's labels as the recipe's rule gives them; None where there is no rule."""
+        """sha256 of a block's labels as the recipe's rule gives them; None where the array is all that says them."""
         condition = self.cache.recipe.condition
-        if condition is None:
+        if condition is None or condition.stored:
             return None
         labels = condition.labels_of(seeds_of(block, self.cache.layout.block_size))
         return hashlib.sha256(with_crc(labels.astype("<i4").tobytes())).hexdigest()

@@ -16,8 +16,11 @@ from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
 from advkd.cache.errors import CacheError
+from advkd.cache.files.interrupts import StopRequest
 
 T = TypeVar("T")
+POLL_SECONDS = 0.2
+"""How often to look for Ctrl-C while no block is finished."""
 
 
 def num_cores() -> int:
@@ -40,6 +43,7 @@ def in_processes(
 
     Raises:
         CacheError: a worker process was killed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; blocks that workers had begun are finished first.
     """
     blocks = list(blocks)
     if min(num_workers, len(blocks)) <= 1:
@@ -47,7 +51,8 @@ def in_processes(
         return
     # Spawned, since the parent may have threads. Few blocks are submitted ahead, so that stopping waits for few.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(blocks)), context, _begin_worker) as pool:
+    # An exception from a signal handler inside the pool's own code would leave its locks held, and the pool waiting.
+    with StopRequest() as stop, ProcessPoolExecutor(min(num_workers, len(blocks)), context, _begin_worker) as pool:
         left = iter(blocks)
         running: dict[Future[T], int] = {}
         try:
@@ -56,7 +61,9 @@ def in_processes(
                     running[pool.submit(function, block)] = block
                 if not running:
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                if stop():
+                    raise KeyboardInterrupt
+                for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise CacheError(

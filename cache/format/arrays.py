@@ -1,13 +1,15 @@
 """The arrays of a store, all described in one way: where they are, and what a block of them holds.
 
-A store has one array per recorded state, `states/<step>`, and where its teacher was told labels `conditions/label`;
-their descriptions follow from recipe and layout. A ledger may name more **further arrays**; each is described by its
-own `zarr.json`, a plain array of one chunk per block with the codecs `bytes` and `crc32c`. Whatever copies, checks or
-resizes a store handles every array through `ArraySpec`, so that a new kind of array needs an entry here at most.
+A store has one array per recorded state, `states/<step>`, and where its teacher was told labels or prompts arrays of
+`conditions/`; their descriptions follow from recipe and layout. A ledger may name more **further arrays**; each is
+described by its own `zarr.json`, a plain array of one chunk per block with the codecs `bytes` and `crc32c`. Whatever
+copies, checks or resizes a store handles every array through `ArraySpec`, so that a new kind of array needs an entry
+here at most.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from advkd.cache.files.strict_json import integer, parse_json
 from advkd.cache.format.array_record import ArrayRecord, num_segments
 from advkd.cache.format.condition import LABEL_DTYPE, LABELS_PATH
 from advkd.cache.format.layout import MAX_BLOCK_BYTES, Layout, State
+from advkd.cache.format.prompts import MAX_TEXT_BYTES, TEXT_PATH, PromptCondition
 from advkd.cache.format.recipe import Recipe
 from advkd.cache.format.source import Source, check_num_blocks
 from advkd.cache.format.store_paths import chunk_path, metadata_path, states_path
@@ -29,7 +32,7 @@ ITEM_SIZES = {
 }
 """Bytes of a value, by the dtypes that an array may have."""
 MAX_AXES = 8
-_INVALID = (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError)
+_INVALID = (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError, ZeroDivisionError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +42,14 @@ class ArraySpec:
     path: str
     """Relative to the store, such as `states/0050` or `conditions/label`."""
     item_shape: tuple[int, ...]
-    """Shape of one seed's values; () for one number per seed."""
+    """Shape of one row's values; () for one number per row."""
     dtype: str
     block_size: int
+    """Rows of a chunk: as many as a block has seeds, or prompts."""
     template: dict[str, Any]
     """Its `zarr.json` when it declares no seeds."""
+    seeds_per_row: int = 1
+    """Seeds that share a row, such as those of a prompt."""
 
     @property
     def metadata_path(self) -> str:
@@ -52,7 +58,7 @@ class ArraySpec:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one seed's values."""
+        """Bytes of one row's values."""
         return math.prod(self.item_shape) * ITEM_SIZES[self.dtype]
 
     @property
@@ -71,7 +77,7 @@ class ArraySpec:
 
     def metadata(self, num_seeds: int) -> dict[str, Any]:
         """Its `zarr.json` when it declares so many seeds."""
-        return {**self.template, "shape": [num_seeds, *self.item_shape]}
+        return {**self.template, "shape": [num_seeds // self.seeds_per_row, *self.item_shape]}
 
 
 def state_spec(recipe: Recipe, layout: Layout, state: State) -> ArraySpec:
@@ -87,24 +93,62 @@ def state_spec(recipe: Recipe, layout: Layout, state: State) -> ArraySpec:
 
 def label_spec(block_size: int) -> ArraySpec:
     """The array of the labels, `conditions/label`."""
+    return _plain_spec(LABELS_PATH, (), LABEL_DTYPE, fill_value=-1, block_size=block_size)
+
+
+def prompt_specs(prompts: PromptCondition, block_size: int) -> tuple[ArraySpec, ...]:
+    """The arrays of a store's prompts: texts, embeddings, and the lengths of padded ones; a row per prompt."""
+    make = functools.partial(
+        _plain_spec,
+        block_size=block_size // prompts.seeds_per_prompt,
+        seeds_per_row=prompts.seeds_per_prompt,
+    )
+    found = [make(TEXT_PATH, (MAX_TEXT_BYTES,), "uint8", fill_value=0)]
+    for one in prompts.embeddings:
+        fill = {"f": "NaN", "b": False}.get(one.dtype[0], -1)
+        found.append(make(one.path, one.shape, one.dtype, fill_value=fill))
+        if one.padded:
+            found.append(make(one.length_path, (), "int64", fill_value=-1))
+    return tuple(found)
+
+
+def _plain_spec(
+    path: str,
+    item_shape: tuple[int, ...],
+    dtype: str,
+    *,
+    fill_value: Any,
+    block_size: int,
+    seeds_per_row: int = 1,
+) -> ArraySpec:
+    rows = "seed" if seeds_per_row == 1 else "prompt"
     template = {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": [0],
-        "data_type": LABEL_DTYPE,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [block_size]}},
+        "shape": [0, *item_shape],
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [block_size, *item_shape]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": -1,
-        "codecs": zarr_codecs(None, LABEL_DTYPE),
-        "dimension_names": ["seed"],
+        "fill_value": fill_value,
+        "codecs": zarr_codecs(None, dtype),
+        "dimension_names": [rows, *[None] * len(item_shape)],
         "attributes": {},
         "storage_transformers": [],
     }
-    return ArraySpec(path=LABELS_PATH, item_shape=(), dtype=LABEL_DTYPE, block_size=block_size, template=template)
+    return ArraySpec(
+        path=path,
+        item_shape=item_shape,
+        dtype=dtype,
+        block_size=block_size,
+        seeds_per_row=seeds_per_row,
+        template=template,
+    )
 
 
 def required_specs(recipe: Recipe, block_size: int) -> tuple[ArraySpec, ...]:
     """The arrays besides the states that every store of a recipe has."""
+    if recipe.prompts is not None:
+        return prompt_specs(recipe.prompts, block_size)
     return () if recipe.condition is None else (label_spec(block_size),)
 
 
@@ -118,25 +162,28 @@ def read_spec(source: Source, path: str, block_size: int) -> tuple[ArraySpec, in
     where = metadata_path(path)
     try:
         value = parse_json(source.read(where))
-        num_seeds, *item_shape = (integer(length) for length in value["shape"])
+        num_rows, *item_shape = (integer(length) for length in value["shape"])
+        rows = integer(value["chunk_grid"]["configuration"]["chunk_shape"][0])
+        seeds_per_row, uneven = divmod(block_size, rows)
         spec = ArraySpec(
             path=path,
             item_shape=tuple(item_shape),
             dtype=str(value["data_type"]),
-            block_size=block_size,
+            block_size=rows,
+            seeds_per_row=seeds_per_row,
             template={**value, "shape": [0, *item_shape]},
         )
-        fits = len(item_shape) < MAX_AXES and min([num_seeds, *(n - 1 for n in item_shape)]) >= 0
-        fits = fits and spec.block_bytes <= MAX_BLOCK_BYTES and value == _expected(value, spec, num_seeds)
+        fits = len(item_shape) < MAX_AXES and min([num_rows, *(n - 1 for n in item_shape)]) >= 0 and not uneven
+        fits = fits and spec.block_bytes <= MAX_BLOCK_BYTES and value == _expected(value, spec, num_rows)
     except _INVALID:
         fits = False
     if not fits:
         raise DamagedError(f"{source.address}/{where} describes no array of one uncompressed chunk per block")
-    check_num_blocks(f"{source.address}/{where}", num_seeds, block_size)
-    return spec, num_seeds
+    check_num_blocks(f"{source.address}/{where}", num_rows, rows)
+    return spec, num_rows * seeds_per_row
 
 
-def _expected(value: dict[str, Any], spec: ArraySpec, num_seeds: int) -> dict[str, Any]:
+def _expected(value: dict[str, Any], spec: ArraySpec, num_rows: int) -> dict[str, Any]:
     """What `zarr.json` must say, its free members (fill value, names and attributes) taken from what it says."""
     to_bytes, crc = zarr_codecs(None, spec.dtype)
     if ITEM_SIZES[spec.dtype] == 1 and value["codecs"][0] == {"name": "bytes"}:
@@ -144,7 +191,7 @@ def _expected(value: dict[str, Any], spec: ArraySpec, num_seeds: int) -> dict[st
     return {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": [num_seeds, *spec.item_shape],
+        "shape": [num_rows, *spec.item_shape],
         "data_type": spec.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [spec.block_size, *spec.item_shape]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},

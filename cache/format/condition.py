@@ -1,7 +1,8 @@
-"""Conditions: what a conditional teacher is told besides the noisy state, as a function of the seed alone.
+"""Conditions: what a conditional teacher is told besides the noisy state.
 
-That the label of a seed depends on nothing else keeps blocks independent: a store can be extended, merged and built
-by several processes at once, and a student's fresh seeds have labels by the same rule.
+By the rule `cyclic` the label of a seed depends on nothing else, which keeps blocks independent: a store can be
+extended, merged and built by several processes at once, and a student's fresh seeds have labels by the same rule. An
+imported store has the labels of its source (rule `stored`); fresh seeds then take its labels in turn, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from advkd.cache.files.strict_json import integer, shortened, unknown_members
 LABELS_PATH = "conditions/label"
 """Array of the seeds' class labels: int32, one per seed."""
 LABEL_DTYPE = "int32"
-LABEL_RULE = "cyclic"
+LABEL_RULES = ("cyclic", "stored")
 MAX_CLASSES = 1 << 20
 Labels = npt.NDArray[np.int32]
 
@@ -37,6 +38,8 @@ class ClassCondition:
     """Scale w of classifier-free guidance (Ho & Salimans 2022): null + w · (labelled − null); 1 is none."""
     null_class: int | None = None
     """The row that stands for no label; None if guidance is 1, which doesn't use it."""
+    rule: str = LABEL_RULES[0]
+    """What the labels of cached seeds follow from: `cyclic`, the seed; `stored`, nothing but the array."""
 
     def __post_init__(self) -> None:
         within = all(0 <= label < self.num_classes for label in (*self.labels, self.null_class or 0))
@@ -56,7 +59,9 @@ class ClassCondition:
             )
 
     def labels_of(self, seeds: npt.ArrayLike) -> Labels:
-        """Labels of some seeds by the rule `cyclic`: `labels[seed mod len(labels)]`, balanced over any run of seeds.
+        """Labels in turn, `labels[seed mod len(labels)]`, balanced over any run of seeds.
+
+        By the rule `cyclic` the cached seeds' labels are these, too.
 
         Args:
             seeds: whole numbers, shape (N,).
@@ -72,13 +77,18 @@ class ClassCondition:
         return np.asarray(self.labels, dtype=np.int32)
 
     @property
+    def stored(self) -> bool:
+        """Whether the array is all that says the labels of cached seeds."""
+        return self.rule == "stored"
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations per prediction: guidance takes one with the label and one without."""
         return 1 if self.null_class is None else 2
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"kind": "class", "rule": LABEL_RULE, **asdict(self), "labels": list(self.labels)}
+        return {"kind": "class", **asdict(self), "labels": list(self.labels)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
@@ -88,8 +98,8 @@ class ClassCondition:
             NewerCacheError: it is of a kind, or has a rule or a member, that this version doesn't know.
             NotACacheError: a part is out of range.
         """
-        unknown = unknown_members(value, ["kind", "rule", *(field.name for field in fields(cls))])
-        if value["kind"] != "class" or value["rule"] != LABEL_RULE or unknown:
+        unknown = unknown_members(value, ["kind", *(field.name for field in fields(cls))])
+        if value["kind"] != "class" or value["rule"] not in LABEL_RULES or unknown:
             what = unknown[0] if unknown else f"{shortened(value['kind'])}/{shortened(value['rule'])}"
             raise NewerCacheError(f"its condition ({what}) is of a newer advkd: upgrade advkd")
         guidance, null_class = value["guidance"], value["null_class"]
@@ -100,4 +110,5 @@ class ClassCondition:
             labels=tuple(integer(label) for label in value["labels"]),
             guidance=guidance,
             null_class=None if null_class is None else integer(null_class),
+            rule=value["rule"],
         )

@@ -35,7 +35,7 @@ class State:
     step: int
     """Solver steps done: 0 is x_T."""
     timestep: float
-    """The timestep that the teacher would be given with this state; −1 for the final one."""
+    """The timestep that the teacher would be given with this state; −1 for the final one, or if not recorded."""
     alpha: float
     sigma: float
     scale: float
@@ -44,6 +44,15 @@ class State:
     def name(self) -> str:
         """Name of its array below `states/`."""
         return f"{self.step:04d}"
+
+    @property
+    def label(self) -> str:
+        """What to write beside it: its timestep, or which end of the path it is, else its noise level."""
+        if self.timestep >= 0:
+            return f"t={self.timestep:g}"
+        if self.sigma == 0:
+            return "x_0"
+        return f"σ={self.sigma:g}" if self.step else "x_T"
 
     @property
     def stored_alpha(self) -> float:

@@ -53,6 +53,8 @@ def read_metadata(source: Source) -> tuple[Recipe, Layout]:
             intact = (recipe.fingerprint, layout.layout_hash) == (value["fingerprint"], value["layout_hash"])
             intact = intact and recipe.format == found_format
             intact = intact and layout.block_bytes(recipe.item_shape) <= layout.max_block_bytes
+            if recipe.prompts is not None and layout.block_size % recipe.prompts.seeds_per_prompt:
+                raise NotACacheError(f"its blocks of {layout.block_size} seeds divide the seeds of a prompt")
     except NotACacheError as error:
         raise type(error)(f"{address}/zarr.json: {error}") from None
     except _NOT_JSON_OF_OURS:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from advkd.cache.errors import CacheError, CacheNotFoundError, DamagedError, UsageError
+from advkd.cache.errors import CacheError, CacheNotFoundError, DamagedError, UsageError, first_line
 from advkd.cache.files.paths import MAX_METADATA_BYTES, open_file, read_bounded, safe_folder
 from advkd.cache.format.store_paths import block_of_record, record_path
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS
@@ -134,9 +134,9 @@ class RemoteSource(WholeFileSource):
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
         except ImportError as error:
-            raise UsageError(f"{url}: {_line(error)}; pip install 'advkd[remote]'") from None
+            raise UsageError(f"{url}: {first_line(error)}; pip install 'advkd[remote]'") from None
         except ValueError as error:
-            raise UsageError(f"{url}: {_line(error)}") from None
+            raise UsageError(f"{url}: {first_line(error)}") from None
         self._records: dict[str, bytes] = {}
 
     def read(self, path: str, limit: int = MAX_METADATA_BYTES) -> bytes:
@@ -160,14 +160,14 @@ class RemoteSource(WholeFileSource):
             except FileNotFoundError:
                 found = {}
             except Exception as error:  # remote libraries raise exceptions of their own
-                raise CacheError(f"{self.address} can't be read ({_line(error)})") from error
+                raise CacheError(f"{self.address} can't be read ({first_line(error)})") from error
             if isinstance(found, bytes):
                 found = {names[0]: found}
             by_name = {self._fs._strip_protocol(name): value for name, value in found.items()}
             for name in names:
                 value = by_name.get(self._fs._strip_protocol(name))
                 if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
-                    raise CacheError(f"{self.address} can't be read ({_line(value)})") from value
+                    raise CacheError(f"{self.address} can't be read ({first_line(value)})") from value
                 yield value if isinstance(value, bytes) else None
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
@@ -207,8 +207,3 @@ def check_num_blocks(address: str, num_seeds: int, block_size: int) -> None:
             f"{address} declares {num_seeds:,} seeds in blocks of {block_size:,}: expected whole blocks, at most "
             f"{MAX_BLOCKS:,} of them"
         )
-
-
-def _line(error: BaseException) -> str:
-    lines: Iterable[str] = str(error).strip().splitlines()
-    return next(iter(lines), type(error).__name__)[:160]

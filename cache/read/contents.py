@@ -40,6 +40,7 @@ class Contents:
         states: the recorded states that are present, by solver steps done.
         packed: the source of a packed store, which has the packed layout and records; None for a raw store.
         records: the ledger.
+        chunk_files: the chunks, local or fetched to the scratch folder.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Contents:
         self.packed = packed
         self.records = Records(source, recipe, layout, BlockRecord)
         self._scratch = None if source.root is not None else Scratch(source, scratch or default_scratch())
-        self._files = ChunkFiles(source, self._scratch)
+        self.chunk_files = ChunkFiles(source, self._scratch)
 
     @property
     def address(self) -> str:
@@ -235,7 +236,7 @@ class Contents:
             NotCachedError: the block was never committed.
             DamagedError: the file is missing or has another size.
         """
-        return self._files.path(spec.chunk_path(block), self.array_records(block)[spec.path])
+        return self.chunk_files.path(spec.chunk_path(block), self.array_records(block)[spec.path])
 
     def array_bytes(self, spec: ArraySpec, block: int) -> bytes:
         """The whole chunk file of one block of an array, as a raw store has it.
@@ -245,7 +246,7 @@ class Contents:
             DamagedError: the file is missing or differs from the ledger.
         """
         chunk, expected = spec.chunk_path(block), self.array_records(block)[spec.path]
-        with self._files.open(chunk, expected) as file:
+        with self.chunk_files.open(chunk, expected) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != expected.sha256:
             raise DamagedError(f"{self.address}/{chunk} differs from what its ledger says; {HOW_TO_FIX}")
@@ -267,7 +268,7 @@ class Contents:
         """
         specs = [self.state_array(step) for step in steps]
         chunks = [(spec.chunk_path(block), self.record(block).arrays[spec.path]) for block in blocks for spec in specs]
-        self._files.fetch(chunks, fetched)
+        self.chunk_files.fetch(chunks, fetched)
 
 
 def local_root(cache: Contents) -> Path:

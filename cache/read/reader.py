@@ -24,6 +24,7 @@ from advkd.cache.format.source import open_source
 from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.chunks import ArrayRows
 from advkd.cache.read.contents import Contents
+from advkd.cache.read.prompts import StoredPrompts
 
 if TYPE_CHECKING:
     import dask.array
@@ -76,7 +77,7 @@ class TrajectoryCache(Contents):
 
     def _rows_of(self, step: int) -> ArrayRows:
         if step not in self._rows:
-            self._rows[step] = ArrayRows(self._files, self.records, self.state_array(step), self.num_blocks)
+            self._rows[step] = ArrayRows(self.chunk_files, self.records, self.state_array(step), self.num_blocks)
         return self._rows[step]
 
     def block_view(self, step: int, block: int) -> Values:
@@ -114,7 +115,9 @@ class TrajectoryCache(Contents):
         return values.view(self.dtype).reshape(wanted.size, *self.item_shape) if out is None else out
 
     def labels(self, seeds: npt.ArrayLike) -> Labels:
-        """The class labels that the teacher was told for some seeds; a block's are compared with the rule at first use.
+        """The class labels that the teacher was told for some seeds.
+
+        A block's are compared with the recipe's rule, where it has one, at first use.
 
         Args:
             seeds: seeds in any order, repeats allowed.
@@ -131,6 +134,11 @@ class TrajectoryCache(Contents):
         if condition is None:
             raise UsageError(f"{self.address} has no labels: its teacher is unconditional")
         wanted = self._declared(seeds)
+        if condition.stored:
+            found: Labels = self._label_rows.gather(wanted).view("<i4").ravel()
+            if not np.isin(found, condition.labels).all():
+                raise DamagedError(f"{self.address}: {LABELS_PATH} has labels that the recipe doesn't; {HOW_TO_FIX}")
+            return found
         blocks = wanted // self.layout.block_size
         checked = self._checked_labels[blocks]
         if not checked.all():
@@ -149,7 +157,29 @@ class TrajectoryCache(Contents):
     def _label_rows(self) -> ArrayRows:
         if LABELS_PATH not in {spec.path for spec in self.further}:
             raise NotCachedError(f"{self.address}: {LABELS_PATH} is not here (a partial copy?): pull it, too")
-        return ArrayRows(self._files, self.records, label_spec(self.layout.block_size), self.num_blocks)
+        return ArrayRows(self.chunk_files, self.records, label_spec(self.layout.block_size), self.num_blocks)
+
+    @cached_property
+    def prompts(self) -> StoredPrompts:
+        """The prompts that the teacher was told.
+
+        Raises:
+            UsageError: it is no text-to-image pipeline.
+        """
+        if self.recipe.prompts is None:
+            raise UsageError(f"{self.address} has no prompts: its teacher is no text-to-image pipeline")
+        return StoredPrompts(self, self.recipe.prompts)
+
+    def told(self, seeds: npt.ArrayLike) -> list[str] | None:
+        """What the teacher was told for some seeds, to write beside pictures: labels or prompts; None if nothing.
+
+        Raises:
+            NotCachedError: a seed is absent, or the array is not in this copy.
+            DamagedError: bytes differ from the ledger.
+        """
+        if self.recipe.prompts is not None:
+            return [prompt.text for prompt in self.prompts.texts(self.recipe.prompts.prompts_of(seeds))]
+        return None if self.recipe.condition is None else [str(label) for label in self.labels(seeds)]
 
     def _declared(self, seeds: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Seeds as int64, shape (N,), each of which the arrays declare."""

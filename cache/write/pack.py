@@ -66,7 +66,9 @@ def pack(
         MismatchError: `out` has another recipe, layout or packing.
         NotCachedError: the store is a partial copy or empty.
         CacheError: the codec can't keep its error bound.
+        UsageError: x_T doesn't follow from the seeds, as packing needs.
     """
+    cache.recipe.check_drawn_noise(cache.address, "be packed")
     check_whole(cache)
     cache.check_begun()
     block_bytes = cache.layout.block_bytes(cache.item_shape)

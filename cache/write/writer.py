@@ -133,8 +133,8 @@ class CacheWriter(StoreFolder):
             block: its number.
             states: by solver steps done, values in stored units as they were computed, float32 or the stored
                 dtype, shape (block_size, *item_shape).
-            further: the values of each of the writer's further arrays by path, shape (block_size, *its item shape), in
-                its dtype; without the labels, which follow from the recipe.
+            further: the values of each of the writer's further arrays by path, shape (rows of a block, *its item
+                shape), in its dtype; without labels that follow from the recipe.
             roundings: by solver steps done, what rounding to the stored dtype has changed; None if `states` are as
                 they were computed.
 
@@ -143,7 +143,7 @@ class CacheWriter(StoreFolder):
             OSError: the disk is full or failing; nothing of the block counts then.
         """
         self._prepare(block)
-        if self.recipe.condition is not None:
+        if self.recipe.condition is not None and not self.recipe.condition.stored:
             labels = self.recipe.condition.labels_of(seeds_of(block, self.layout.block_size))
             further = {**further, LABELS_PATH: labels}
         if further.keys() != {spec.path for spec in self.further}:
@@ -188,10 +188,10 @@ class CacheWriter(StoreFolder):
 
         from advkd.cache.read.zarr_store import DurableStore
 
-        seeds = seeds_of(block, spec.block_size)
-        metadata: Any = spec.metadata(seeds.stop)
+        rows = seeds_of(block, spec.block_size)
+        metadata: Any = spec.metadata(rows.stop * spec.seeds_per_row)
         at = StorePath(DurableStore(self.path), spec.path)
-        Array(AsyncArray(metadata, at, {"write_empty_chunks": True}))[seeds.start : seeds.stop] = values
+        Array(AsyncArray(metadata, at, {"write_empty_chunks": True}))[rows.start : rows.stop] = values
 
     def adopt(self, block: int, cache: TrajectoryCache, linked: Callable[[str], None] = lambda how: None) -> None:
         """Commit a block of another store of the same fingerprint by linking its files, or copying where that fails.

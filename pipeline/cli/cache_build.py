@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 @click.option("--spacing", metavar="NAME", help="How timesteps are chosen: trailing, leading, linspace or teacher.")
 @click.option("--labels", metavar="all|LIST", help="Which classes of a class-conditional teacher, such as 0,3.")
 @click.option("--guidance", type=float, metavar="W", help="Scale of classifier-free guidance; 1 is none.")
+@click.option("--prompts", metavar="FILE", help="Of a text-to-image pipeline: a prompt per line, or .jsonl.")
+@click.option("--seeds-per-prompt", type=int, metavar="K", help="How many seeds each prompt has.")
+@click.option("--height", type=int, help="Of a text-to-image pipeline's images, in pixels.")
+@click.option("--width", type=int, help="The same.")
 @click.option(
     "--record",
     metavar="K|LIST",
@@ -82,13 +86,15 @@ def build(
     the recipe gives the store a name of its own.
     """
     from advkd.cache.errors import UsageError
-    from advkd.pipeline.config import load_experiment
+    from advkd.pipeline.config import default_settings, load_experiment
     from advkd.pipeline.dvc import check_cache_not_again, runs_under_dvc
     from advkd.pipeline.experiment import with_flags
 
     if workers is not None and scheduler is not None:
         raise UsageError("--workers starts processes here, --scheduler uses a cluster's: give one of them")
-    experiment = load_experiment(config, overrides)
+    # The default experiment's settings are of its own teacher, no pipeline's.
+    told = config is None and flags["prompts"] is not None
+    experiment = default_settings(overrides) if told else load_experiment(config, overrides)
     changed, suffix = with_flags(experiment, flags)
     store = out or changed.store.with_name(f"{changed.name}{suffix}.zarr")
     from advkd.stages.teacher.build.plan import check_request
@@ -179,7 +185,14 @@ def _condition(plan: Plan) -> str:
     """A line on labels and guidance; none for an unconditional teacher."""
     from advkd.cache.files.strict_json import shortened
 
-    condition = plan.recipe.condition
+    condition, prompts = plan.recipe.condition, plan.recipe.prompts
+    if prompts is not None:
+        of_each = ", ".join(f"{one.name} {'×'.join(map(str, one.shape))}" for one in prompts.embeddings)
+        return (
+            f"condition     {len(plan.seeds) // prompts.seeds_per_prompt:,} prompts with {prompts.seeds_per_prompt} "
+            f"seeds each; guidance {prompts.guidance:g}, {prompts.evaluations} evaluations per prediction\n"
+            f"encoded       {of_each}\n"
+        )
     if condition is None:
         return ""
     guidance = "no guidance"

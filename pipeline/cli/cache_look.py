@@ -50,6 +50,7 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("sampler", f"{sampler['name']}, {sampler['steps']} steps, {paired}{_options(sampler)}"),
         ("path", summary["path"]),
         *([("condition", _condition(summary["condition"]))] if "condition" in summary else []),
+        *([("prompts", _prompts(summary))] if "prompts" in summary else []),
         *([("classes", _listed([*teacher["class_names"].values()]))] if "class_names" in teacher else []),
         ("space", _space(summary)),
         ("teacher", origin),
@@ -78,6 +79,15 @@ def _condition(condition: dict[str, Any]) -> str:
     return f"class labels {shown} of {rows} rows, seed mod {len(labels)}; {guidance}"
 
 
+def _prompts(summary: dict[str, Any]) -> str:
+    prompts = summary["prompts"]
+    count = summary["num_seeds"] // prompts["seeds_per_prompt"]
+    return (
+        f"{count:,} with {prompts['seeds_per_prompt']} seeds each; guidance {prompts['guidance']:g}, "
+        f"{prompts['evaluations']} evaluations per prediction"
+    )
+
+
 def _listed(labels: Sequence[object]) -> str:
     return ", ".join(map(str, labels[:8])) + (f" … ({len(labels)})" if len(labels) > 8 else "")
 
@@ -104,7 +114,8 @@ def _array(array: dict[str, Any]) -> str:
     if not array["here"]:
         return f"{array['path']}   (not here)"
     shape = "×".join(map(str, array["item_shape"])) or "one"
-    return f"{array['path']}: {shape} {array['dtype']} per seed; values {array['minimum']:g} to {array['maximum']:g}"
+    each = "seed" if array["seeds_per_row"] == 1 else f"{array['seeds_per_row']} seeds"
+    return f"{array['path']}: {shape} {array['dtype']} per {each}; values {array['minimum']:g} to {array['maximum']:g}"
 
 
 def _packed(packed: dict[str, Any]) -> str:
@@ -116,7 +127,8 @@ def _packed(packed: dict[str, Any]) -> str:
 
 
 def _state(state: dict[str, Any]) -> str:
-    text = f"t = {state['timestep']:g}, alpha = {state['alpha']:.4f}, sigma = {state['sigma']:.4f}"
+    timestep = f"t = {state['timestep']:g}" if state["timestep"] >= 0 or not state["sigma"] else "t not recorded"
+    text = f"{timestep}, alpha = {state['alpha']:.4f}, sigma = {state['sigma']:.4f}"
     if "minimum" in state:
         text += f"; values {state['minimum']:+.2f} to {state['maximum']:+.2f}"
         if state["num_nonfinite"]:
@@ -157,12 +169,11 @@ def preview(store: str, seeds: str | None, out: Path | None) -> None:
     picture = out or Path(f"{store_name(store)}.png")
     if picture.suffix.lower() != ".png":
         raise UsageError(f"--out {picture}: expected a name that ends in .png")
-    timesteps = [state.timestep for state in cache.states.values()]
+    names = [state.label for state in cache.states.values()]
     decoder = cache_decoder(cache)
     states = [as_images(cache.rows(step, chosen), decoder) for step in cache.states]
-    labels = None if cache.recipe.condition is None else cache.labels(chosen).tolist()
-    sheet = save_trajectories(picture, timesteps, states, labels)
-    film = save_denoising(picture.with_suffix(".gif"), timesteps, states)
+    sheet = save_trajectories(picture, names, states, cache.told(chosen))
+    film = save_denoising(picture.with_suffix(".gif"), names, states)
     click.echo(f"seeds {chosen.start}:{chosen.stop}; look: {sheet}  {film}")
 
 

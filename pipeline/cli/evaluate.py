@@ -13,6 +13,7 @@ from advkd.pipeline.cli.common import all_or_nothing, config_option, example
 if TYPE_CHECKING:
     from advkd.cache.read.reader import TrajectoryCache
     from advkd.pipeline.config import Experiment
+    from advkd.stages.evaluate.config import EvaluateConfig
     from advkd.stages.teacher.config import TeacherConfig
 
 
@@ -45,6 +46,13 @@ if TYPE_CHECKING:
     type=click.IntRange(min=2),
     help="Number of sets: more sets shrink the intervals and tell close samplers apart. At least five with --full.",
 )
+@click.option(
+    "--fid-statistics",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Only this: FID of the student to published statistics (.npz with mu and sigma). A stopped run goes on.",
+)
+@click.option("--fid-samples", metavar="N", type=click.IntRange(min=2), help="Images for it; 50,000 if not given.")
 @click.option("--seed", metavar="N", type=int, help="Which fresh seeds: those of two values are disjoint.")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is).")
 @all_or_nothing
@@ -60,6 +68,8 @@ def main(
     real: str | None,
     full: bool,
     sets: int | None,
+    fid_statistics: Path | None,
+    fid_samples: int | None,
     seed: int | None,
     device: str | None,
 ) -> None:
@@ -83,6 +93,15 @@ def main(
         "features": features, "inception_weights": inception_weights, "real": real, "num_sets": sets, "seed": seed,
     }  # fmt: skip
     settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
+    if fid_statistics is not None:
+        if full or sets or real or teacher:
+            raise UsageError(
+                "--fid-statistics scores the student alone: leave out --full, --sets, --real and --teacher"
+            )
+        _fid(run, store, fid_statistics, settings, fid_samples, device)
+        return
+    if fid_samples is not None:
+        raise UsageError("--fid-samples is of --fid-statistics FILE: give both")
     from advkd.stages.evaluate.evaluate import evaluate
 
     with TerminalReporter() as reporter:
@@ -102,6 +121,17 @@ def main(
     from advkd.stages.report.runs import read_runs
 
     click.echo(f"look: {write_report(read_runs([run]), run / 'evaluation' / 'report.html')}")
+
+
+def _fid(
+    run: Path, store: str, statistics: Path, settings: EvaluateConfig, num_samples: int | None, device: str | None
+) -> None:
+    from advkd.pipeline.progress import TerminalReporter
+    from advkd.stages.evaluate.fid import NUM_SAMPLES, RESULT, fid
+
+    with TerminalReporter() as reporter:
+        found = fid(run, store, statistics, settings, reporter, num_samples=num_samples or NUM_SAMPLES, device=device)
+    click.echo(f"{found}\nlook: {run / 'evaluation' / RESULT}")
 
 
 def _candidates(named: str | None, experiment: Experiment | None, cache: TrajectoryCache) -> list[TeacherConfig]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SUFFIXES = ("", ".png", ".npy", ".npz")
 DEFAULT_NUM = 64
 ROW = 20
-"""So many labels that were asked for stand in one row of a grid, in their order."""
+"""So many labels or prompts that were asked for stand in one row of a grid, in their order."""
 
 
 @click.command(
@@ -32,6 +32,19 @@ ROW = 20
     metavar="LIST",
     help="Which classes a class-conditional student draws, such as 3,3,7: one image each, or in turn with --num or "
     "--seeds; the teacher's own for each seed if not given.",
+)
+@click.option(
+    "--prompt",
+    "prompts",
+    metavar="TEXT",
+    multiple=True,
+    help="What a text-to-image student draws; several make one image each, or are taken in turn with --num or --seeds.",
+)
+@click.option(
+    "--teacher",
+    metavar="TEACHER",
+    help="Folder or Hub id of the teacher whose text encoder reads prompts; the one that the student names if not "
+    "given. Needs the extra `text`.",
 )
 @click.option(
     "--seed",
@@ -56,6 +69,8 @@ def main(
     first_seed: int | None,
     seeds: str | None,
     labels: str | None,
+    prompts: tuple[str, ...],
+    teacher: str | None,
     seed: int | None,
     out: Path,
     batch_size: int,
@@ -74,7 +89,7 @@ def main(
     if seeds and (num is not None or first_seed is not None):
         raise UsageError("--seeds replaces --num and --first-seed: give one or the other")
     asked = _labels(labels)
-    chosen = range(first_seed or 0, (first_seed or 0) + (num or len(asked) or DEFAULT_NUM))
+    chosen = range(first_seed or 0, (first_seed or 0) + (num or len(asked) or len(prompts) or DEFAULT_NUM))
     if seeds:
         chosen = parse_seed_range(seeds)
     if suffix == "" and out.is_dir() and any(out.iterdir()):
@@ -84,8 +99,10 @@ def main(
     import dataclasses
 
     import numpy as np
+    import torch
 
     from advkd.pipeline.progress import TerminalReporter
+    from advkd.pipeline.texts import encode_prompts
     from advkd.stages.device import best_device, forbid_tf32
     from advkd.stages.pictures import save_grid
     from advkd.stages.student.hub import Student
@@ -93,10 +110,13 @@ def main(
 
     student = Student.from_pretrained(run).to(best_device(device))
     shape = (len(chosen), *student.geometry.image_shape)
-    class_labels = None
+    told = None
+    if prompts:
+        told = encode_prompts(student, prompts, teacher, best_device(device))
+    elif student.geometry.prompts is not None:
+        raise UsageError("the student is told prompts: give --prompt")
     if labels is not None:
-        known = student.geometry.checked_labels(asked)
-        class_labels = [known[index % len(known)] for index in range(len(chosen))]
+        told = torch.tensor(student.geometry.checked_labels(asked))
     if suffix != ".npy" and shape[1] not in (1, 3):
         raise UsageError(f"--out {out}: images of {shape[1]} channels are neither grey nor RGB; write a .npy")
     if seed is not None:
@@ -105,7 +125,7 @@ def main(
     with TerminalReporter() as reporter:
 
         def counted() -> Iterator[Images]:
-            for images in sample(student, chosen, batch_size, class_labels):
+            for images in sample(student, chosen, batch_size, told):
                 yield images
                 reporter.advance(len(images))
 
@@ -116,7 +136,7 @@ def main(
         elif suffix == ".npz":
             write_npz(out, batches, shape)
         elif suffix == ".png":
-            one_row = len(asked) if len(asked) == len(chosen) <= ROW else None
+            one_row = len(chosen) if len(asked) + len(prompts) == len(chosen) <= ROW else None
             save_grid(out, np.concatenate(list(batches)), one_row)
         else:
             write_folder(out, batches, chosen)

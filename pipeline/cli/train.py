@@ -67,8 +67,8 @@ def main(
     from advkd.cache.format.source import open_source
 
     read_metadata(open_source(store))  # a wrong path fails before anything slow is imported
+    from advkd.cache.files.interrupts import StopRequest
     from advkd.pipeline.config import default_settings, load_experiment
-    from advkd.pipeline.interrupts import StopRequest
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.student.train import train
 

@@ -8,7 +8,6 @@ call goes on.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from advkd.cache.errors import ConfigError, TeacherError
 from advkd.cache.files.durable import write_atomically, write_json
+from advkd.cache.files.npy import npy_bytes
 from advkd.cache.format.recipe import Recipe, digest
 from advkd.stages.decoder import build_decoder
 from advkd.stages.metrics.features import LOOK_BATCH, FeatureNetwork, see
@@ -129,7 +129,7 @@ class _Trial:
         self._folder = folder
         self._reporter = reporter
         self._network = network
-        num_timesteps = plan.teacher.num_timesteps
+        num_timesteps = plan.network.num_timesteps
         self.reference_steps = min(REFERENCE_STEPS, num_timesteps)
         limits = dict.fromkeys((*FIRST_ORDER, *FLOW_FIRST_ORDER), num_timesteps)
         limits |= {name: min(MOST_OF_SECOND_ORDER, num_timesteps) for name in (*SECOND_ORDER, *FLOW_SECOND_ORDER)}
@@ -148,7 +148,7 @@ class _Trial:
     def _path(self, name: str, steps: int) -> tuple[tuple[str, int], SolverPath | None]:
         config = replace(self._plan.sampler, name=name, steps=steps, eta=0.0)
         try:
-            return (name, steps), SolverPath.of(self._plan.teacher.scheduler_config, config)
+            return (name, steps), SolverPath.of(self._plan.network.scheduler_config, config)
         except (TeacherError, ConfigError):
             return (name, steps), None
 
@@ -157,7 +157,7 @@ class _Trial:
         known = self._known()
         reference = self._path(_reference(self._plan.path.solver.flow).name, self.reference_steps)[1]
         if reference is None:
-            raise TeacherError(f"teacher {self._plan.teacher.source}: no fine solve follows its scheduler")
+            raise TeacherError(f"teacher {self._plan.network.source}: no fine solve follows its scheduler")
         left = {key: path for key, path in self._paths.items() if path is not None and _label(*key) not in known}
         work = [path.evaluations for path in left.values()]
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ class _Trial:
         self._reporter.start("advise", sum(work), "steps")
         wanted = torch.from_numpy(np.load(kept, allow_pickle=False)) if is_known else self._solve(reference)[0]
         if not is_known:
-            write_atomically(kept, [_npy(wanted)])
+            write_atomically(kept, [npy_bytes(wanted.numpy())])
         like = self._gaussian(wanted)
         for (name, steps), path in left.items():
             made, seconds = self._solve(path)
@@ -205,7 +205,7 @@ class _Trial:
         noise = initial_noise(plan.recipe.root_seed, self._seeds, plan.recipe.item_shape, plan.layout.dtype)
         began = time.perf_counter()
         kept = record_states(
-            plan.teacher,
+            plan.network,
             path,
             noise,
             seeds=self._seeds,
@@ -221,7 +221,7 @@ class _Trial:
         """Of the images' features."""
         if self._network is None:
             return None
-        teacher = self._plan.teacher
+        teacher = self._plan.network
         images = x0 if teacher.space is None else build_decoder(teacher.space, teacher.decoder)(x0)
         batches = torch.split(images.to(self._network.device), LOOK_BATCH)
         return Gaussian.fit(see(self._network, batches)[0])
@@ -232,12 +232,6 @@ class _Trial:
 
 def _label(name: str, steps: int) -> str:
     return f"{name} {steps}"
-
-
-def _npy(values: Tensor) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values.numpy(), allow_pickle=False)
-    return file.getvalue()
 
 
 def _plot(path: Path, tried: list[Tried], floor: float, tolerance: float) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from advkd.stages.decoder import Decoder
+from advkd.stages.evaluate.prompted import PromptedTeacher
 from advkd.stages.teacher.load.network import Teacher
 
 LARGE_BATCH = 64
@@ -65,11 +66,11 @@ def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batc
 
 def compare_costs(
     student: nn.Module,
-    teacher: Teacher | None,
+    teacher: Teacher | PromptedTeacher | None,
     item_shape: tuple[int, ...],
     large_batch: int = LARGE_BATCH,
     *,
-    label: int | None = None,
+    condition: Tensor | None = None,
     decoder: Decoder | None = None,
 ) -> dict[str, Cost]:
     """Cost per pass of the `student`, per evaluation of the `teacher`, and of decoding (`decoder`), timed in turns.
@@ -79,7 +80,7 @@ def compare_costs(
         teacher: None where it was not found.
         item_shape: of an item, (C, H, W).
         large_batch: images timed together, beside one alone.
-        label: a class label; None without classes.
+        condition: one row of what the student is told; None if it is told nothing.
         decoder: of latents; None for pixels.
     """
     device = next(student.parameters()).device
@@ -88,12 +89,14 @@ def compare_costs(
         return torch.zeros(batch, *item_shape, device=device)
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
-        labels = [] if label is None else [torch.full((batch,), label, device=device)]
-        return (images_of(batch), *labels)
+        told = [] if condition is None else [condition.to(device).expand(batch, *condition.shape[1:])]
+        return (images_of(batch), *told)
 
     modules = {"student": student}
     evaluations: dict[str, Callable[[int], Tensor]] = {"student": lambda batch: student(*inputs(batch))}
-    if teacher is not None:
+    if isinstance(teacher, PromptedTeacher):
+        modules["teacher"], evaluations["teacher"] = teacher.network, teacher.evaluation()
+    elif teacher is not None:
         modules["teacher"] = teacher.network
         timestep = torch.tensor(teacher.num_timesteps // 2, device=device)
 

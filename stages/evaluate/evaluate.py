@@ -19,7 +19,7 @@ import torch
 
 from advkd.cache.care.summary import origin_of
 from advkd.cache.errors import UsageError
-from advkd.cache.format.hashing import Seeds, is_held_out
+from advkd.cache.format.hashing import Seeds
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.decoder import cache_decoder
 from advkd.stages.device import best_device, forbid_tf32
@@ -42,7 +42,7 @@ from advkd.stages.evaluate.measure import (
     reported,
 )
 from advkd.stages.evaluate.networks import load_features, with_own_features
-from advkd.stages.evaluate.samplers import Decode, all_samplers, as_they_are, find_teacher, student_sampler
+from advkd.stages.evaluate.samplers import Decode, all_samplers, as_they_are, find_teacher, student_sampler, told_fresh
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
 from advkd.stages.images.real import RealImages
 from advkd.stages.metrics.features import FeatureNetwork, clipped, observe, to_numpy
@@ -52,7 +52,7 @@ from advkd.stages.metrics.pairs import squared_errors
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.student.run import Run, seeds_of_run
 from advkd.stages.student.student import generate, load_student, weights_sha256
-from advkd.stages.student.training.data import read_float, read_labels
+from advkd.stages.student.training.data import read_condition, read_float
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.load.identity import tensors_sha256
 
@@ -108,7 +108,7 @@ def evaluate(
                 f"--full needs a reference of {FULL_REFERENCE} seeds; {cache_path} has {len(seeds)}: the "
                 f"`advkd-cache build` command that made it extends it, with `--seeds 0:{FULL_REFERENCE}`"
             )
-    teacher, why_not = find_teacher(teachers, cache.recipe, on)
+    teacher, why_not = find_teacher(teachers, cache, on)
     if why_not and require_teacher:
         raise UsageError(f"{why_not}; give the teacher that made {cache.address}, or --no-teacher")
     if why_not and teachers:  # without any the summary says so
@@ -124,7 +124,7 @@ def evaluate(
     first, last = geometry.steps[0], geometry.steps[-1]
     trained_on = _training_seeds(identity, cache, seeds)
     samplers = all_samplers(
-        student_sampler(student, geometry, decode),
+        student_sampler(student, geometry, told_fresh(cache, geometry), decode),
         teacher,
         cache.recipe,
         cache.layout.dtype,
@@ -146,7 +146,7 @@ def evaluate(
         teacher,
         cache.item_shape,
         min(LARGE_BATCH, config.batch_size),
-        label=geometry.labels[0] if geometry.num_classes else None,
+        condition=read_condition(cache, seeds[:1]),
         decoder=decoder,
     )
     rows_to_train = partial(cached_batches, cache, last, trained_on, config.batch_size, decode)
@@ -161,7 +161,7 @@ def evaluate(
         training=lambda: map(clipped, rows_to_train()),
         condition=condition,
     )
-    held_out = seeds[is_held_out(seeds)]
+    held_out = seeds[cache.recipe.held_out(seeds)]
     return Evaluation(
         table=measured.table,
         features=network.name,
@@ -209,7 +209,7 @@ def check_same_cache(trained_on: str | None, cache: TrajectoryCache, who: str) -
 def _training_seeds(identity: dict[str, Any], cache: TrajectoryCache, seeds: Seeds) -> Seeds:
     """The cached seeds that the run trained on."""
     begun = seeds_of_run(identity, cache.layout.block_size)
-    chosen: Seeds = seeds[(begun.start <= seeds) & (seeds < begun.stop) & ~is_held_out(seeds)]
+    chosen: Seeds = seeds[(begun.start <= seeds) & (seeds < begun.stop) & ~cache.recipe.held_out(seeds)]
     return chosen
 
 
@@ -233,7 +233,7 @@ def _held_out(
     for start in range(0, len(seeds), batch_size):
         some = seeds[start : start + batch_size]
         noise, wanted = (read_float(cache, step, some) for step in steps)
-        made = generate(student, noise, read_labels(cache, some))
+        made = generate(student, noise, read_condition(cache, some))
         errors.append(to_numpy(squared_errors(made, wanted)))
         made, wanted = decode(made), decode(wanted)
         for (part, look), (_, other) in zip(observe(network, made), observe(network, wanted), strict=True):

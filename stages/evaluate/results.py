@@ -51,7 +51,7 @@ def write_results(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) 
     decoder = cache_decoder(cache)
     save_trajectories(
         folder / TRAJECTORY,
-        [state.timestep for state in states],
+        [state.label for state in states],
         [as_images(cache.rows(state.step, seeds), decoder) for state in states],
         None if cache.recipe.condition is None else [evaluation.name_of(label) for label in cache.labels(seeds)],
     )

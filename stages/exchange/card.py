@@ -23,7 +23,7 @@ def save_preview(cache: TrajectoryCache, path: Path) -> Path:
     labels = None if cache.recipe.condition is None else [names.get(str(n), n) for n in cache.labels(seeds).tolist()]
     return save_trajectories(
         path,
-        [state.timestep for state in states],
+        [state.label for state in states],
         [as_images(cache.rows(state.step, seeds), decoder) for state in states],
         labels,
     )

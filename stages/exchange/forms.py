@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from advkd.cache.files.npy import npy_bytes
 from advkd.cache.format.condition import Labels
 
 Values = npt.NDArray[np.floating[Any]]
@@ -57,7 +58,7 @@ def webdataset(rows: Rows) -> bytes:
     def members() -> Iterable[tuple[str, bytes]]:
         for index, seed in enumerate(rows.seeds):
             key = f"{seed:012d}"
-            yield f"{key}.path.npy", _npy(rows.path[index])
+            yield f"{key}.path.npy", npy_bytes(rows.path[index])
             yield f"{key}.json", json.dumps({"seed": int(seed)}).encode()
             if rows.labels is not None:
                 yield f"{key}.cls", str(int(rows.labels[index])).encode()
@@ -90,12 +91,6 @@ FORMS = {
     "fastgen": Form(suffix="tar", make=fastgen, whole_path=True),
 }
 """By the name in `--format`."""
-
-
-def _npy(values: Values) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values, allow_pickle=False)
-    return file.getvalue()
 
 
 def _pth(values: npt.NDArray[Any]) -> bytes:

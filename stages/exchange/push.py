@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from advkd.cache.care.strays import block_of
-from advkd.cache.errors import CacheError, UsageError
+from advkd.cache.errors import CacheError, UsageError, first_line
 from advkd.cache.files.durable import PARTIAL_SUFFIX
 from advkd.cache.files.locks import LOCK_FILE, NOTE_FILE
 from advkd.cache.files.paths import walk
@@ -181,5 +181,5 @@ class _refusals:  # noqa: N801 – used like a function
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, CacheError | UsageError):
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise CacheError(f"the Hub did not accept {self._address} ({lines[0][:200]}): push again") from error
+            line = first_line(error, 200)
+            raise CacheError(f"the Hub did not accept {self._address} ({line}): push again") from error

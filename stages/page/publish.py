@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from advkd.cache.errors import TrainingError
-from advkd.stages.student.hub import first_line
+from advkd.cache.errors import TrainingError, first_line
 
 MESSAGE = "A student's page"
 
@@ -28,5 +27,5 @@ def publish(folder: Path, repo_id: str) -> str:
             repo_id=found, repo_type="space", folder_path=folder, commit_message=MESSAGE, delete_patterns="*"
         )
     except Exception as error:  # huggingface_hub, its HTTP library and the OS each raise their own
-        raise TrainingError(f"the Hub did not accept {repo_id} ({first_line(error)})") from error
+        raise TrainingError(f"the Hub did not accept {repo_id} ({first_line(error, 200)})") from error
     return f"https://huggingface.co/spaces/{found}"

@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from advkd.cache.files.durable import write_atomically
+from advkd.stages.evaluate.fid import measured_fid
 from advkd.stages.evaluate.results import PICTURES
 from advkd.stages.metrics.registry import MEASURES
 from advkd.stages.metrics.table import NOT_MEASURED, difference_text
@@ -80,11 +81,11 @@ def _told(run: EvaluatedRun) -> dict[str, Any]:
     evaluation, folder = run.path / "evaluation", Run(run.path)
     previews = sorted(folder.preview.glob("step-*.png"))
     spread = {round(index * (len(previews) - 1) / (MAX_PREVIEWS - 1)) for index in range(MAX_PREVIEWS)}
-    curves = training_curves(folder.log)
+    curves, fid = training_curves(folder.log), measured_fid(run.path)
     return {
         "name": run.name,
         "how": how,
-        "notes": notes,
+        "notes": [*notes, f"{fid}."] if fid else notes,
         "columns": ["sampler", "evaluations", *(MEASURES[name].title for name in columns), "student minus this", ""],
         "rows": run.table.cells(columns),
         "beside": _beside(run),

@@ -15,6 +15,7 @@ from advkd.cache.files.strict_json import integer
 from advkd.cache.format.condition import ClassCondition, Labels
 from advkd.cache.format.equivalence import DEFAULT_NETWORK, NETWORK_OPTIONS
 from advkd.cache.format.layout import DTYPES
+from advkd.cache.format.prompts import PromptCondition
 from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE, LatentSpace
 from advkd.cache.read.reader import TrajectoryCache
 
@@ -86,6 +87,8 @@ class Geometry:
     """Rows of the table of classes, the teacher's null row included; 0 for an unconditional student."""
     labels: tuple[int, ...] = ()
     """The class labels that the student learns, ascending."""
+    prompts: PromptCondition | None = None
+    """The prompts that the student learns; None for one that is told none."""
     space: LatentSpace | None = None
     """Where items live; None for pixels, about [−1, 1]."""
     network: NetworkDescription | None = None
@@ -124,6 +127,7 @@ class Geometry:
             noise_dtype=cache.layout.dtype,
             num_classes=0 if condition is None else condition.num_classes,
             labels=() if condition is None else condition.labels,
+            prompts=cache.recipe.prompts,
             space=cache.recipe.space,
             network=NetworkDescription.of(cache) if network else None,
         )
@@ -131,7 +135,7 @@ class Geometry:
     @property
     def format(self) -> int:
         """Format of the folder of a student of this geometry."""
-        return CONDITIONAL_FORMAT if self.num_classes or self.space else FORMAT
+        return CONDITIONAL_FORMAT if self.num_classes or self.prompts or self.space else FORMAT
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -159,7 +163,8 @@ class Geometry:
             UsageError: it is unconditional, or doesn't know one.
         """
         if not self.num_classes:
-            raise UsageError("the student is unconditional: leave out the class labels")
+            what = "told prompts, not classes" if self.prompts else "unconditional"
+            raise UsageError(f"the student is {what}: leave out the class labels")
         unknown = sorted(set(labels) - set(self.labels))
         if unknown or not labels:
             what = f"class label {unknown[0]} is unknown to the student" if unknown else "no class labels"
@@ -167,14 +172,17 @@ class Geometry:
         return list(labels)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON; classes, a space or a network only where there are any."""
+        """As JSON; classes, prompts, a space or a network only where there are any."""
         value = asdict(self)
         if self.network is None:
             del value["network"]
         if not self.num_classes:
             del value["num_classes"], value["labels"]
-        del value["space"]
-        return value if self.space is None else {**value, "space": self.space.to_json()}
+        for name, part in (("prompts", self.prompts), ("space", self.space)):
+            del value[name]
+            if part is not None:
+                value[name] = part.to_json()
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
@@ -207,6 +215,7 @@ class Geometry:
             root_seed=int(value["root_seed"]),
             noise_dtype=str(value["noise_dtype"]),
             **classes,
+            prompts=PromptCondition.from_json(value["prompts"]) if "prompts" in value else None,
             space=LatentSpace.from_json(value["space"]) if "space" in value else None,
             network=NetworkDescription.from_json(value["network"]) if "network" in value else None,
         )

@@ -3,6 +3,7 @@
     student = Student.from_pretrained("runs/digits")     # a run, a student's folder, or a Hub id
     images = student(student.noise([0, 1, 2]))           # (3, C, H, W), about [−1, 1]
     images = student(student.noise([0, 1]), student.labels([0, 1]))   # of a class-conditional one
+    images = student(student.noise([0]), student.prompts(prompt_embeds=embeds))   # of one that is told prompts
     student.push_to_hub("me/digits-one-pass")
 
 Loading runs no code from the folder: `config.json` names one of advkd's architectures, weights are safetensors. It
@@ -23,7 +24,7 @@ from typing import Any, Self
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from advkd.cache.errors import TrainingError, UsageError
+from advkd.cache.errors import TrainingError, UsageError, first_line
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.format.space import DECODER_PATH
 from advkd.stages.decoder import Decoder, read_decoder_file
@@ -38,6 +39,7 @@ from advkd.stages.student.student import (
     is_student,
     labels_of,
     noise_of,
+    prompts_of,
     read_decoder,
     read_student,
     save_student,
@@ -74,26 +76,53 @@ class Student(nn.Module):
         self.provenance: Provenance = provenance or {}
         self._decoder_file = decoder
 
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """x_T (N, C, H, W), unit normal → x_0 of the same shape: pixels, about [−1, 1], or latents for `decode`.
 
         Args:
             noise: x_T.
-            labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+            condition: class labels, int64, shape (N,), or prompts as `prompts` gives them; None of an unconditional
+                student.
         """
-        items: Tensor = self.network(noise) if labels is None else self.network(noise, labels)
+        items: Tensor = self.network(noise) if condition is None else self.network(noise, condition)
         return items
 
-    def heads(self, noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of the teacher's network per image, of a student that is one; else 1."""
+        return self.network.num_evaluations
+
+    def in_fewer(self, noise: Tensor, condition: Tensor | None, count: int) -> Tensor:
+        """x_0 as `forward` gives it, by fewer of several evaluations: cheaper, and further from the teacher's."""
+        return self.network.in_fewer(noise, condition, count)
+
+    def heads(self, noise: Tensor, condition: Tensor | None = None) -> list[Tensor]:
         """One prediction per recorded state after x_T."""
-        return self.network.heads(noise) if labels is None else self.network.heads(noise, labels)
+        return self.network.heads(noise) if condition is None else self.network.heads(noise, condition)
 
     def labels(self, seeds: npt.ArrayLike) -> Tensor | None:
         """Class labels of some seeds, the same as the teacher's: int64, shape (N,); None if it is unconditional."""
         return labels_of(self.geometry, seeds)
 
+    def prompts(self, **embeddings: Tensor | Sequence[Tensor]) -> Tensor:
+        """Prompts as the student is told them, of what the teacher's `encode_prompt` gives: shape (N, rows, columns).
+
+        Args:
+            embeddings: by the names of the pipeline's call, such as `prompt_embeds`, shape (N, …).
+
+        Raises:
+            UsageError: the student is told no prompts, or embeddings are missing or don't fit.
+        """
+        return prompts_of(self.geometry, embeddings)
+
     def inputs(self, seeds: Sequence[int] | range) -> tuple[Tensor, ...]:
-        """What the student takes for some seeds: the noise, and the labels if it has classes."""
+        """What the student takes for some seeds: the noise, and the labels if it has classes.
+
+        Raises:
+            UsageError: it is told prompts, which don't follow from seeds.
+        """
+        if self.geometry.prompts is not None:
+            raise UsageError("the student is told prompts, which this can't show yet")
         labels = self.labels(list(seeds))
         return (self.noise(seeds),) if labels is None else (self.noise(seeds), labels)
 
@@ -243,7 +272,7 @@ class Student(nn.Module):
                     delete_patterns=[PROVENANCE],  # remove an earlier student's if this one has none
                 )
         except Exception as error:  # huggingface_hub, its HTTP library and the OS each raise their own
-            raise TrainingError(f"the Hub did not accept {repo_id} ({first_line(error)})") from error
+            raise TrainingError(f"the Hub did not accept {repo_id} ({first_line(error, 200)})") from error
         return str(commit.commit_url)
 
 
@@ -256,12 +285,6 @@ def _fetch(source: str, **options: Any) -> Path:
         folder = snapshot_download(source, allow_patterns=FILES, **options)
     except Exception as error:  # as above
         raise TrainingError(
-            f"no student in {source}: no such folder, and the Hub refused it ({first_line(error)})"
+            f"no student in {source}: no such folder, and the Hub refused it ({first_line(error, 200)})"
         ) from error
     return Path(folder)
-
-
-def first_line(error: Exception) -> str:
-    """What a message says first, cut short."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

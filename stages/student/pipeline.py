@@ -37,8 +37,11 @@ class OnePass(Protocol):
 
     geometry: Geometry
 
-    def __call__(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x_T (N, C, H, W), unit normal, and class labels, int64, shape (N,), if it has classes → x_0."""
+    def __call__(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """x_T (N, C, H, W), unit normal, and class labels, int64, shape (N,), or prompts, if it is told any → x_0."""
+
+    def prompts(self, **embeddings: Tensor | Sequence[Tensor]) -> Tensor:
+        """Prompts as `Student.prompts` makes them."""
 
     def decode(self, items: Tensor) -> Tensor:
         """Images of x_0, about [−1, 1], shape (N, *image_shape)."""
@@ -136,47 +139,88 @@ class StudentPipeline:
         self,
         batch_size: int = 1,
         generator: Generators = None,
-        num_inference_steps: int = 1,
+        num_inference_steps: int | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
         *,
         seeds: Sequence[int] | None = None,
         class_labels: int | Sequence[int] | None = None,
+        **embeddings: Tensor | Sequence[Tensor],
     ) -> PipelineOutput | tuple[Images]:
         """Make images.
 
         Args:
-            batch_size: number of images; with `seeds` or `class_labels`, 1 or their number.
+            batch_size: number of images; with `seeds`, `class_labels` or embeddings, 1 or their number.
             generator: draws the noise, as in diffusers: one generator, or one per image.
-            num_inference_steps: has no effect except for a warning if it isn't 1.
+            num_inference_steps: how many evaluations, of a student that has several; all if None. A student of one
+                takes one, and warns if more are asked for.
             output_type: "pil", "np" or "pt"; "latent" for x_0 as it is, a tensor.
             return_dict: False returns a tuple that holds the images.
             seeds: use the teacher's noise for these seeds of the cache instead of `generator`.
             class_labels: of a class-conditional student, one per image or one for all; with `seeds` the teacher's own
                 if not given.
+            embeddings: of a student that is told prompts, what the teacher's `encode_prompt` gives, by the names of its
+                call: `prompt_embeds` and whatever else `geometry.prompts` lists, for one prompt or one per image.
 
         Raises:
             UsageError: an argument is invalid, or arguments contradict each other.
         """
-        if num_inference_steps != 1:
-            warnings.warn(f"num_inference_steps={num_inference_steps}: a student takes one", stacklevel=3)
+        evaluations = self._evaluations(num_inference_steps)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UsageError(f"output_type {output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
-        if isinstance(class_labels, Sequence) and seeds is None and batch_size == 1:
-            batch_size = max(1, len(class_labels))
+        prompts = self._prompts(embeddings, class_labels)
+        asked = class_labels if isinstance(class_labels, Sequence) else prompts
+        if asked is not None and seeds is None and batch_size == 1:
+            batch_size = max(1, len(asked))
         noise = self._noise(batch_size, generator, seeds)
-        labels = self._labels(class_labels, seeds, len(noise))
+        if prompts is None:
+            told = self._labels(class_labels, seeds, len(noise))
+        elif len(prompts) in (1, len(noise)):
+            told = prompts.expand(len(noise), -1, -1)
+        else:
+            raise UsageError(f"{len(prompts)} prompts for {len(noise)} images: expected one, or one per image")
         parts = torch.split(noise, MAX_BATCH)
-        with_labels = [None] * len(parts) if labels is None else torch.split(labels, MAX_BATCH)
-        made = torch.cat([self._pass(part, some) for part, some in zip(parts, with_labels, strict=True)])
+        conditions = [None] * len(parts) if told is None else torch.split(told, MAX_BATCH)
+        made = torch.cat([self._pass(part, some, evaluations) for part, some in zip(parts, conditions, strict=True)])
         if output_type == "latent":
             return PipelineOutput(made) if return_dict else (made,)
         images = to_output(self.student.decode(made), cast("OutputType", output_type))
         return PipelineOutput(images) if return_dict else (images,)
 
-    def _pass(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def _evaluations(self, asked: int | None) -> int | None:
+        """How many evaluations to take; None for all."""
+        most = self.student.num_evaluations if isinstance(self.student, Student) else 1
+        if asked is not None and not 1 <= asked <= most:
+            takes = "one" if most == 1 else f"1 to {most}"
+            warnings.warn(f"num_inference_steps={asked}: the student takes {takes}", stacklevel=4)
+        return asked if asked is not None and 1 <= asked < most else None
+
+    def _pass(self, noise: Tensor, condition: Tensor | None, evaluations: int | None) -> Tensor:
         noise = noise.to(device=self.device, dtype=self.dtype)
-        return (self.student(noise) if labels is None else self.student(noise, labels.to(self.device))).float()
+        if condition is not None:
+            condition = condition.to(self.device, self.dtype if condition.is_floating_point() else condition.dtype)
+        if evaluations is not None:
+            return self._whole().in_fewer(noise, condition, evaluations).float()
+        return (self.student(noise) if condition is None else self.student(noise, condition)).float()
+
+    def _prompts(
+        self, embeddings: dict[str, Tensor | Sequence[Tensor]], class_labels: int | Sequence[int] | None
+    ) -> Tensor | None:
+        """Matrices of prompts; None for a student that is told none."""
+        prompts = self.student.geometry.prompts
+        if prompts is None and embeddings:
+            raise UsageError(f"the student is told no prompts: leave out {', '.join(embeddings)}")
+        if prompts is None:
+            return None
+        if "prompt" in embeddings:
+            raise UsageError(
+                "prompt: a student has no text encoder; give "
+                f"{', '.join(one.name for one in prompts.embeddings)} of its teacher's encode_prompt, or use "
+                "`advkd-sample --prompt`"
+            )
+        if class_labels is not None:
+            self.student.geometry.checked_labels([])
+        return self.student.prompts(**embeddings)
 
     def _labels(self, asked: int | Sequence[int] | None, seeds: Sequence[int] | None, count: int) -> Tensor | None:
         geometry = self.student.geometry

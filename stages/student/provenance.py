@@ -14,6 +14,7 @@ from typing import Any
 from advkd.cache.care.summary import origin_of
 from advkd.cache.errors import TrainingError
 from advkd.cache.files.durable import write_json
+from advkd.cache.format.recipe import Recipe
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.provenance import versions
 from advkd.stages.student.run import Run, SeedSplit
@@ -38,6 +39,7 @@ def describe(cache: TrajectoryCache, identity: dict[str, Any], split: SeedSplit)
         "teacher": {"tensors_sha256": cache.recipe.teacher.get("tensors_sha256"), **_without_paths(origin_of(cache))},
         "sampler": sampler,
         **({} if cache.recipe.condition is None else {"condition": cache.recipe.condition.to_json()}),
+        **({} if cache.recipe.prompts is None else {"prompts": _prompts(cache.recipe)}),
         **({} if cache.recipe.space is None else {"space": cache.recipe.space.to_json()}),
         **identity,
         "seeds": {
@@ -47,6 +49,17 @@ def describe(cache: TrajectoryCache, identity: dict[str, Any], split: SeedSplit)
             "num_held_out": len(split.held_out),
         },
         "versions": versions("accelerate"),
+    }
+
+
+def _prompts(recipe: Recipe) -> dict[str, Any]:
+    """What the student's prompts are, and what encodes a new one in the same way."""
+    assert recipe.prompts is not None
+    return {
+        **recipe.prompts.to_json(),
+        "encoders": recipe.teacher.get("encoders", {}),
+        "call": recipe.sampler.get("call", {}),
+        "precision": recipe.precision["compute"],
     }
 
 

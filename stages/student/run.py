@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from advkd.cache.errors import NotCachedError, TrainingError, UsageError
 from advkd.cache.files.durable import fsync_folder, write_json
 from advkd.cache.format.differences import differences
-from advkd.cache.format.hashing import Seeds, is_held_out
+from advkd.cache.format.hashing import Seeds
 from advkd.cache.format.recipe import digest
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
 from advkd.cache.read.reader import TrajectoryCache
@@ -96,7 +96,7 @@ def split_seeds(cache: TrajectoryCache, wanted: str | None) -> SeedSplit:
             "started it, or choose train.seeds"
         )
     seeds = np.arange(asked.start, asked.stop, dtype=np.int64)
-    held_out = is_held_out(seeds)
+    held_out = cache.recipe.held_out(seeds)
     if held_out.all():
         raise UsageError(f"seeds {asked.start}:{asked.stop} are all held out: choose more with train.seeds")
     return SeedSplit(blocks=tuple(blocks), training=seeds[~held_out], held_out=seeds[held_out])

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 
 from advkd.cache.errors import UsageError
 from advkd.cache.files.durable import write_atomically
@@ -24,22 +25,20 @@ Images = npt.NDArray[np.float32]
 _PNG = re.compile(r"\d{6,}\.png(\.partial)?", re.ASCII)
 
 
-def sample(
-    student: Student, seeds: range, batch_size: int, class_labels: Sequence[int] | None = None
-) -> Iterator[Images]:
+def sample(student: Student, seeds: range, batch_size: int, told: Tensor | None = None) -> Iterator[Images]:
     """Images of some seeds in batches, shape (N, *image_shape), about [−1, 1].
 
     Args:
         student: to sample.
         seeds: for its noise.
         batch_size: images per pass.
-        class_labels: of a conditional student, one per seed; the teacher's own for these seeds if None.
+        told: class labels or prompts, which the images have in turn; the teacher's own labels for these seeds if None.
     """
-    labels = student.labels(seeds) if class_labels is None else torch.tensor(class_labels, dtype=torch.int64)
+    told = student.labels(seeds) if told is None else told
     for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
-        some = None if labels is None else labels[part]
-        yield student.decode(generate(student, student.noise(seeds[part]), some, batch_size)).numpy()
+        some = seeds[start : start + batch_size]
+        condition = None if told is None else told[(start + torch.arange(len(some))) % len(told)]
+        yield student.decode(generate(student, student.noise(some), condition, batch_size)).numpy()
 
 
 def write_npy(path: Path, batches: Iterable[Images], shape: tuple[int, ...]) -> None:

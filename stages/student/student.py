@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from advkd.cache.errors import AdvkdError, DamagedError, TrainingError
+from advkd.cache.errors import AdvkdError, DamagedError, TrainingError, UsageError
 from advkd.cache.files.durable import write_atomically, write_json
 from advkd.cache.format.noise import standard_normal
 from advkd.cache.format.space import DECODER_PATH
 from advkd.cache.read.weights import check_decoder
 from advkd.stages.student.config import KINDS, StudentConfig
 from advkd.stages.student.geometry import CONDITIONAL_FORMAT, FORMAT, Geometry
+from advkd.stages.student.prompts import PromptForm
 from advkd.stages.student.training.protocol import StudentNetwork
 
 WEIGHTS = "model.safetensors"
@@ -109,7 +111,9 @@ def read_student(folder: Path) -> tuple[StudentNetwork, StudentConfig, Geometry]
             raise ValueError(f"format {str(value['format'])[:20]}, expected {FORMAT} or {CONDITIONAL_FORMAT}")
         config, geometry = StudentConfig(**value["student"]), Geometry.from_json(value["geometry"])
         if value["format"] != geometry.format:
-            raise ValueError(f"format {value['format']}, but {FORMAT} is that of students without classes and latents")
+            raise ValueError(
+                f"format {value['format']}, but {FORMAT} is that of students without classes, prompts and latents"
+            )
         if (config.depth + config.coarse) * (len(geometry.levels) - 1) > MAX_BLOCKS:
             raise ValueError(f"more than {MAX_BLOCKS} residual blocks")
         # The meta device allocates nothing, so a hostile configuration can't exhaust the memory.
@@ -172,20 +176,35 @@ def labels_of(geometry: Geometry, seeds: npt.ArrayLike) -> Tensor | None:
     return None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
+def prompts_of(geometry: Geometry, embeddings: Mapping[str, Tensor | Sequence[Tensor]]) -> Tensor:
+    """Prompts as a student is told them: float32, shape (N, rows, columns).
+
+    Args:
+        geometry: of the student.
+        embeddings: by the names of the pipeline's call, such as `prompt_embeds`, shape (N, …).
+
+    Raises:
+        UsageError: the student is told no prompts, or embeddings are missing or don't fit.
+    """
+    if geometry.prompts is None:
+        raise UsageError(f"the student is told no prompts: leave out {', '.join(embeddings)}")
+    return PromptForm.of(geometry.prompts).told(embeddings)
+
+
 @torch.no_grad()
-def generate(student: nn.Module, noise: Tensor, labels: Tensor | None = None, batch_size: int = 256) -> Tensor:
+def generate(student: nn.Module, noise: Tensor, condition: Tensor | None = None, batch_size: int = 256) -> Tensor:
     """x_0 for x_T (N, C, H, W), in batches, on the student's device; float32 on the CPU.
 
     Args:
         student: a network or a `Student`.
         noise: x_T.
-        labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+        condition: what the student is told, N rows: class labels or prompts; None of an unconditional one.
         batch_size: x_T per pass.
 
     Raises:
-        UsageError: labels are missing or surplus.
+        UsageError: the condition is missing or surplus.
     """
     device = next(student.parameters()).device
-    given = [torch.split(values, batch_size) for values in (noise, labels) if values is not None]
+    given = [torch.split(values, batch_size) for values in (noise, condition) if values is not None]
     parts = zip(*given, strict=True)
     return torch.cat([student(*(values.to(device) for values in part)).float().cpu() for part in parts])

@@ -24,7 +24,7 @@ from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.run import Run, SeedSplit, identity, split_seeds
 from advkd.stages.student.student import build_student, folder_of, load_student
 from advkd.stages.student.trainer import Trainer
-from advkd.stages.student.training.data import fetch_states, read_labels, value_range
+from advkd.stages.student.training.data import fetch_states, read_condition, value_range
 from advkd.stages.student.training.distributed import ProcessGroup
 from advkd.stages.student.training.trackers import check_installed
 
@@ -101,7 +101,7 @@ def train(
     steps = sorted({step for phase in program.phases for step in phase.states} | {geometry.steps[-1]})
     for step in steps:
         cache.state(step)  # raises now if a partial copy lacks it
-    read_labels(cache, split.training[:1])  # likewise
+    read_condition(cache, split.training[:1])  # likewise
     wanted = identity(config, cache, split, num_processes)
     trainer = Trainer(
         cache=cache,

@@ -26,7 +26,7 @@ from advkd.stages.student.provenance import describe, write_provenance
 from advkd.stages.student.run import Run, SeedSplit, Segment
 from advkd.stages.student.student import generate, save_student
 from advkd.stages.student.training.checkpoint import load_checkpoint, read_scalars, save_checkpoint
-from advkd.stages.student.training.data import prefetch_batches, read_float, read_labels, seed_batches, value_range
+from advkd.stages.student.training.data import prefetch_batches, read_condition, read_float, seed_batches, value_range
 from advkd.stages.student.training.distributed import ProcessGroup
 from advkd.stages.student.training.log import MetricsLog, forget_metrics_after
 from advkd.stages.student.training.protocol import Program, mean_metrics
@@ -224,10 +224,11 @@ class Trainer:
     def _held_out_errors(self, student: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Squared errors of x_0 on some held-out seeds, shape (N, C, H, W), and the seeds' labels."""
         seeds = self.split.held_out[:VALIDATION_SEEDS]
-        labels, real = read_labels(self.cache, seeds), read_float(self.cache, self.geometry.steps[-1], seeds)
+        condition, real = read_condition(self.cache, seeds), read_float(self.cache, self.geometry.steps[-1], seeds)
+        labels = condition if self.geometry.num_classes else None
         if not len(seeds):
             return real, labels
-        made = generate(student, read_float(self.cache, self.geometry.steps[0], seeds), labels)
+        made = generate(student, read_float(self.cache, self.geometry.steps[0], seeds), condition)
         return (made - real).square(), labels
 
     def _preview(self) -> Path:
@@ -235,7 +236,7 @@ class Trainer:
         seeds = self.split.held_out[:PREVIEW_SEEDS] if len(self.split.held_out) else self.split.training[:PREVIEW_SEEDS]
         noise = read_float(self.cache, self.geometry.steps[0], seeds)
         real = read_float(self.cache, self.geometry.steps[-1], seeds)
-        made = generate(self.average.model, noise, read_labels(self.cache, seeds))
+        made = generate(self.average.model, noise, read_condition(self.cache, seeds))
         path = self.run.preview / f"step-{self.step:06d}.png"
         rows = {"x_T": noise, "teacher": real, "student": made}
         return save_rows(path, {name: as_images(values, self._decoder) for name, values in rows.items()})

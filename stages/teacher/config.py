@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from advkd.cache.format.layout import DTYPES
 PARTS = ("unet", "variant", "scheduler")
 """Keys of `TeacherConfig` that say which files of a pipeline to load."""
 PRECISIONS = ("float32", "bfloat16", "float16")
+AUTO = "auto"
+"""The value of a key whose default depends on the teacher."""
+DEFAULT_SEEDS = "0:4096"
+OFFLOADS = ("model", "sequential")
 SPACINGS = ("trailing", "leading", "linspace")
 """How diffusers chooses the timesteps (Lin et al. 2024, table 2)."""
 
@@ -36,6 +40,13 @@ class TeacherConfig:
     null_class: int | None = None
     """The row of a class-conditional UNet's table that was trained to stand for no label, such as 10 after ten classes;
     guidance needs it, and no file says it. A DiT's is known."""
+    offload: str | None = None
+    """Of a text-to-image pipeline that is larger than the GPU's memory: `model` keeps one of its networks there at a
+    time, `sequential` one layer, which is much slower."""
+
+    def __post_init__(self) -> None:
+        if self.offload is not None and self.offload not in OFFLOADS:
+            raise ConfigError(f"teacher.offload: {self.offload!r} is none of {', '.join(OFFLOADS)}")
 
     @classmethod
     def recorded(cls, origin: Mapping[str, str], source: str | None = None) -> TeacherConfig:
@@ -57,30 +68,45 @@ class TeacherConfig:
 class SamplerConfig:
     """Which diffusers scheduler denoises, in how many steps."""
 
-    name: str = "ddim"
+    name: str = "auto"
     """`ddim`, `ddpm`, `dpmsolver++`, `dpmsolver++sde`, `euler`, `heun` or `unipc`; `flow-euler` or `flow-heun` for a
-    flow-matching teacher."""
+    flow-matching teacher. `auto` is ddim, or the own scheduler of a text-to-image pipeline."""
     steps: int = 50
     """Solver steps from x_T to x_0."""
     eta: float = 0.0
     """Only for ddim: 0 is the deterministic ODE solver, 1 as noisy as DDPM (Song et al. 2021, eq. 16)."""
-    spacing: str = "trailing"
+    spacing: str = "auto"
     """How timesteps are chosen: trailing, leading or linspace (Lin et al. 2024, table 2), or teacher, which is what the
     teacher's own scheduler has. Trailing starts at pure noise. Of flow matching, where it spaces σ before the shift:
-    trailing (as Flux) or linspace (as Stable Diffusion 3)."""
-
+    trailing (as Flux) or linspace (as Stable Diffusion 3). `auto` is trailing, or teacher for a text-to-image
+    pipeline."""
     guidance: float = 1.0
     """Scale of classifier-free guidance for a class-conditional teacher (Ho & Salimans 2022), which doubles its
-    evaluations; 1 is none."""
+    evaluations; 1 is none. Of a text-to-image pipeline its `guidance_scale`."""
+    height: int | None = None
+    """Of a text-to-image pipeline's images, in pixels; the pipeline's own default if not given."""
+    width: int | None = None
+    """The same."""
+    call: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Further arguments of a text-to-image pipeline's call, such as `max_sequence_length: 256` or `true_cfg_scale:
+    4.0`. Part of the recipe."""
+
+    def resolved(self) -> SamplerConfig:
+        """Itself, with what `auto` is for a network that is sampled by advkd's own loop."""
+        name, spacing = ("ddim" if self.name == AUTO else self.name), self.spacing
+        return replace(self, name=name, spacing="trailing" if spacing == AUTO else spacing)
 
     def __post_init__(self) -> None:
+        for key in ("height", "width"):
+            if (getattr(self, key) or 1) < 1:
+                raise ConfigError(f"sampler.{key}: {getattr(self, key)} is not positive")
         if not 0 <= self.guidance < math.inf:
             raise ConfigError(f"sampler.guidance: {self.guidance} is no number ≥ 0")
         if self.steps < 1:
             raise ConfigError(f"sampler.steps: {self.steps} is not a positive number of steps")
-        if self.spacing not in (*SPACINGS, "teacher"):
-            raise ConfigError(f"sampler.spacing: {self.spacing!r} is none of {', '.join(SPACINGS)}, teacher")
-        if self.eta < 0 or (self.eta and self.name != "ddim"):
+        if self.spacing not in (*SPACINGS, "teacher", AUTO):
+            raise ConfigError(f"sampler.spacing: {self.spacing!r} is none of {', '.join(SPACINGS)}, teacher, {AUTO}")
+        if self.eta < 0 or (self.eta and self.name not in ("ddim", AUTO)):
             raise ConfigError(f"sampler.eta: {self.eta} (it is a number ≥ 0, and of ddim only)")
 
 
@@ -88,8 +114,13 @@ class SamplerConfig:
 class CacheConfig:
     """What is recorded, for which seeds, and how it is stored."""
 
-    seeds: str = "0:4096"
-    """A:B, half open; widened to whole blocks."""
+    seeds: str = "auto"
+    """A:B, half open; widened to whole blocks. `auto` is 0:4096, or with `prompts` all that fill whole blocks."""
+    prompts: str | None = None
+    """Of a text-to-image pipeline: a file with a prompt per line, or `.jsonl` with the keys `prompt` and `negative`.
+    A list that grew at its end extends the cache."""
+    seeds_per_prompt: int = 1
+    """How many seeds in a row have the same prompt; a divisor of `block_size`."""
     labels: str | list[int] = "all"
     """Which classes of a class-conditional teacher: `all`, or a list such as [0, 3]. Seeds take them in turn."""
     record: int | list[int] = 10
@@ -113,9 +144,15 @@ class CacheConfig:
     """`cuda`, `cuda:1`, `mps`, `cpu`; the best that is there if not given. Not part of the recipe."""
 
     def __post_init__(self) -> None:
-        for key in ("block_size", "batch_size"):
+        for key in ("block_size", "batch_size", "seeds_per_prompt"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"cache.{key}: {getattr(self, key)} is not positive")
+        if self.prompts is None and self.seeds_per_prompt != 1:
+            raise ConfigError(f"cache.seeds_per_prompt: {self.seeds_per_prompt}, but no cache.prompts are given")
+        if self.prompts is not None and self.block_size % self.seeds_per_prompt:
+            raise ConfigError(
+                f"cache.seeds_per_prompt: {self.seeds_per_prompt} is no divisor of block_size {self.block_size}"
+            )
         labels = self.labels
         if isinstance(labels, str) and labels != "all":
             raise ConfigError(f"cache.labels: {labels!r} is neither all nor a list of labels such as [0, 3]")

@@ -1,4 +1,4 @@
-"""What both doors to diffusers share: the library itself, its configurations as JSON, its errors in one line."""
+"""What both doors to diffusers share: the library itself, and its configurations as JSON."""
 
 from __future__ import annotations
 
@@ -50,9 +50,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a line of ours."""
-    text = str(error).strip().splitlines()
-    return text[0][:160] if text else type(error).__name__

@@ -60,7 +60,7 @@ def test_a_store_with_further_arrays_is_read_and_described(labelled: Path) -> No
         np.testing.assert_array_equal(values[:], np.concatenate([values_of(array, block) for block in range(4)]))
     arrays = {array["path"]: array for array in summarize(cache)["arrays"]}
     assert arrays[LABEL] == {
-        "path": LABEL, "item_shape": [], "dtype": "int32", "here": True, "minimum": 0, "maximum": 9,
+        "path": LABEL, "item_shape": [], "dtype": "int32", "seeds_per_row": 1, "here": True, "minimum": 0, "maximum": 9,
     }  # fmt: skip
     sizes = [len(data) for name, data in tree(labelled).items() if "/c/" in name]
     assert (summarize(cache)["num_bytes"], bytes_to_verify(cache)) == (sum(sizes), sum(sizes) - 4 * len(sizes))

@@ -1,12 +1,15 @@
 """Blocks over worker processes, and among writers that hold each other's."""
 
+import concurrent.futures
 import functools
 import os
 import signal
+from typing import Any
 
 import pytest
 
 from advkd.cache.errors import CacheError
+from advkd.cache.files import processes
 from advkd.cache.files.processes import in_processes
 from advkd.cache.write import divide
 
@@ -31,6 +34,23 @@ def test_a_worker_that_is_killed_is_one_line() -> None:
     """As the kernel does when memory runs out."""
     with pytest.raises(CacheError, match="--workers"):
         list(in_processes(die, range(4), num_workers=2))
+
+
+def test_ctrl_c_never_breaks_off_the_pool_s_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would leave a future locked, so that the pool waited for ever: once in sixty Ctrl-Cs."""
+    unharmed = []
+
+    def interrupted_wait(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        unharmed.append(True)
+        return concurrent.futures.wait(*arguments)
+
+    monkeypatch.setattr(processes, "wait", interrupted_wait)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        list(in_processes(square, range(1000), num_workers=2))
+    assert unharmed == [True]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_busy_blocks_are_tried_again_until_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from advkd.pipeline import interrupts
+from advkd.cache.files import interrupts
+from advkd.cache.files.interrupts import StopRequest
 from advkd.pipeline.cli import cache_look, evaluate
-from advkd.pipeline.interrupts import StopRequest
 from tests.conftest import Invoke
 
 

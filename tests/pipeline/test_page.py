@@ -240,11 +240,11 @@ def test_a_page_that_is_opened_as_a_file_says_how_to_serve_it(toy_page: Path, br
     assert not browser.find_element("id", "sample").is_displayed()
 
 
-def test_the_pinned_runtime_is_the_published_one() -> None:
+def test_the_pinned_runtime_is_the_published_one(tmp_path: Path) -> None:
     folder = require_browser()
     assert json.loads((folder / "package.json").read_text())["version"] == VERSION
     for webgpu in (False, True):
-        pinned, copied = Runtime.of(webgpu), Runtime.copied(folder, webgpu, Path())
+        pinned, copied = Runtime.of(webgpu), Runtime.copied(folder, webgpu, tmp_path)
         assert pinned.module.startswith("https://") and pinned.module.endswith(copied.module.removeprefix("./runtime/"))
         assert pinned.wasm.endswith(copied.wasm.removeprefix("./runtime/"))
         hashes = [(runtime.module_integrity, runtime.wasm_integrity) for runtime in (pinned, copied)]

@@ -22,9 +22,8 @@ from advkd.cache.read.compare import block_distances, tolerance_of, within
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.writer import CacheWriter
 from advkd.stages.reporter import SilentReporter
-from advkd.stages.teacher.build import block as sampling_blocks
 from advkd.stages.teacher.build import build as building
-from advkd.stages.teacher.build import resources
+from advkd.stages.teacher.build import recorder, resources
 from advkd.stages.teacher.build.block import SampledBlock
 from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan, make_plan
@@ -230,13 +229,13 @@ def test_nan_stops_the_build_and_leaves_the_committed_blocks(pipeline_folder: Pa
 def test_constant_output_stops_at_the_first_block(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = sampling_blocks.record_states
+    original = recorder.record_states
 
     def constant(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
         kept = original(*arguments, **options)  # type: ignore[arg-type]
         return {step: torch.full_like(states, 0.25) for step, states in kept.items()}
 
-    monkeypatch.setattr(sampling_blocks, "record_states", constant)
+    monkeypatch.setattr(recorder, "record_states", constant)
     with pytest.raises(TeacherError, match=r"x_0 is constant over 8 seeds"):
         build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
     assert not (tmp_path / "a.zarr").exists()
@@ -244,7 +243,7 @@ def test_constant_output_stops_at_the_first_block(
 
 def with_images(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Let the sampler's x_0 be this many times as large, in some pixels."""
-    original = sampling_blocks.record_states
+    original = recorder.record_states
 
     def larger(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
         kept = original(*arguments, **options)  # type: ignore[arg-type]
@@ -252,7 +251,7 @@ def with_images(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
         images[..., 0] = factor
         return {**kept, max(kept): images}
 
-    monkeypatch.setattr(sampling_blocks, "record_states", larger)
+    monkeypatch.setattr(recorder, "record_states", larger)
 
 
 def test_values_that_are_no_images_stop_at_the_first_block(

@@ -15,7 +15,7 @@ from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.evaluate import evaluate
 from advkd.stages.evaluate.measure import make_reference, measure
 from advkd.stages.evaluate.results import write_results
-from advkd.stages.evaluate.samplers import Sampler, all_samplers, student_sampler, teacher_sampler
+from advkd.stages.evaluate.samplers import Sampler, all_samplers, student_sampler, teacher_sampler, told_fresh
 from advkd.stages.evaluate.scores import Evaluation
 from advkd.stages.metrics.classes import ASKED_CLASS, agreement
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
@@ -78,19 +78,21 @@ def test_guided_evaluations_count_twice(classes: tuple[Path, Path, TeacherConfig
     store, run, _, evaluation = classes
     assert [row.evaluations for row in evaluation.table.rows] == [1, 8, 4, 4]
     cache, (student, geometry) = TrajectoryCache.open(store), load_student(Run(run).student)
-    unmeasured = all_samplers(student_sampler(student, geometry), None, cache.recipe, "float16", [2], print)
+    unmeasured = all_samplers(
+        student_sampler(student, geometry, told_fresh(cache, geometry)), None, cache.recipe, "float16", [2], print
+    )
     assert [row.evaluations for row in unmeasured] == [1, 8, 4, 4]
 
 
 def test_students_draw_the_labels_of_the_rule(classes: tuple[Path, Path, TeacherConfig, Evaluation]) -> None:
     store, run, _, _ = classes
-    condition = TrajectoryCache.open(store).recipe.condition
-    assert condition == ClassCondition(num_classes=4, labels=(0, 1, 2), guidance=2.0, null_class=3)
+    cache = TrajectoryCache.open(store)
+    assert cache.recipe.condition == ClassCondition(num_classes=4, labels=(0, 1, 2), guidance=2.0, null_class=3)
     student, geometry = load_student(Run(run).student)
     for name, parameter in student.named_parameters():
         if "film" in name:  # after six steps labels would hardly change a thing
             torch.nn.init.normal_(parameter)
-    sampler = student_sampler(student, geometry)
+    sampler = student_sampler(student, geometry, told_fresh(cache, geometry))
     assert sampler.generate is not None
     seeds = range(1 << 40, (1 << 40) + 6)
     noise, labels = noise_of(geometry, seeds), torch.tensor([seed % 3 for seed in seeds])

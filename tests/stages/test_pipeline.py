@@ -94,7 +94,7 @@ def test_many_images_come_in_parts(pipe: StudentPipeline, monkeypatch: pytest.Mo
 
 
 def test_steps_are_ignored_with_a_word(pipe: StudentPipeline) -> None:
-    with pytest.warns(UserWarning, match="num_inference_steps=50: a student takes one") as record:
+    with pytest.warns(UserWarning, match="num_inference_steps=50: the student takes one") as record:
         pipe(num_inference_steps=50)
     assert record[0].filename == __file__
     pipe(num_inference_steps=1)  # warnings are errors here

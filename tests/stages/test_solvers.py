@@ -23,27 +23,30 @@ from advkd.stages.teacher.path.solvers import SOLVERS, is_deterministic
 from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
 SAMPLERS = [
-    SamplerConfig(name="ddim", steps=10),
-    SamplerConfig(name="ddim", steps=7, spacing="leading"),
-    SamplerConfig(name="ddim", steps=7),
-    SamplerConfig(name="ddim", steps=6, spacing="linspace"),
-    SamplerConfig(name="ddim", steps=8, eta=1.0),
-    SamplerConfig(name="ddpm", steps=10),
-    SamplerConfig(name="dpmsolver++", steps=10),
-    SamplerConfig(name="dpmsolver++", steps=1),
-    SamplerConfig(name="euler", steps=10),
-    SamplerConfig(name="euler", steps=10, spacing="linspace"),
-    SamplerConfig(name="euler", steps=10, spacing="leading"),
-    SamplerConfig(name="heun", steps=10),
-    SamplerConfig(name="heun", steps=1),
-    SamplerConfig(name="unipc", steps=10),
-    SamplerConfig(name="unipc", steps=1),
-    SamplerConfig(name="dpmsolver++sde", steps=10),
-    SamplerConfig(name="flow-euler", steps=10),
-    SamplerConfig(name="flow-euler", steps=10, spacing="linspace"),
-    SamplerConfig(name="flow-heun", steps=10, spacing="linspace"),
-    SamplerConfig(name="flow-heun", steps=10),
-    SamplerConfig(name="flow-heun", steps=1),
+    sampler.resolved()
+    for sampler in (
+        SamplerConfig(name="ddim", steps=10),
+        SamplerConfig(name="ddim", steps=7, spacing="leading"),
+        SamplerConfig(name="ddim", steps=7),
+        SamplerConfig(name="ddim", steps=6, spacing="linspace"),
+        SamplerConfig(name="ddim", steps=8, eta=1.0),
+        SamplerConfig(name="ddpm", steps=10),
+        SamplerConfig(name="dpmsolver++", steps=10),
+        SamplerConfig(name="dpmsolver++", steps=1),
+        SamplerConfig(name="euler", steps=10),
+        SamplerConfig(name="euler", steps=10, spacing="linspace"),
+        SamplerConfig(name="euler", steps=10, spacing="leading"),
+        SamplerConfig(name="heun", steps=10),
+        SamplerConfig(name="heun", steps=1),
+        SamplerConfig(name="unipc", steps=10),
+        SamplerConfig(name="unipc", steps=1),
+        SamplerConfig(name="dpmsolver++sde", steps=10),
+        SamplerConfig(name="flow-euler", steps=10),
+        SamplerConfig(name="flow-euler", steps=10, spacing="linspace"),
+        SamplerConfig(name="flow-heun", steps=10, spacing="linspace"),
+        SamplerConfig(name="flow-heun", steps=10),
+        SamplerConfig(name="flow-heun", steps=1),
+    )
 ]
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 BETWEEN = SAMPLERS[2:4]

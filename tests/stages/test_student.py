@@ -92,7 +92,12 @@ class Truth(nn.Module):
         self.x0 = x0
 
     def forward(
-        self, features: torch.Tensor | None, state: torch.Tensor, time: int, embedding: torch.Tensor | None
+        self,
+        features: torch.Tensor | None,
+        state: torch.Tensor,
+        time: int,
+        embedding: torch.Tensor | None,
+        tokens: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return state, self.x0
 

@@ -23,6 +23,7 @@ from advkd.cache.write.pack import pack
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.geometry import Geometry, NetworkDescription
 from advkd.stages.student.hub import Student
+from advkd.stages.student.pipeline import StudentPipeline
 from advkd.stages.student.sharing.export import export_onnx
 from advkd.stages.student.student import build_student, generate, load_student, read_student, save_student
 from advkd.stages.student.teacher.network import TeacherStudent
@@ -98,6 +99,26 @@ def test_before_training_it_is_the_teachers_own_sampler(tmp_path: Path, teacher:
             assert state.shape == wanted.shape
         else:
             torch.testing.assert_close(state, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_fewer_evaluations_are_the_teachers_sampler_in_fewer_steps(tmp_path: Path) -> None:
+    """With the teacher's weights: DDIM by hand over the levels that are left, and all evaluations if not asked."""
+    save_conditional(tmp_path / "teacher", prediction_type="sample", timestep_spacing="trailing")
+    cache = record(tmp_path / "teacher", tmp_path / "a.zarr", SamplerConfig(steps=5), **KEEP)
+    network = started(cache, states=[0, 1, 2, 3, 5])
+    student = Student(network, StudentConfig(kind="teacher"), Geometry.of(cache, [0, 1, 2, 3, 5], network=True))
+    pipe, given = StudentPipeline(student), {"seeds": range(3), "output_type": "latent"}
+    noise, labels = student.noise([0, 1, 2]), student.labels([0, 1, 2])
+    (unet,), (start, _, middle, _, _) = network.networks, network.levels
+    first = unet(noise, network.timesteps[0], class_labels=labels).sample
+    state = middle[0] * first + middle[1] * (noise - start[0] * first) / start[1]
+    second = unet(state, network.timesteps[2], class_labels=labels).sample
+    torch.testing.assert_close(pipe(num_inference_steps=2, **given).images, second, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pipe(num_inference_steps=1, **given).images, first, rtol=1e-4, atol=1e-4)
+    assert torch.equal(pipe(num_inference_steps=4, **given).images, pipe(**given).images)
+    with pytest.warns(UserWarning, match="num_inference_steps=9: the student takes 1 to 4"):
+        assert torch.equal(pipe(num_inference_steps=9, **given).images, pipe(**given).images)
 
 
 @torch.no_grad()

@@ -160,7 +160,8 @@ async function walk({states, image_shape: shape}) {
     const state = Number(find("walk-state").value);
     const number = find("walk-seed").selectedIndex * timesteps.length + state;
     sheets.forEach((sheet, index) => sheet.copy(0, sprites[index], number, timesteps.length));
-    const name = timesteps[state] < 0 ? "x₀, the image" : `noise at timestep ${timesteps[state]} of the teacher`;
+    const noise = timesteps[state] < 0 ? "noise" : `noise at timestep ${timesteps[state]} of the teacher`;
+    const name = state === timesteps.length - 1 ? "x₀, the image" : noise;
     find("walk-name").textContent = state ? name : `${name}: where both begin`;
   };
   find("walk-seed").addEventListener("change", draw);

@@ -31,10 +31,11 @@ class Progressive:
         """A network with fresh weights.
 
         Raises:
-            UsageError: the cache has class labels or latents.
+            UsageError: the cache has class labels, prompts or latents.
         """
-        if geometry.num_classes:
-            raise UsageError("student.kind: progressive learns no class labels, which this cache has: use unrolled")
+        if geometry.num_classes or geometry.prompts:
+            what = "prompts" if geometry.prompts else "class labels"
+            raise UsageError(f"student.kind: progressive learns no {what}, which this cache has: use unrolled")
         if geometry.space is not None:  # its heads end in a tanh
             raise UsageError("student.kind: progressive makes pixels in [−1, 1], this cache has latents: use unrolled")
         from advkd.stages.student.progressive.network import ProgressiveStudent

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import TrainingError
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.training.protocol import StudentNetwork, check_labels
+from advkd.stages.student.training.protocol import StudentNetwork, check_condition
 
 INPUT_SIZE = 4
 
@@ -94,18 +94,18 @@ class ProgressiveStudent(StudentNetwork):
             self.sizes.append(resolution)
             width_in = width
 
-    def forward(self, noise: Tensor, labels: Tensor | None = None, *, stage: int | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Tensor | None = None, *, stage: int | None = None) -> Tensor:
         """Predict with the head of one submodule, the last if not given.
 
         Args:
             noise: x_T, shape (N, C, H, W), unit normal.
-            labels: None, since this kind is unconditional.
+            condition: None, since this kind is told nothing.
             stage: index of the submodule.
 
         Returns:
             Shape (N, C, h, h) with h = `sizes[stage]`, in [−1, 1]; x_0 for the last stage.
         """
-        check_labels(noise, labels, num_classes=0)
+        check_condition(noise, condition)
         last = len(self.submodules) - 1 if stage is None else stage
         features = reduce_noise(noise)
         for submodule in self.submodules[: last + 1]:
@@ -113,9 +113,9 @@ class ProgressiveStudent(StudentNetwork):
         image: Tensor = self.output_heads[last](features)
         return image
 
-    def heads(self, noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+    def heads(self, noise: Tensor, condition: Tensor | None = None) -> list[Tensor]:
         """One prediction per recorded state after x_T; only the last head matches the final trunk's weights."""
-        check_labels(noise, labels, num_classes=0)
+        check_condition(noise, condition)
         features, predictions = reduce_noise(noise), []
         for submodule, head in zip(self.submodules, self.output_heads, strict=True):
             features = submodule(features)

@@ -1,9 +1,9 @@
 """A student as an ONNX file, in float32 or with int8 convolutions, written only after a comparison with PyTorch.
 
-A conditional student takes `noise` and `label`; the decoder of latents is a second file. The batch size is dynamic; the
-file's metadata hold the student's geometry, so that a seed has the same noise as in
-PyTorch. The int8 form is onnxruntime's static quantisation in QDQ form: weights per channel, activations calibrated on
-noise from the cache's own generator; everything but convolutions stays in float32.
+A conditional student takes `noise` and `label`, or `prompt`; the decoder of latents is a second file. The batch size is
+dynamic; the file's metadata hold the student's geometry, so that a seed has the same noise as in PyTorch. The int8 form
+is onnxruntime's static quantisation in QDQ form: weights per channel, activations calibrated on noise from the cache's
+own generator; everything but convolutions stays in float32.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import write_atomically
 from advkd.stages.decoder import Decoder
 from advkd.stages.student.hub import Student
+from advkd.stages.student.prompts import PromptForm
 from advkd.stages.student.sharing.onnx_student import (
-    INPUT,
-    LABEL,
     LATENTS,
     METADATA,
     OUTPUT,
     OnnxStudent,
     decoder_path,
+    input_names,
 )
 
 FIRST_CHECK_SEED = 1 << 41
@@ -97,8 +97,10 @@ def export_int8(student: Student, source: Path, path: Path, *, decoder: Decoder 
 
     Raises:
         TrainingError: the images are not finite; nothing is written.
-        UsageError: packages are missing.
+        UsageError: packages are missing, or the student is told prompts.
     """
+    if student.geometry.prompts is not None:
+        raise UsageError("int8 is calibrated with noise and labels, not with prompts: leave out --int8")
     return _write_if_close(student, path, lambda made: _quantise(student, source, made), math.inf, decoder)
 
 
@@ -135,13 +137,22 @@ def compare(student: Student, exported: OnnxStudent, decoder: Decoder | None = N
     """
     sizes, reference, first, differences = [1, 2, 5, *[8] * (NUM_CHECKED // 8 - 1)], _cpu_copy(student), 0, []
     for size in sizes:
-        given = student.inputs(range(FIRST_CHECK_SEED + first, FIRST_CHECK_SEED + first + size))
+        given = _inputs(student, range(FIRST_CHECK_SEED + first, FIRST_CHECK_SEED + first + size))
         expected = reference(*given)
         expected = expected if decoder is None else decoder.to(expected.device)(expected)
         differences.append(exported.decode(exported(*given)) - expected)
         first += size
     difference = torch.cat(differences)
     return Deviation(largest=float(difference.abs().max()), rms=float(difference.square().mean().sqrt()))
+
+
+def _inputs(student: Student, seeds: range) -> tuple[Tensor, ...]:
+    """What the student takes for some seeds; prompts don't follow from seeds, but drawn numbers compare as well."""
+    if student.geometry.prompts is None:
+        return student.inputs(seeds)
+    shape = (len(seeds), *PromptForm.of(student.geometry.prompts).shape)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seeds.start))
+    return student.noise(seeds), torch.cat([drawn[..., :-1], torch.ones(*shape[:2], 1)], dim=2)
 
 
 def _cpu_copy(student: Student) -> Student:
@@ -199,9 +210,9 @@ def _decoder_to_onnx(decoder: Decoder, path: Path, item_shape: tuple[int, ...]) 
 
 
 def _to_onnx(student: Student, path: Path) -> None:
-    conditional, batch = bool(student.geometry.num_classes), {0: torch.export.Dim("batch")}
-    names, shapes = [INPUT, *[LABEL] * conditional], {"noise": batch, **({"labels": batch} if conditional else {})}
-    _export(_exportable(student), student.inputs([0, 1]), path, names, shapes)
+    names, batch = input_names(student.geometry), {0: torch.export.Dim("batch")}
+    shapes = dict.fromkeys(("noise", "condition")[: len(names)], batch)
+    _export(_exportable(student), _inputs(student, range(2)), path, names, shapes)
     _strip(path, {METADATA: json.dumps(student.geometry.to_json())})
 
 
@@ -244,6 +255,8 @@ def _strip(path: Path, metadata: dict[str, str]) -> None:
 def _quantise(student: Student, source: Path, target: Path) -> None:
     from onnxruntime import quantization
 
+    names = input_names(student.geometry)
+
     class Noise(quantization.CalibrationDataReader):  # type: ignore[misc]
         """Batches of noise."""
 
@@ -252,7 +265,7 @@ def _quantise(student: Student, source: Path, target: Path) -> None:
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self.batches, None)
-            return None if batch is None else dict(zip([INPUT, LABEL], map(Tensor.numpy, batch), strict=False))
+            return None if batch is None else dict(zip(names, map(Tensor.numpy, batch), strict=True))
 
     prepared = target.with_name("prepared.onnx")
     with _quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import Tensor
 from advkd.cache.errors import AdvkdError, TrainingError, UsageError
 from advkd.stages.decoder import BATCH
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.student import labels_of
-from advkd.stages.student.training.protocol import check_labels
+from advkd.stages.student.prompts import PromptForm
+from advkd.stages.student.student import labels_of, prompts_of
+from advkd.stages.student.training.protocol import check_condition
 
-INPUT, LABEL, OUTPUT = "noise", "label", "images"
+INPUT, LABEL, PROMPT, OUTPUT = "noise", "label", "prompt", "images"
 LATENTS = "latents"
 """The input of a decoder."""
 SPLIT_FROM = 16
@@ -27,6 +29,11 @@ SPLIT_FROM = 16
 threads, which costs more than it gains for small int8 ones: on two cores 64 digits took 0.7 of the time, in float32
 0.9."""
 METADATA = "advkd.geometry"
+
+
+def input_names(geometry: Geometry) -> list[str]:
+    """What an exported student takes: the noise, and labels or prompts where it is told some."""
+    return [INPUT, *[LABEL] * bool(geometry.num_classes), *[PROMPT] * (geometry.prompts is not None)]
 
 
 def decoder_path(path: Path) -> Path:
@@ -62,20 +69,24 @@ class OnnxStudent:
             raise TrainingError(f"{path} was not written by advkd-export ({first[:160]})") from None
         self._threads = ThreadPoolExecutor(self._num_threads)
 
-    def __call__(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """x_T (N, C, H, W), unit normal → x_0 of the same shape, float32 on the CPU.
 
         Args:
             noise: x_T.
-            labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+            condition: class labels, int64, shape (N,), or prompts as `Student.prompts` gives them; None of an
+                unconditional student.
 
         Raises:
-            UsageError: labels are missing or surplus.
+            UsageError: the condition is missing or surplus.
         """
-        check_labels(noise, labels, self.geometry.num_classes)
+        prompts = self.geometry.prompts
+        check_condition(
+            noise, condition, self.geometry.num_classes, None if prompts is None else PromptForm.of(prompts).shape
+        )
         given = {INPUT: np.ascontiguousarray(noise.detach().cpu().numpy(), dtype=np.float32)}
-        if labels is not None:
-            given[LABEL] = labels.cpu().numpy()
+        if condition is not None:
+            given[input_names(self.geometry)[1]] = condition.cpu().numpy()
         if self._num_threads == 1 or len(noise) < SPLIT_FROM * self._num_threads:
             return torch.from_numpy(_run(self._together, given))
         split = [np.array_split(values, self._num_threads) for values in given.values()]
@@ -85,6 +96,10 @@ class OnnxStudent:
     def labels(self, seeds: npt.ArrayLike) -> Tensor | None:
         """Class labels of some seeds, the same as the teacher's: int64, shape (N,); None if it is unconditional."""
         return labels_of(self.geometry, seeds)
+
+    def prompts(self, **embeddings: Tensor | Sequence[Tensor]) -> Tensor:
+        """As `Student.prompts`."""
+        return prompts_of(self.geometry, embeddings)
 
     def decode(self, items: Tensor) -> Tensor:
         """Images of x_0, about [−1, 1], float32, shape (N, *image_shape): decoded latents, or pixels as they are."""
@@ -119,8 +134,8 @@ def _geometry_of(session: Any) -> Geometry:
     shapes = [list(value.shape[1:]) for value in (taken, made)]
     if (taken.name, made.name) != (INPUT, OUTPUT) or shapes != [list(geometry.item_shape)] * 2:
         raise ValueError(f"it maps {shapes[0]} to {shapes[1]}, expected {list(geometry.item_shape)} for both")
-    if [value.name for value in others] != [LABEL] * bool(geometry.num_classes):
-        raise ValueError(f"it has {len(others)} inputs besides the noise, and {geometry.num_classes} classes")
+    if [value.name for value in (taken, *others)] != input_names(geometry):
+        raise ValueError(f"it takes {[value.name for value in (taken, *others)]}, not {input_names(geometry)}")
     return geometry
 
 

@@ -12,16 +12,17 @@ of ε would be multiplied by 1 / α: there the output of an ε-network is read a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from advkd.cache.errors import TrainingError
+from advkd.cache.errors import TrainingError, first_line
 from advkd.stages.diffusers_models import model_class
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.training.protocol import UnrollingNetwork, check_labels
+from advkd.stages.student.training.protocol import UnrollingNetwork, check_condition
 from advkd.stages.student.unrolled.network import Level, jump
 
 MIN_ALPHA = 0.05
@@ -46,8 +47,8 @@ class TeacherStudent(UnrollingNetwork):
         self.levels, self.timesteps = geometry.levels, geometry.timesteps
         self.num_classes = geometry.num_classes
         self.channels = geometry.item_shape[0]
-        count = 1 if shared else len(geometry.levels) - 1
-        self.networks = nn.ModuleList(self._make() for _ in range(count))
+        self.num_evaluations = len(geometry.levels) - 1
+        self.networks = nn.ModuleList(self._make() for _ in range(1 if shared else self.num_evaluations))
 
     def _make(self) -> nn.Module:
         try:
@@ -56,7 +57,7 @@ class TeacherStudent(UnrollingNetwork):
                 with torch.device("cpu"):
                     made = model_class(self.description.name).from_config(self.description.config)
         except Exception as error:  # whatever a configuration from elsewhere makes diffusers and torch raise
-            problem = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+            problem = first_line(error)
             raise TrainingError(f"a {self.description.name} can't be made of its configuration ({problem})") from error
         return made
 
@@ -70,41 +71,53 @@ class TeacherStudent(UnrollingNetwork):
         for network in self.networks:
             network.load_state_dict(tensors)
 
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """x_T (N, C, H, W), unit normal → x_0 of the same shape.
 
         Args:
             noise: x_T.
-            labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+            condition: class labels, int64, shape (N,); None of a student without classes.
 
         Raises:
-            UsageError: labels are missing or surplus.
+            UsageError: they are missing or surplus.
         """
-        return self.unroll(noise, labels)[0][-1]
+        return self.unroll(noise, condition)[0][-1]
 
-    def unroll(self, noise: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def unroll(self, noise: Tensor, condition: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Every evaluation's x̂_0, and every state after x_T, in stored units; the last state is the last x̂_0."""
-        check_labels(noise, labels, self.num_classes)
+        return self._unroll(noise, condition, range(self.num_evaluations))
+
+    def in_fewer(self, noise: Tensor, condition: Tensor | None, count: int) -> Tensor:
+        """x_0 by `count` evaluations, evenly spaced among the levels that it was trained at, the first among them."""
+        chosen = [k * self.num_evaluations // count for k in range(count)]
+        return self._unroll(noise, condition, chosen)[0][-1]
+
+    def _unroll(
+        self, noise: Tensor, condition: Tensor | None, submodules: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As `unroll`, by some of the submodules, each of which leads to the level of the next."""
+        check_condition(noise, condition, self.num_classes)
         state, predictions, states = noise, [], []
-        for k, (before, after) in enumerate(itertools.pairwise(self.levels)):
-            x0 = self._x0(state, before, self._evaluate(state, before, k, labels))
-            state = jump(state, x0, before, after)
+        for k, following in itertools.pairwise([*submodules, self.num_evaluations]):
+            before = self.levels[k]
+            x0 = self._x0(state, before, self._evaluate(state, before, k, condition))
+            state = jump(state, x0, before, self.levels[following])
             predictions.append(x0)
             states.append(state)
         states[-1] = predictions[-1]
         return predictions, states
 
-    def heads(self, noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+    def heads(self, noise: Tensor, condition: Tensor | None = None) -> list[Tensor]:
         """One prediction per recorded state after x_T."""
-        return self.unroll(noise, labels)[1]
+        return self.unroll(noise, condition)[1]
 
-    def _evaluate(self, state: Tensor, level: Level, k: int, labels: Tensor | None) -> Tensor:
+    def _evaluate(self, state: Tensor, level: Level, k: int, condition: Tensor | None) -> Tensor:
         """The network's output at the level of submodule k, without a learned variance."""
         network: Any = self.networks[k % len(self.networks)]
         whole = self.description.config.get("time_embedding_type") == "learned"
         dtype = torch.int64 if whole else torch.float32
         timesteps = torch.full((state.shape[0],), self.timesteps[k], dtype=dtype, device=state.device)
-        known = {} if labels is None else {"class_labels": labels}
+        known = {} if condition is None else {"class_labels": condition}
         output: Tensor = network(state * self._unit(level), timesteps, **known).sample
         return output[:, : self.channels]
 

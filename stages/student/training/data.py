@@ -18,6 +18,7 @@ from advkd.cache.format.hashing import Seeds, mix64, mixed
 from advkd.cache.format.store_paths import states_path
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter
+from advkd.stages.student.prompts import read_prompts
 
 PREFETCH = 2
 """Batches read ahead. One is enough to hide reading behind a step; the second absorbs a slow block."""
@@ -29,13 +30,14 @@ class Batch:
 
     states: Mapping[int, Tensor]
     """By number of solver steps: float32, stored units, shape (N, C, H, W)."""
-    labels: Tensor | None = None
-    """Class labels, int64, shape (N,); None if the teacher is unconditional."""
+    condition: Tensor | None = None
+    """What the teacher was told, as `read_condition` reads it."""
 
     @classmethod
     def read(cls, cache: TrajectoryCache, steps: Sequence[int], seeds: list[int]) -> Batch:
-        """Some seeds' states and labels, in pinned memory where there is a GPU, so that copies to it don't block."""
-        batch = cls(states={step: read_float(cache, step, seeds) for step in steps}, labels=read_labels(cache, seeds))
+        """Some seeds' states and condition, in pinned memory where there is a GPU, so that copies to it don't block."""
+        states = {step: read_float(cache, step, seeds) for step in steps}
+        batch = cls(states=states, condition=read_condition(cache, seeds))
         return batch._each(Tensor.pin_memory) if torch.cuda.is_available() else batch
 
     def to(self, device: torch.device) -> Batch:
@@ -52,7 +54,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         states = {step: change(values) for step, values in self.states.items()}
-        return Batch(states=states, labels=None if self.labels is None else change(self.labels))
+        return Batch(states=states, condition=None if self.condition is None else change(self.condition))
 
 
 def read_float(cache: TrajectoryCache, step: int, seeds: npt.ArrayLike) -> Tensor:
@@ -60,13 +62,20 @@ def read_float(cache: TrajectoryCache, step: int, seeds: npt.ArrayLike) -> Tenso
     return torch.from_numpy(cache.rows(step, seeds).astype(np.float32))
 
 
-def read_labels(cache: TrajectoryCache, seeds: npt.ArrayLike) -> Tensor | None:
-    """Class labels of some seeds, int64, shape (N,); None if the cache's teacher is unconditional.
+def read_condition(cache: TrajectoryCache, seeds: npt.ArrayLike) -> Tensor | None:
+    """What the teacher was told for some seeds, as a student's network takes it.
+
+    Returns:
+        Class labels, int64, shape (N,), or prompts as `PromptForm` has them, float32, shape (N, rows, columns); None if
+        it was told nothing.
 
     Raises:
-        NotCachedError: labels are not in this copy.
-        DamagedError: they differ from the ledger, or from the recipe's rule.
+        UsageError: no student learns from such prompts.
+        NotCachedError: labels or prompts are not in this copy.
+        DamagedError: they differ from the ledger, or labels from the recipe's rule.
     """
+    if cache.recipe.prompts is not None:
+        return read_prompts(cache, cache.recipe.prompts.prompts_of(seeds))
     return None if cache.recipe.condition is None else torch.from_numpy(cache.labels(seeds).astype(np.int64))
 
 

@@ -20,10 +20,18 @@ Metrics = dict[str, Tensor]
 class StudentNetwork(nn.Module):
     """A student's network: x_T (N, C, H, W), unit normal → x_0 of the same shape; pixels are about [−1, 1].
 
-    A conditional one takes class labels, too: int64, shape (N,).
+    Where the teacher was told something, the network takes it as `condition`: class labels, int64, shape (N,), or
+    prompts as `PromptForm` has them, float32, shape (N, rows, columns).
     """
 
-    def heads(self, noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+    num_evaluations = 1
+    """Of the network inside, per image."""
+
+    def in_fewer(self, noise: Tensor, condition: Tensor | None, count: int) -> Tensor:
+        """x_0 by `count` of the evaluations; of networks that have several."""
+        raise NotImplementedError
+
+    def heads(self, noise: Tensor, condition: Tensor | None = None) -> list[Tensor]:
         """One prediction per recorded state after x_T."""
         raise NotImplementedError
 
@@ -39,24 +47,38 @@ class StudentNetwork(nn.Module):
 class UnrollingNetwork(StudentNetwork):
     """A network whose submodules each predict x̂_0 and make the next state from it."""
 
-    def unroll(self, noise: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def unroll(self, noise: Tensor, condition: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Every submodule's x̂_0, and every state after x_T, in stored units; the last state is the last x̂_0."""
         raise NotImplementedError
 
 
-def check_labels(noise: Tensor, labels: Tensor | None, num_classes: int) -> None:
-    """Check that a network gets labels if it has classes; their range is left to whoever has the labels as numbers.
+def check_condition(
+    noise: Tensor, condition: Tensor | None, num_classes: int = 0, prompt_shape: tuple[int, int] | None = None
+) -> None:
+    """Check that a network is told what it needs; the range of labels is left to whoever has them as numbers.
+
+    Args:
+        noise: x_T, shape (N, C, H, W).
+        condition: labels or prompts.
+        num_classes: of a student of classes; else 0.
+        prompt_shape: rows and columns of a prompt, of a student that is told prompts; else None.
 
     Raises:
-        UsageError: labels are missing or surplus, or not one whole number for each x_T.
+        UsageError: the condition is missing or surplus, or has another shape or dtype.
     """
-    if labels is None:
+    if prompt_shape is not None:
+        shape = (len(noise), *prompt_shape)
+        if condition is None or condition.shape != shape or not condition.is_floating_point():
+            found = "none" if condition is None else f"{condition.dtype}, shape {tuple(condition.shape)}"
+            raise UsageError(f"the student needs prompts as floats of shape {shape}; found {found}")
+    elif condition is None:
         if num_classes:
             raise UsageError(f"the student needs class labels for its {num_classes} classes: give int64, shape (N,)")
     elif not num_classes:
         raise UsageError("the student is unconditional: leave out the class labels")
-    elif labels.dtype != torch.int64 or labels.shape != noise.shape[:1]:
-        raise UsageError(f"class labels are {labels.dtype}, shape {tuple(labels.shape)}: expected int64, shape (N,)")
+    elif condition.dtype != torch.int64 or condition.shape != noise.shape[:1]:
+        found = f"{condition.dtype}, shape {tuple(condition.shape)}"
+        raise UsageError(f"class labels are {found}: expected int64, shape (N,)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

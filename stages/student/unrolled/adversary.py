@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from advkd.cache.errors import UsageError
 from advkd.stages.student.geometry import Geometry
+from advkd.stages.student.prompts import PromptForm
 from advkd.stages.student.training.descent import Descent
 from advkd.stages.student.training.losses import ADVERSARIAL, squared_gradient
 from advkd.stages.student.training.protocol import Metrics
@@ -35,18 +36,20 @@ class CriticInput:
     """x_T of each image, the same shape."""
     time: Tensor
     """Submodule of each image, int64, shape (N,)."""
-    labels: Tensor | None = None
-    """Class label of each image, int64, shape (N,); None without classes."""
+    condition: Tensor | None = None
+    """What each image's teacher was told, as the student takes it; N rows, or None."""
 
     @classmethod
-    def of(cls, by_submodule: Sequence[Tensor], noise: Tensor, count: int, labels: Tensor | None = None) -> CriticInput:
+    def of(
+        cls, by_submodule: Sequence[Tensor], noise: Tensor, count: int, condition: Tensor | None = None
+    ) -> CriticInput:
         """The first `count` images of each submodule."""
         time = torch.arange(len(by_submodule), device=noise.device).repeat_interleave(count)
         return cls(
             images=torch.cat([images[:count].float() for images in by_submodule]),
             noise=noise[:count].repeat(len(by_submodule), 1, 1, 1),
             time=time,
-            labels=None if labels is None else labels[:count].repeat(len(by_submodule)),
+            condition=None if condition is None else torch.cat([condition[:count]] * len(by_submodule)),
         )
 
     def detached(self) -> CriticInput:
@@ -109,6 +112,7 @@ class Adversary:
                 conditional=config.conditional,
                 num_times=num_times,
                 num_classes=geometry.num_classes,
+                prompts=None if geometry.prompts is None else PromptForm.of(geometry.prompts),
             )
 
         self.critic: nn.Module = (
@@ -148,10 +152,16 @@ class Adversary:
         """`count` x_T from no cache for this rank; a function of (seed, step, rank, world size) alone."""
         return self._rank_draws(torch.randn, step)(count, *like.shape[1:]).to(like.device)
 
-    def fresh_labels(self, step: int, noise: Tensor) -> Tensor | None:
-        """Class labels for this rank's fresh x_T, drawn alike: int64, shape (N,); None without classes."""
-        if not len(self._known):
-            return None
+    def fresh_condition(self, step: int, noise: Tensor, condition: Tensor | None) -> Tensor | None:
+        """What goes with this rank's fresh x_T: class labels, drawn alike, or the prompts of the batch's first images.
+
+        Args:
+            step: of the training.
+            noise: the fresh x_T, no more than the batch has.
+            condition: of the batch.
+        """
+        if condition is None or not len(self._known):
+            return None if condition is None else condition[: len(noise)]
         places = self._rank_draws(torch.rand, step, 0)(len(noise)) * len(self._known)
         return self._known[places.long()].to(noise.device)
 
@@ -206,7 +216,7 @@ class Adversary:
         if self.config.augment:
             uniform = self._rank_draws(torch.rand, step, stream)
             images, noise = augment(self.config.augment, images, noise, uniform)
-        logits: Tensor = (self.critic if double else self._logits)(images, noise, judged.time, judged.labels)
+        logits: Tensor = (self.critic if double else self._logits)(images, noise, judged.time, judged.condition)
         return logits
 
     def _rank_draws(self, draw: Any, *parts: int) -> Callable[..., Tensor]:

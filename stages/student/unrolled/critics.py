@@ -1,7 +1,7 @@
 """Critics of the unrolled student, without normalisation layers (Huang et al. 2024, §3.2).
 
-They see a class label by projection (Miyato and Koyama 2018, eq. 3): the inner product of its embedding with the pooled
-last features is added to a logit.
+They see a class label or a prompt by projection (Miyato and Koyama 2018, eq. 3): the inner product of its embedding
+with the pooled last features is added to a logit.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from advkd.stages.student.prompts import PromptForm
+from advkd.stages.student.unrolled.prompts import PromptSummary
 
 _SLOPE = 0.2
 _LAST_SIDE = 4
@@ -24,6 +27,7 @@ class Critic(nn.Module):
         conditional: whether it sees x_T too.
         num_times: submodules whose images it judges; if more than one, it is conditioned on the submodule's number.
         num_classes: rows of the table of class labels; 0 without labels.
+        prompts: form of the prompts; None without prompts.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Critic(nn.Module):
         conditional: bool,
         num_times: int = 1,
         num_classes: int = 0,
+        prompts: PromptForm | None = None,
     ) -> None:
         super().__init__()
         self.conditional = conditional
@@ -61,6 +66,9 @@ class Critic(nn.Module):
         )
         for table in self.classes:
             nn.init.zeros_(table.weight)  # type: ignore[arg-type]
+        self.prompts = nn.ModuleList(
+            [] if prompts is None else [PromptSummary(prompts, width << (scale + 1)) for scale in range(scales)]
+        )
 
     def features(self, images: Tensor, noise: Tensor, time: Tensor | None = None) -> list[Tensor]:
         """The activations of every layer, shape (N, …).
@@ -80,16 +88,16 @@ class Critic(nn.Module):
         return activations
 
     def forward(
-        self, images: Tensor, noise: Tensor, time: Tensor | None = None, labels: Tensor | None = None
+        self, images: Tensor, noise: Tensor, time: Tensor | None = None, condition: Tensor | None = None
     ) -> Tensor:
-        """Logits, shape (N, scales); labels are those of the images, int64, shape (N,), where there are classes."""
+        """Logits, shape (N, scales); the condition is that of each image, as the student is told it."""
         ends = self.features(images, noise, time)[3::3]
         pooled = (F.adaptive_avg_pool2d(end, _LAST_SIDE).flatten(1) for end in ends)
         logits = torch.cat([judge(end) for judge, end in zip(self.judges, pooled, strict=True)], dim=1)
-        if not len(self.classes):
+        if condition is None:
             return logits
-        tables = zip(self.classes, ends, strict=True)
-        return logits + torch.stack([(table(labels) * end.mean(dim=(2, 3))).sum(1) for table, end in tables], dim=1)
+        told = zip([*self.classes, *self.prompts], ends, strict=True)
+        return logits + torch.stack([(embed(condition) * end.mean(dim=(2, 3))).sum(1) for embed, end in told], dim=1)
 
 
 class CriticPerSubmodule(nn.Module):
@@ -99,9 +107,9 @@ class CriticPerSubmodule(nn.Module):
         super().__init__()
         self.critics = nn.ModuleList(critics)
 
-    def forward(self, images: Tensor, noise: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, noise: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
         """Logits, shape (N, scales); images are grouped by submodule, in order, equally many of each."""
         count = len(self.critics)
-        classes = [None] * count if labels is None else labels.chunk(count)
-        parts = zip(self.critics, images.chunk(count), noise.chunk(count), classes, strict=True)
-        return torch.cat([critic(image, origin, labels=some) for critic, image, origin, some in parts])
+        told = [None] * count if condition is None else condition.chunk(count)
+        parts = zip(self.critics, images.chunk(count), noise.chunk(count), told, strict=True)
+        return torch.cat([critic(image, origin, condition=some) for critic, image, origin, some in parts])

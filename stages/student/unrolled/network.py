@@ -5,8 +5,9 @@ between recorded noise levels (Song et al. 2021, eq. 12 with η = 0), whichever 
 
     ε = (x_{k−1} − α_{k−1} x̂_0) / σ_{k−1},    x_k = α_k x̂_0 + σ_k ε.
 
-The last submodule returns x̂_0. A conditional student embeds the class label once; the embedding scales and shifts the
-features of every residual block (FiLM, Perez et al. 2018). All (α, σ) are in the cache's stored units, where states
+The last submodule returns x̂_0. A conditional student embeds the class label or the prompt once; the embedding scales
+and shifts the features of every residual block (FiLM, Perez et al. 2018), and every submodule attends to the prompt's
+tokens. All (α, σ) are in the cache's stored units, where states
 have unit variance.
 """
 
@@ -21,7 +22,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import TrainingError
 from advkd.stages.student.geometry import Geometry
-from advkd.stages.student.training.protocol import UnrollingNetwork, check_labels
+from advkd.stages.student.prompts import PromptForm
+from advkd.stages.student.training.protocol import UnrollingNetwork, check_condition
+from advkd.stages.student.unrolled.prompts import CrossAttention, PromptTokens
 
 Level = tuple[float, float]
 """(alpha, sigma) of a state, in stored units."""
@@ -136,6 +139,7 @@ class Submodule(nn.Module):
         attention: bool,
         num_times: int = 1,
         embedded: int = 0,
+        prompted: bool = False,
     ) -> None:
         super().__init__()
         self.patch = patch
@@ -143,13 +147,23 @@ class Submodule(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(width, num_times, embedded) for _ in range(depth))
         self.coarse = CoarsePath(width, coarse, num_times, embedded) if coarse else None
         self.attention = SelfAttention(width) if attention else nn.Identity()
+        self.cross = CrossAttention(width) if prompted else None
         self.norm = nn.GroupNorm(math.gcd(8, width), width)
         self.read = nn.Conv2d(width, channels * patch**2, 3, padding=1)
 
     def forward(
-        self, features: Tensor | None, state: Tensor, time: int = 0, embedding: Tensor | None = None
+        self,
+        features: Tensor | None,
+        state: Tensor,
+        time: int = 0,
+        embedding: Tensor | None = None,
+        tokens: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """States are (N, C, H, W); features (N, width, H / patch, W / patch), None before the first submodule."""
+        """States are (N, C, H, W); features (N, width, H / patch, W / patch), None before the first submodule.
+
+        The embedding of a label or prompt is (N, embedded); the tokens of prompts are (N, T, width), with which of them
+        count, (N, T).
+        """
         seen = self.embed(F.pixel_unshuffle(state, self.patch))
         features = seen if features is None else features + seen
         for block in self.blocks:
@@ -157,6 +171,8 @@ class Submodule(nn.Module):
         if self.coarse is not None:
             features = self.coarse(features, time, embedding)
         features = self.attention(features)
+        if self.cross is not None and tokens is not None:
+            features = self.cross(features, *tokens)
         x0 = F.pixel_shuffle(self.read(F.silu(self.norm(features))), self.patch)
         return features, x0
 
@@ -165,8 +181,8 @@ class UnrolledStudent(UnrollingNetwork):
     """One submodule per recorded state after x_T.
 
     Args:
-        geometry: item shape, noise levels and classes of the cache.
-        width: channels of the trunk, and of the classes' embedding.
+        geometry: item shape, noise levels, classes and prompts of the cache.
+        width: channels of the trunk, of the classes' embedding and of the prompts' tokens.
         depth: residual blocks of a submodule.
         patch: side in pixels of the patches that are one position of the trunk.
         attention: whether each submodule has self-attention over positions.
@@ -194,40 +210,46 @@ class UnrolledStudent(UnrollingNetwork):
             raise TrainingError(f"{size} positions can't be halved: choose student.coarse 0 or student.patch")
         self.levels = geometry.levels
         num_submodules = len(geometry.levels) - 1
-        num_times, embedded = num_submodules if shared else 1, width if geometry.num_classes else 0
+        form = None if geometry.prompts is None else PromptForm.of(geometry.prompts)
+        num_times, embedded = num_submodules if shared else 1, width if geometry.num_classes or form else 0
         self.submodules = nn.ModuleList(
-            Submodule(channels, width, depth, coarse, patch, attention, num_times, embedded)
+            Submodule(channels, width, depth, coarse, patch, attention, num_times, embedded, form is not None)
             for _ in range(1 if shared else num_submodules)
         )
         self.num_classes = geometry.num_classes
         self.classes = nn.Embedding(self.num_classes, width) if self.num_classes else None
+        self.prompt_shape = None if form is None else form.shape
+        self.prompts = None if form is None else PromptTokens(form, width)
 
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """x_T (N, C, H, W), unit normal → x_0 of the same shape; pixels are about [−1, 1].
 
         Args:
             noise: x_T.
-            labels: class labels, int64, shape (N,), of a conditional student; None of an unconditional one.
+            condition: class labels, int64, shape (N,), or prompts as `PromptForm` has them, float32, shape (N, rows,
+                columns); None of an unconditional student.
 
         Raises:
-            UsageError: labels are missing or surplus.
+            UsageError: the condition is missing or surplus.
         """
-        return self.unroll(noise, labels)[0][-1]
+        return self.unroll(noise, condition)[0][-1]
 
-    def unroll(self, noise: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def unroll(self, noise: Tensor, condition: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Every submodule's x̂_0, and every state after x_T, in stored units; the last state is the last x̂_0."""
-        check_labels(noise, labels, self.num_classes)
-        embedding = None if self.classes is None else self.classes(labels)
+        check_condition(noise, condition, self.num_classes, self.prompt_shape)
+        embedding, tokens = None if self.classes is None else self.classes(condition), None
+        if self.prompts is not None:
+            *tokens, embedding = self.prompts(condition)
         features, state = None, noise
         predictions, states = [], []
         for k, (before, after) in enumerate(itertools.pairwise(self.levels)):
-            features, x0 = self.submodules[k % len(self.submodules)](features, state, k, embedding)
+            features, x0 = self.submodules[k % len(self.submodules)](features, state, k, embedding, tokens)
             state = jump(state, x0, before, after)
             predictions.append(x0)
             states.append(state)
         states[-1] = predictions[-1]
         return predictions, states
 
-    def heads(self, noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+    def heads(self, noise: Tensor, condition: Tensor | None = None) -> list[Tensor]:
         """One prediction per recorded state after x_T."""
-        return self.unroll(noise, labels)[1]
+        return self.unroll(noise, condition)[1]

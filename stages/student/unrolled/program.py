@@ -36,14 +36,15 @@ class Outputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fresh:
-    """Noise that is in no cache, with labels where there are classes; none in steps without critics."""
+    """Noise that is in no cache, with labels or prompts where there are any; none in steps without critics."""
 
     noise: Tensor
-    labels: Tensor | None
+    condition: Tensor | None
 
     def micro_batch(self, index: int, count: int) -> Fresh:
         """Every `count`-th row, from row `index` on."""
-        return Fresh(noise=self.noise[index::count], labels=None if self.labels is None else self.labels[index::count])
+        condition = None if self.condition is None else self.condition[index::count]
+        return Fresh(noise=self.noise[index::count], condition=condition)
 
 
 class UnrolledProgram:
@@ -90,7 +91,7 @@ class UnrolledProgram:
         """
         count, metrics = self.config.accumulate, []
         micro_batches = batch.micro_batches(count)
-        fresh = self._fresh(micro_batches[0].states[self.geometry.steps[0]], step)
+        fresh = self._fresh(batch, len(micro_batches[0].states[self.geometry.steps[0]]), step)
         outputs: Outputs | None = None
         if self.adversary.trains_at(step):
             for index, part in enumerate(micro_batches):
@@ -108,21 +109,23 @@ class UnrolledProgram:
         self.descent.step(one_cycle(step, self.config.steps, self.config.warmup))
         return mean_metrics(metrics)
 
-    def _fresh(self, like: Tensor, step: int) -> Fresh:
-        """Fresh x_T and labels for a step's micro-batches, equally many for each and no more than each has seeds."""
+    def _fresh(self, batch: Batch, num_seeds: int, step: int) -> Fresh:
+        """Fresh x_T and what goes with it for a step's micro-batches of `num_seeds` seeds: equally many for each, no
+        more than it has seeds."""
         count, wanted = self.config.accumulate, self.config.objective.adversarial.fresh
+        noise = batch.states[self.geometry.steps[0]]
         if not wanted or not self.adversary.trains_at(step):
-            noise = like[:0]
+            noise = noise[:0]
         else:
-            noise = self.adversary.fresh_noise(step, count * min(-(-wanted // count), len(like)), like)
-        return Fresh(noise=noise, labels=self.adversary.fresh_labels(step, noise))
+            noise = self.adversary.fresh_noise(step, count * min(-(-wanted // count), num_seeds), noise)
+        return Fresh(noise=noise, condition=self.adversary.fresh_condition(step, noise, batch.condition))
 
     def _forward(self, batch: Batch, fresh: Fresh) -> Outputs:
-        noise, labels = batch.states[self.geometry.steps[0]], batch.labels
-        if labels is not None and fresh.labels is not None:
-            labels = torch.cat([labels, fresh.labels])
+        noise, condition = batch.states[self.geometry.steps[0]], batch.condition
+        if condition is not None and fresh.condition is not None:
+            condition = torch.cat([condition, fresh.condition])
         with self.accelerator.autocast():
-            predictions, states = self._unroll(torch.cat([noise, fresh.noise]), labels)
+            predictions, states = self._unroll(torch.cat([noise, fresh.noise]), condition)
         predictions, count = [x0.float() for x0 in predictions], len(noise)
         real, fake = self._critic_inputs(predictions, noise, fresh, batch)
         return Outputs(
@@ -156,11 +159,11 @@ class UnrolledProgram:
         real = [batch.states[self.geometry.steps[-1]]]
         if not last:
             real = [*head_targets(batch.states, self.geometry.steps, self.geometry.levels, "jump"), *real]
-        origin, labels = noise, batch.labels
+        origin, condition = noise, batch.condition
         if len(fresh.noise):
-            origin, labels, made = fresh.noise, fresh.labels, [x0[len(noise) :] for x0 in made]
+            origin, condition, made = fresh.noise, fresh.condition, [x0[len(noise) :] for x0 in made]
         count = len(origin)
-        return CriticInput.of(real, noise, count, batch.labels), CriticInput.of(made, origin, count, labels)
+        return CriticInput.of(real, noise, count, batch.condition), CriticInput.of(made, origin, count, condition)
 
     def _perceptual(self, made: Tensor, batch: Batch, step: int) -> Tensor | None:
         noise, real = (batch.states[at] for at in (self.geometry.steps[0], self.geometry.steps[-1]))

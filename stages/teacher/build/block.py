@@ -23,7 +23,8 @@ from advkd.cache.format.seeds import seeds_of
 from advkd.cache.format.store_paths import provenance_path
 from advkd.stages.provenance import versions
 from advkd.stages.teacher.build.plan import Plan
-from advkd.stages.teacher.sample.sampling import initial_noise, record_states
+from advkd.stages.teacher.build.recorder import Recorder
+from advkd.stages.teacher.sample.sampling import initial_noise
 
 MAX_VALUE = 2.0
 """Images lie in [−1, 1]; a sampler that doesn't clip overshoots a little, latents by far."""
@@ -44,6 +45,8 @@ class SampledBlock:
     """By solver steps done: in the stored dtype and units, shape (block_size, *item_shape)."""
     roundings: dict[int, Rounding]
     """By solver steps done: what rounding to the stored dtype has changed."""
+    further: dict[str, npt.NDArray[Any]]
+    """By array path: the block's prompts and their embeddings."""
     began: datetime
 
 
@@ -63,17 +66,13 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
     shape = (plan.layout.block_size, *plan.recipe.item_shape)
     states = {state.step: np.empty(shape, dtype=plan.layout.dtype) for state in plan.layout.states}
     roundings = {step: Rounding() for step in states}
+    record = Recorder(plan, seeds)
     for start in range(0, len(seeds), plan.config.batch_size):
         part = slice(start, min(start + plan.config.batch_size, len(seeds)))
         states[0][part] = initial_noise(plan.recipe.root_seed, seeds[part], plan.recipe.item_shape, plan.layout.dtype)
-        kept = record_states(
-            plan.teacher,
-            plan.path,
+        kept = record(
             states[0][part],
-            seeds=seeds[part],
-            root_seed=plan.recipe.root_seed,
-            record=[step for step in states if step],
-            condition=plan.recipe.condition,
+            seeds[part],
             evaluated=partial(advance, (part.stop - part.start) * plan.recipe.evaluations_at_once),
         )
         for step, values in kept.items():
@@ -81,14 +80,14 @@ def sample_block(plan: Plan, block: int, advance: Advance = lambda num_evaluatio
             with np.errstate(over="ignore"):  # values that become infinite are refused when the block is committed
                 states[step][part] = computed
             roundings[step].add(states[step][part], computed)
-    return SampledBlock(number=block, states=states, roundings=roundings, began=began)
+    return SampledBlock(number=block, states=states, roundings=roundings, further=record.arrays(), began=began)
 
 
 def commit_block(plan: Plan, sampled: SampledBlock, command: str) -> None:
     """Write a sampled block; its provenance first, since the ledger record must be the last file written."""
     note = seal(block_provenance(plan, sampled, command))
     write_atomically(plan.store / provenance_path(sampled.number), [note])
-    plan.writer.commit(sampled.number, sampled.states, roundings=sampled.roundings)
+    plan.writer.commit(sampled.number, sampled.states, sampled.further, roundings=sampled.roundings)
 
 
 def check_images(plan: Plan, sampled: SampledBlock) -> str:

@@ -26,7 +26,7 @@ from advkd.stages.pictures import save_trajectories
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.background import Background
 from advkd.stages.teacher.build.block import SampledBlock, check_images, commit_block, sample_block
-from advkd.stages.teacher.build.plan import Plan, origin, say_older_rules
+from advkd.stages.teacher.build.plan import Plan, origin, say_warnings
 from advkd.stages.teacher.build.resources import check_disk, check_memory
 from advkd.stages.teacher.build.tolerance import record_tolerance
 from advkd.stages.teacher.load.loader import saved_network
@@ -75,7 +75,7 @@ def build(
         LockedError: the store is being moved or repaired.
     """
     reporter = reporter or SilentReporter()
-    say_older_rules(plan, reporter)
+    say_warnings(plan, reporter)
     writer, work = plan.writer, plan.evaluations_per_block
     continues = writer.continues(on_mismatch)
     todo = start(plan, reporter, continues=continues, workers=workers)
@@ -130,7 +130,7 @@ def begin_store(plan: Plan) -> None:
     if plan.recipe.space is not None:
         plan.writer.write_decoder(save(plan.teacher.decoder))
     if plan.config.keep_weights and not (plan.store / TEACHER_PATH).is_file():
-        plan.writer.write_teacher(saved_network(plan.teacher))
+        plan.writer.write_teacher(saved_network(plan.network))
     note = plan.store / "provenance" / "store.json"
     if not note.is_file():
         write_atomically(note, [seal(origin(plan))])
@@ -234,13 +234,14 @@ def _sample_first(plan: Plan, block: int, reporter: Reporter) -> SampledBlock:
 
 
 def _show(plan: Plan, sampled: SampledBlock, reporter: Reporter) -> Path:
-    decoder, condition = cache_decoder(TrajectoryCache.open(plan.store)), plan.recipe.condition
+    cache = TrajectoryCache.open(plan.store)
+    decoder = cache_decoder(cache)
     shown = seeds_of(sampled.number, plan.layout.block_size)[:PREVIEWED]
     preview = save_trajectories(
         plan.store.with_suffix(".png"),
-        [state.timestep for state in plan.layout.states],
+        [state.label for state in plan.layout.states],
         [as_images(sampled.states[state.step][:PREVIEWED], decoder) for state in plan.layout.states],
-        None if condition is None else condition.labels_of(shown).tolist(),
+        cache.told(shown),
     )
     seeds, described = seeds_of(sampled.number, plan.layout.block_size), check_images(plan, sampled)
     reporter.say(f"first block, seeds {seeds.start}:{seeds.stop}: x_0 {described}; look: {preview}")

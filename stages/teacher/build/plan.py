@@ -11,13 +11,15 @@ import torch
 from advkd.cache.errors import ConfigError, TeacherError, UsageError
 from advkd.cache.files.durable import holds_something
 from advkd.cache.format.condition import ClassCondition
+from advkd.cache.format.equivalence import equivalent
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.metadata import read_metadata
 from advkd.cache.format.noise import NOISE_RULE
 from advkd.cache.format.recipe import Recipe
-from advkd.cache.format.seeds import blocks_of, parse_seed_range
+from advkd.cache.format.seeds import blocks_of
 from advkd.cache.format.source import LocalSource
 from advkd.cache.format.zarr_metadata import MAX_BLOCKS
+from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.writer import CacheWriter
 from advkd.stages.device import best_device
 from advkd.stages.reporter import Reporter
@@ -27,17 +29,22 @@ from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.older_rules import older_rules
 from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.path.solvers import find_solver
+from advkd.stages.teacher.pipelines.path import PipelinePath
+from advkd.stages.teacher.pipelines.prompt_list import PromptList, left_out, requested_seeds
+from advkd.stages.teacher.pipelines.teacher import PipelineTeacher, load_pipeline_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A build that was checked but has not begun."""
 
-    teacher: Teacher
-    path: SolverPath
+    teacher: Teacher | PipelineTeacher
+    path: SolverPath | PipelinePath
     config: CacheConfig
     writer: CacheWriter
     """Of the store, which need not exist yet."""
+    prompts: PromptList | None = None
+    """Of a text-to-image pipeline."""
     older_rules: tuple[str, ...] = ()
     """The rules of the existing store that have changed since and that it keeps, a line each."""
 
@@ -64,7 +71,7 @@ class Plan:
     @property
     def blocks(self) -> range:
         """The blocks that cover the requested seeds."""
-        return blocks_of(parse_seed_range(self.config.seeds), self.layout.block_size)
+        return blocks_of(requested_seeds(self.config, self.prompts), self.layout.block_size)
 
     @property
     def seeds(self) -> range:
@@ -83,8 +90,20 @@ class Plan:
 
     @property
     def block_bytes(self) -> int:
-        """Disk space of one block, all states."""
-        return self.layout.block_bytes(self.recipe.item_shape) * len(self.layout.states)
+        """Disk space of one block, all arrays."""
+        further = sum(spec.block_bytes for spec in self.writer.further)
+        return self.layout.block_bytes(self.recipe.item_shape) * len(self.layout.states) + further
+
+    @property
+    def network(self) -> Teacher:
+        """The teacher, where it is a network that advkd samples by its own loop.
+
+        Raises:
+            ConfigError: it is a text-to-image pipeline.
+        """
+        if isinstance(self.teacher, PipelineTeacher):
+            raise ConfigError(f"teacher {self.teacher.source}: a text-to-image pipeline, which can't do this")
+        return self.teacher
 
     @property
     def device(self) -> torch.device:
@@ -92,16 +111,18 @@ class Plan:
         return self.teacher.device
 
 
-def check_request(sampler: SamplerConfig, config: CacheConfig, store: Path) -> tuple[int, ...]:
+def check_request(
+    sampler: SamplerConfig, config: CacheConfig, store: Path, prompts: PromptList | None = None
+) -> tuple[int, ...]:
     """Check a request as far as possible without a teacher; the solver steps after which states are recorded.
 
     Raises:
         UsageError: sampler, steps, recorded states, seeds or device don't fit.
         NotACacheError: the store's path holds something else.
     """
-    find_solver(sampler.name)
+    find_solver(sampler.resolved().name)
     recorded = recorded_steps(config.record, sampler.steps)
-    num_blocks = blocks_of(parse_seed_range(config.seeds), config.block_size).stop
+    num_blocks = blocks_of(requested_seeds(config, prompts), config.block_size).stop
     if num_blocks > MAX_BLOCKS:
         raise UsageError(
             f"seeds {config.seeds} make {num_blocks:,} blocks of {config.block_size}: choose larger blocks"
@@ -112,14 +133,32 @@ def check_request(sampler: SamplerConfig, config: CacheConfig, store: Path) -> t
     return recorded
 
 
-def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfig, store: Path) -> Plan:
+def make_plan(
+    teacher: TeacherConfig,
+    sampler: SamplerConfig,
+    config: CacheConfig,
+    store: Path,
+    prompts: PromptList | None = None,
+) -> Plan:
     """Load the teacher and check everything that can be checked before the first evaluation.
+
+    Args:
+        teacher: where it is.
+        sampler: how it is sampled.
+        config: of the cache.
+        store: the store, which need not exist.
+        prompts: of a text-to-image pipeline; those that `config` names if not given.
 
     Raises:
         UsageError: the request doesn't fit (steps, recorded states, seeds, sampler).
         TeacherError: the teacher can't be loaded.
     """
-    recorded = check_request(sampler, config, store)
+    if prompts is None and config.prompts is not None:
+        prompts = PromptList.read(config.prompts)
+    recorded = check_request(sampler, config, store, prompts)
+    if prompts is not None:
+        return _plan_pipeline(teacher, sampler, config, store, recorded, prompts)
+    _check_no_pipeline_options(teacher, sampler)
     loaded = load_teacher(teacher, best_device(config.device), config.precision)
     path = SolverPath.of(loaded.scheduler_config, sampler)
     _check_evaluations(loaded, path)
@@ -142,6 +181,64 @@ def make_plan(teacher: TeacherConfig, sampler: SamplerConfig, config: CacheConfi
     layout = Layout(states=states, dtype=config.dtype, block_size=config.block_size)
     writer = CacheWriter(store, recipe, layout)
     return Plan(teacher=loaded, path=path, config=config, writer=writer, older_rules=older)
+
+
+def _plan_pipeline(
+    teacher: TeacherConfig,
+    sampler: SamplerConfig,
+    config: CacheConfig,
+    store: Path,
+    recorded: tuple[int, ...],
+    prompts: PromptList,
+) -> Plan:
+    """The plan of a text-to-image pipeline.
+
+    Raises:
+        ConfigError: the request doesn't fit such a teacher.
+        MismatchError: the list of prompts isn't the store's.
+        TeacherError: it can't be loaded.
+    """
+    for key, given in (("cache.labels", config.labels != "all"), ("cache.keep_weights", config.keep_weights)):
+        if given:
+            raise ConfigError(f"{key}: of a teacher that is told labels or nothing, not prompts; leave it out")
+    device = best_device(config.device)
+    loaded = load_pipeline_teacher(
+        teacher, sampler, prompts.prompts[0], config.seeds_per_prompt, device, config.precision
+    )
+    recipe = Recipe(
+        teacher=loaded.identity(),
+        sampler=loaded.path.identity(),
+        precision={"compute": config.precision, "tf32": False},
+        noise={"rule": NOISE_RULE, "root_seed": config.root_seed},
+        item_shape=loaded.item_shape,
+        prompts=loaded.condition,
+        space=loaded.space,
+    )
+    if holds_something(store):
+        found, _ = read_metadata(LocalSource(store))
+        if equivalent(found, recipe):
+            recipe = found
+            prompts.check_continues(TrajectoryCache.open(store).prompts, store)
+    states = tuple(loaded.path.states[step] for step in recorded)
+    layout = Layout(states=states, dtype=config.dtype, block_size=config.block_size)
+    writer = CacheWriter(store, recipe, layout)
+    return Plan(teacher=loaded, path=loaded.path, config=config, writer=writer, prompts=prompts)
+
+
+def _check_no_pipeline_options(teacher: TeacherConfig, sampler: SamplerConfig) -> None:
+    """Refuse options of text-to-image pipelines where no prompts are given.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    for key, given in (
+        ("teacher.offload", teacher.offload),
+        ("sampler.height", sampler.height),
+        ("sampler.width", sampler.width),
+        ("sampler.call", sampler.call),
+    ):
+        if given:
+            raise ConfigError(f"{key}: of a text-to-image pipeline, and no prompts are given: give cache.prompts")
 
 
 def _condition(teacher: Teacher, sampler: SamplerConfig, config: CacheConfig) -> ClassCondition | None:
@@ -178,8 +275,10 @@ def _condition(teacher: Teacher, sampler: SamplerConfig, config: CacheConfig) ->
     )
 
 
-def say_older_rules(plan: Plan, reporter: Reporter) -> None:
-    """Warn of rules that the store keeps although they have changed since."""
+def say_warnings(plan: Plan, reporter: Reporter) -> None:
+    """Warn of prompts that fill no block, and of rules that the store keeps although they have changed since."""
+    if plan.prompts is not None and (rest := left_out(plan.config, plan.prompts)):
+        reporter.say(f"warning: {rest}")
     for rule in plan.older_rules:
         reporter.say(
             f"warning: {plan.store} was made by an older rule, which it keeps: {rule}; "

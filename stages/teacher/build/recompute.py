@@ -18,9 +18,10 @@ from advkd.cache.read.contents import local_root
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.block import sample_block
-from advkd.stages.teacher.build.plan import Plan, make_plan, recorded_list, say_older_rules
+from advkd.stages.teacher.build.plan import Plan, make_plan, recorded_list, say_warnings
 from advkd.stages.teacher.config import CacheConfig, TeacherConfig
-from advkd.stages.teacher.path.solver_path import SolverPath
+from advkd.stages.teacher.pipelines.path import recorded_sampler
+from advkd.stages.teacher.pipelines.prompt_list import PromptList
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,16 +54,21 @@ def plan_of(cache: TrajectoryCache, teacher: TeacherConfig | None, batch_size: i
         TeacherError: it can't be loaded.
     """
     recipe, layout = cache.recipe, cache.layout
+    recipe.check_drawn_noise(cache.address, "be sampled again")
     if teacher is None:
         known = origin_of(cache)
         if "source" not in known:
             raise UsageError(f"{cache.address} doesn't say where its teacher came from: give --teacher")
         teacher = TeacherConfig.recorded(known)
-    sampler, condition = SolverPath.recorded(recipe).sampler, recipe.condition
+    sampler, condition, prompts = recorded_sampler(recipe), recipe.condition, None
     if condition is not None and condition.null_class is not None:
         teacher = dataclasses.replace(teacher, null_class=condition.null_class)
+    if recipe.prompts is not None:
+        prompts = PromptList.stored(cache.prompts, local_root(cache))
     config = CacheConfig(
         labels="all" if condition is None else list(condition.labels),
+        prompts=None if prompts is None else str(prompts.path),
+        seeds_per_prompt=1 if recipe.prompts is None else recipe.prompts.seeds_per_prompt,
         seeds=f"0:{layout.block_size}",
         record=recorded_list(layout),
         block_size=layout.block_size,
@@ -72,7 +78,7 @@ def plan_of(cache: TrajectoryCache, teacher: TeacherConfig | None, batch_size: i
         root_seed=recipe.root_seed,
         device=device,
     )
-    plan = make_plan(teacher, sampler, config, local_root(cache))
+    plan = make_plan(teacher, sampler, config, local_root(cache), prompts)
     lines = differences(recipe.to_json(), plan.recipe.to_json())
     if lines:
         raise MismatchError(
@@ -91,7 +97,7 @@ def recompute(
         TeacherError: x_0 is not finite.
     """
     reporter = reporter or SilentReporter()
-    say_older_rules(plan, reporter)
+    say_warnings(plan, reporter)
     reporter.start("recompute", len(blocks) * plan.evaluations_per_block, "evaluations")
     tolerance, results = tolerance_of(cache), []
     for block in blocks:

@@ -13,6 +13,8 @@ import torch
 
 from advkd.cache.errors import UsageError
 from advkd.stages.teacher.build.plan import Plan
+from advkd.stages.teacher.pipelines.teacher import PipelineTeacher
+from advkd.stages.teacher.sample.sampling import initial_noise
 
 SPARE_DISK = 64 << 20
 SPARE_MEMORY = 1 << 30
@@ -45,6 +47,10 @@ def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
     With guidance the network evaluates two batches in one; half the time is one's.
     """
     batch = min(plan.config.batch_size, plan.layout.block_size)
+    if isinstance(plan.teacher, PipelineTeacher):
+        assert plan.prompts is not None
+        noise = initial_noise(plan.recipe.root_seed, range(batch), plan.recipe.item_shape, plan.layout.dtype)
+        return plan.teacher.seconds_per_evaluation(noise, plan.teacher.encode(plan.prompts.prompts[:1]), [0] * batch)
     x = torch.zeros(batch, *plan.recipe.item_shape, device=plan.device)
     x = x.contiguous(memory_format=plan.teacher.memory_format)
     timestep = torch.tensor(plan.teacher.num_timesteps // 2, device=plan.device)

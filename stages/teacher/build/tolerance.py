@@ -8,19 +8,15 @@ mean square difference of the recorded states, times a margin.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-
 import numpy as np
-import torch
-from torch import Tensor
 
 from advkd.cache.files.durable import write_atomically
 from advkd.cache.files.sealed_json import seal
-from advkd.cache.format.condition import ClassCondition
 from advkd.cache.read.compare import MAX_TOLERANCE, TOLERANCE_FILE, distance
 from advkd.stages.teacher.build.plan import Plan
-from advkd.stages.teacher.load.network import Teacher
-from advkd.stages.teacher.sample.sampling import initial_noise, record_states
+from advkd.stages.teacher.build.recorder import Recorder
+from advkd.stages.teacher.sample.disturbed import Disturbance
+from advkd.stages.teacher.sample.sampling import initial_noise
 
 NUM_SEEDS = 4
 MARGIN = 4.0
@@ -33,37 +29,11 @@ show. With these numbers the tolerance of x_0 is 2 to 13 times the largest diffe
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Disturbed(Teacher):
-    """A teacher that adds a small error to its predictions for the second half of every batch."""
-
-    relative_error: float
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    def predict(
-        self, x: Tensor, timestep: Tensor, labels: Tensor | None = None, condition: ClassCondition | None = None
-    ) -> Tensor:
-        predicted = Teacher.predict(self, x, timestep, labels, condition)
-        half = len(predicted) // 2
-        noise = torch.randn(predicted[half:].shape, generator=self.generator).to(predicted.device)
-        size = predicted[half:].square().mean().sqrt()
-        return torch.cat([predicted[:half], predicted[half:] + self.relative_error * size * noise])
-
-
 def measure_tolerance(plan: Plan) -> dict[int, float]:
     """Root mean square per seed by which another machine's states may differ, by solver steps done, in stored units."""
     seeds = list(plan.seeds[:NUM_SEEDS]) * 2
     noise = initial_noise(plan.recipe.root_seed, seeds, plan.recipe.item_shape, plan.layout.dtype)
-    as_it_is = {item.name: getattr(plan.teacher, item.name) for item in fields(Teacher)}
-    kept = record_states(
-        _Disturbed(**as_it_is, relative_error=RELATIVE_ERROR[plan.config.precision]),
-        plan.path,
-        noise,
-        seeds=seeds,
-        root_seed=plan.recipe.root_seed,
-        record=[state.step for state in plan.layout.states if state.step],
-        condition=plan.recipe.condition,
-    )
+    kept = Recorder(plan, seeds, Disturbance(RELATIVE_ERROR[plan.config.precision], len(seeds)))(noise, seeds)
     half = len(seeds) // 2
     apart = {step: MARGIN * distance(values.numpy()[:half], values.numpy()[half:]) for step, values in kept.items()}
     return {step: min(value, MAX_TOLERANCE) for step, value in apart.items()}

@@ -28,7 +28,7 @@ from advkd.cache.write.writer import OnMismatch
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.build import Built, begin_store, build, check_whole, make_missing, start
 from advkd.stages.teacher.build.cluster import connect
-from advkd.stages.teacher.build.plan import Plan, say_older_rules
+from advkd.stages.teacher.build.plan import Plan, say_warnings
 from advkd.stages.teacher.build.tasks import Request, make, make_first
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.load.folders import local_folder
@@ -81,7 +81,7 @@ def build_with_workers(
         request = _request(plan, teacher, workers, command, _num_workers(client, scheduler, reporter))
         with _progress_of(client, request.topic, reporter, plan.evaluations_per_block) as finished:
             if continues and _has_begun(plan):
-                say_older_rules(plan, reporter)
+                say_warnings(plan, reporter)
             else:
                 # One worker makes the first block like a build of its own; the others wait for its result.
                 future = client.submit(
@@ -138,7 +138,9 @@ def _request(plan: Plan, teacher: TeacherConfig, workers: int | None, command: s
             scheduler=None if scheduler is None else str(Path(os.path.expanduser(scheduler)).absolute()),
         ),
         sampler=plan.sampler,
-        config=plan.config,
+        config=dataclasses.replace(
+            plan.config, prompts=None if plan.prompts is None else str(plan.prompts.path.absolute())
+        ),
         store=plan.store.absolute(),
         fingerprint=plan.recipe.fingerprint,
         layout_hash=plan.layout.layout_hash,

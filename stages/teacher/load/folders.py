@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advkd.cache.errors import TeacherError
+from advkd.cache.errors import TeacherError, first_line
 from advkd.stages.teacher.config import TeacherConfig
-from advkd.stages.teacher.diffusers_api import first_line
 from advkd.stages.teacher.load.card import TeacherCard
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -72,6 +71,22 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
         scheduler_config=read_json(scheduler),
         commit=commit,
         card=TeacherCard.read(folder, index),
+    )
+
+
+def autoencoder_part(source: str) -> Part:
+    """The files of an autoencoder in a folder of its own, or of a pipeline in a folder.
+
+    Raises:
+        TeacherError: there is none.
+    """
+    folder = local_folder(source)
+    if folder is not None:
+        for candidate in (folder, *(folder / name for name in _AUTOENCODERS)):
+            if (candidate / _MODEL_CONFIG).is_file():
+                return _read_part(candidate, TeacherConfig(source=source))
+    raise TeacherError(
+        f"decoder {source}: no autoencoder there; expected a folder with {_MODEL_CONFIG}, or a pipeline's"
     )
 
 

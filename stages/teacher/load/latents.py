@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkd.cache.errors import TeacherError
+from advkd.cache.errors import TeacherError, first_line
 from advkd.cache.format.space import DECODERS, MAX_CHANNELS, MAX_SIDE, LatentSpace
 from advkd.stages.decoder import build_decoder, decoding_tensors
-from advkd.stages.teacher.diffusers_api import diffusers, first_line, recorded_config
+from advkd.stages.teacher.diffusers_api import diffusers, recorded_config
 from advkd.stages.teacher.load.folders import Part
 from advkd.stages.teacher.load.identity import tensors_sha256
 from advkd.stages.teacher.load.model import load_model

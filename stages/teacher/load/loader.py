@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from advkd.cache.errors import TeacherError
+from advkd.cache.errors import TeacherError, first_line
 from advkd.cache.format.equivalence import NETWORK_OPTIONS
 from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE
 from advkd.stages.device import forbid_tf32
 from advkd.stages.teacher.config import PARTS, TeacherConfig
-from advkd.stages.teacher.diffusers_api import first_line
 from advkd.stages.teacher.load.folders import find_files
 from advkd.stages.teacher.load.identity import tensors_sha256
 from advkd.stages.teacher.load.latents import load_space
@@ -82,7 +81,10 @@ def _of_known_class(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         name = "DiTTransformer2DModel"
         config = {"_class_name": name, **{key: config[key] for key in NETWORK_OPTIONS[name] if key in config}}
     if name not in NETWORK_OPTIONS:
-        raise TeacherError(f"teacher {source}: its network is a {name}; expected a {' or a '.join(NETWORK_OPTIONS)}")
+        raise TeacherError(
+            f"teacher {source}: its network is a {name}; expected a {' or a '.join(NETWORK_OPTIONS)}, or a "
+            "text-to-image pipeline's with --prompts FILE"
+        )
     return dict(config)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advkd.cache.errors import TeacherError
-from advkd.stages.teacher.diffusers_api import diffusers, first_line
+from advkd.cache.errors import TeacherError, first_line
+from advkd.stages.teacher.diffusers_api import diffusers
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Attention layers' names in files of diffusers before 0.15, such as google/ddpm-cifar10-32's, and today's."""

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advkd.cache.errors import ConfigError, TeacherError
+from advkd.cache.errors import ConfigError, TeacherError, first_line
 from advkd.cache.format.equivalence import SCHEDULER_OPTIONS
 from advkd.cache.format.layout import State
 from advkd.cache.format.recipe import Recipe
 from advkd.stages.teacher.config import SamplerConfig
-from advkd.stages.teacher.diffusers_api import diffusers, first_line
+from advkd.stages.teacher.diffusers_api import diffusers
 from advkd.stages.teacher.path.levels import Scheduler, rounded
 from advkd.stages.teacher.path.schedulers import LEARNED, own_spacing, solver_options
 from advkd.stages.teacher.path.solvers import SOLVERS, Solver, find_solver, is_deterministic
@@ -47,6 +47,7 @@ class SolverPath:
             ConfigError: the sampler is unknown, or its steps and spacing don't fit.
             TeacherError: the teacher's scheduler describes no diffusion that the sampler can follow.
         """
+        sampler = sampler.resolved()
         solver = find_solver(sampler.name)
         if sampler.spacing == "teacher":
             sampler = replace(sampler, spacing=own_spacing(scheduler_config))
@@ -134,21 +135,8 @@ class SolverPath:
         Raises:
             ConfigError: their noise levels are not finite.
         """
-        scheduler, steps = self.original_scheduler(), self.sampler.steps
-        levels = self.solver.levels(scheduler, self._next_landing() if self.next_landing else self._landing())
-        # Where a step takes two evaluations, every later timestep stands twice.
-        evaluated = [float(t) for t in scheduler.timesteps]
-        timesteps = [*evaluated[:1], *evaluated[1 :: self.solver.evaluations_per_step], -1.0]
-        if not all(math.isfinite(value) for level in levels for value in level) or any(a == s == 0 for a, s in levels):
-            raise ConfigError(
-                f"sampler {self.sampler.name!r}: the teacher's betas give noise levels that are not finite"
-            )
-        states = []
-        for step, timestep, (alpha, sigma) in zip(range(steps + 1), timesteps, levels, strict=True):
-            scale = _exact_scale(scheduler, sigma) if step == 0 else (alpha**2 + sigma**2) ** 0.5
-            numbers = {"alpha": rounded(alpha), "sigma": rounded(sigma), "scale": rounded(scale)}
-            states.append(State(step=step, timestep=timestep, **numbers))
-        return tuple(states)
+        landing = self._next_landing() if self.next_landing else self._landing()
+        return states_of(self.original_scheduler(), self.sampler.name, self.sampler.steps, landing)
 
     def identity(self) -> dict[str, Any]:
         """What the recipe records of the sampler; a rule that changes no numbers is left out."""
@@ -201,9 +189,7 @@ class SolverPath:
             scheduler.timesteps = torch.cat([euler.timesteps[:1], euler.timesteps[1:].repeat_interleave(2)])
 
     def _landing(self) -> list[int]:
-        """The timestep at which each step of DDIM ends in diffusers; negative for x_0."""
-        stride = int(self.options["num_train_timesteps"]) // self.sampler.steps
-        return [max(int(t) - stride, -1) for t in self.timesteps]
+        return own_landing(self.original_scheduler(), self.sampler.steps)
 
     def _next_landing(self) -> list[int]:
         return [*(int(t) for t in self.timesteps[1:]), -1]
@@ -261,6 +247,39 @@ class SolverPath:
                 continue
             fitting.append(name)
         return f"; choose {' or '.join(fitting)}" if 0 < len(fitting) < len(SOLVERS) else ""
+
+
+def states_of(scheduler: Scheduler, name: str, steps: int, landing: list[int]) -> tuple[State, ...]:
+    """Every state that a scheduler passes through, x_T first.
+
+    Args:
+        scheduler: with its timesteps set.
+        name: its entry in the table of solvers.
+        steps: solver steps.
+        landing: the timestep at which each step of DDIM ends, negative for x_0.
+
+    Raises:
+        ConfigError: their noise levels are not finite.
+    """
+    solver = find_solver(name)
+    levels = solver.levels(scheduler, landing)
+    # Where a step takes two evaluations, every later timestep stands twice.
+    evaluated = [float(t) for t in scheduler.timesteps]
+    timesteps = [*evaluated[:1], *evaluated[1 :: solver.evaluations_per_step], -1.0]
+    if not all(math.isfinite(value) for level in levels for value in level) or any(a == s == 0 for a, s in levels):
+        raise ConfigError(f"sampler {name!r}: the teacher's betas give noise levels that are not finite")
+    states = []
+    for step, timestep, (alpha, sigma) in zip(range(steps + 1), timesteps, levels, strict=True):
+        scale = _exact_scale(scheduler, sigma) if step == 0 else (alpha**2 + sigma**2) ** 0.5
+        numbers = {"alpha": rounded(alpha), "sigma": rounded(sigma), "scale": rounded(scale)}
+        states.append(State(step=step, timestep=timestep, **numbers))
+    return tuple(states)
+
+
+def own_landing(scheduler: Scheduler, steps: int) -> list[int]:
+    """The timestep at which each step of DDIM ends in diffusers; negative for x_0."""
+    stride = int(scheduler.config.num_train_timesteps) // steps
+    return [max(int(t) - stride, -1) for t in scheduler.timesteps]
 
 
 def initial_scale(scheduler: Scheduler) -> float:

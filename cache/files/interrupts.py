@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -16,7 +17,7 @@ class StopRequest:
     """While active, the first signal sets `requested`.
 
     A second Ctrl-C interrupts at once. A second SIGTERM changes nothing: cluster managers send it to every process, and
-    launchers forward it too.
+    launchers forward it too. Outside the main thread, where no signal arrives, nothing is ever requested.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,8 @@ class StopRequest:
         return self.requested
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._earlier[number] = signal.signal(number, self._handle)
         return self

@@ -1,0 +1,1 @@
+"""Text-to-image teachers: any diffusers pipeline, recorded through its own call."""

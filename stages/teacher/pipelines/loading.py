@@ -1,0 +1,153 @@
+"""Loading a text-to-image pipeline as diffusers saved it: networks from safetensors, code from diffusers alone."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advkd.cache.errors import TeacherError, first_line
+from advkd.stages.device import forbid_tf32
+from advkd.stages.teacher.config import TeacherConfig
+from advkd.stages.teacher.diffusers_api import diffusers
+from advkd.stages.teacher.load.folders import local_folder, read_json
+
+_LIBRARIES = ("diffusers", "transformers")
+"""Whose classes a pipeline may be made of; its model_index.json could name any module of Python."""
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that neither denoise nor encode prompts."""
+_OTHER_INPUTS = {
+    "image": "changes an image",
+    "mask_image": "fills in an image",
+    "control_image": "follows a control image",
+    "control_mode": "follows a control image",
+    "num_frames": "makes video",
+    "video": "changes video",
+    "audio_length_in_s": "makes sound",
+    "audio_end_in_s": "makes sound",
+}
+"""Arguments of a call that say what a pipeline does instead of making an image of a text."""
+
+
+def find_pipeline(config: TeacherConfig, leave_out: Sequence[str] = ()) -> tuple[Path, str | None]:
+    """A pipeline's folder on this machine, downloaded from the Hub if it is there, and the Hub's commit.
+
+    Args:
+        config: where it is.
+        leave_out: parts that need not be downloaded.
+
+    Raises:
+        TeacherError: it is missing or unreachable.
+    """
+    folder = local_folder(config.source)
+    if folder is not None:
+        return folder, None
+    try:
+        found = Path(
+            diffusers().DiffusionPipeline.download(
+                config.source,
+                revision=config.revision,
+                variant=config.variant,
+                use_safetensors=True,
+                **dict.fromkeys(leave_out),
+            )
+        )
+    except Exception as error:  # the Hub's client raises its own, requests', httpx' and OS errors
+        raise TeacherError(
+            f"teacher {config.source}: no such folder, and the Hub did not give it ({first_line(error)})"
+        ) from error
+    return found, found.name
+
+
+def load_pipeline(
+    folder: Path, config: TeacherConfig, device: torch.device, precision: str, leave_out: Sequence[str] = ()
+) -> Any:
+    """A pipeline on its device.
+
+    Args:
+        folder: where it is.
+        config: which variant to load, and how to fit it into the device's memory.
+        device: where it computes.
+        precision: what it computes in.
+        leave_out: parts that aren't needed.
+
+    Raises:
+        TeacherError: it is no text-to-image pipeline, or can't be loaded.
+    """
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    kind = _checked_class(index, config.source)
+    forbid_tf32()
+    _quiet()
+    try:
+        pipe = kind.from_pretrained(
+            folder,
+            torch_dtype=getattr(torch, precision),  # deprecated by diffusers 0.42, but what 0.33 understands
+            variant=config.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            **{
+                part: None for part, value in index.items() if part in (*_LEFT_OUT, *leave_out) or value == [None, None]
+            },
+            **({"requires_safety_checker": False} if "requires_safety_checker" in index else {}),
+        )
+    except Exception as error:  # whatever foreign files make diffusers, transformers and torch raise
+        raise TeacherError(f"teacher {config.source}: the pipeline can't be loaded ({first_line(error)})") from error
+    pipe.set_progress_bar_config(disable=True)
+    if config.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif config.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def _quiet() -> None:
+    """Without transformers' bars, and diffusers' note on how a dtype was named."""
+    warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return  # the pipeline's loading says what is missing
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def denoiser_of(pipe: Any) -> torch.nn.Module:
+    """The network that denoises."""
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if network is None:
+        raise TeacherError(f"a {type(pipe).__name__} has neither transformer nor unet")
+    return network  # type: ignore[no-any-return]
+
+
+def _checked_class(index: Mapping[str, Any], source: str) -> Any:
+    """The class of a pipeline that makes images of texts.
+
+    Raises:
+        TeacherError: it is none of diffusers', is made of foreign code, or does something else.
+    """
+    name = index.get("_class_name")
+    kind = getattr(diffusers(), name, None) if isinstance(name, str) else None
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        raise TeacherError(
+            f"teacher {source}: its model_index.json names the pipeline {name!r}; expected a class of the installed "
+            "diffusers (code from a repository is never run)"
+        )
+    for part, value in index.items():
+        library = value[0] if isinstance(value, list) and value else None
+        if library is not None and part not in _LEFT_OUT and library not in _LIBRARIES:
+            raise TeacherError(
+                f"teacher {source}: its part {part} is of {library!r}; expected classes of {' and '.join(_LIBRARIES)}"
+            )
+    known = inspect.signature(kind.__call__).parameters
+    does = next((does for argument, does in _OTHER_INPUTS.items() if argument in known), None)
+    absent = next((argument for argument in ("prompt", "prompt_embeds", "latents") if argument not in known), None)
+    if does or absent or not hasattr(kind, "encode_prompt"):
+        why = does or (f"takes no {absent}" if absent else "has no encode_prompt")
+        raise TeacherError(f"teacher {source}: a {name} {why}; expected one that makes images of prompts and noise")
+    return kind

@@ -1,0 +1,280 @@
+"""Tiny text-to-image pipelines with random weights, one per family; Stable Diffusion with its encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOKENS = 16
+Embeddings = dict[str, Any]
+"""Of one prompt, by argument of the pipeline's call, without the axis of the batch."""
+
+
+def tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer that knows single letters."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+
+
+def text_encoder() -> Any:
+    """A CLIP text model for it."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=TOKENS,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    return CLIPTextModel(config)
+
+
+def autoencoder(**options: Any) -> Any:
+    """An AutoencoderKL that halves the sides, with four channels of latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        **options,
+    )
+
+
+def unet(**options: Any) -> Any:
+    """A conditional UNet of 8×8 latents."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **options,
+    )
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """A saved Stable Diffusion pipeline, whole."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(folder.with_name("tokenizer")),
+        unet=unet(),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def _normal(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def _with_negative(names: list[str], tensors: list[Tensor], negative: list[Tensor]) -> Embeddings:
+    return {**dict(zip(names, tensors, strict=True)),
+            **{f"negative_{name}": value for name, value in zip(names, negative, strict=True)}}  # fmt: skip
+
+
+def stable_diffusion_xl() -> tuple[Any, Embeddings]:
+    """With two encoders' embeddings, sizes as a condition, and Euler's method."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet(
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16
+        ),
+        scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+    )
+    names = ["prompt_embeds", "pooled_prompt_embeds"]
+    values = _normal((7, 32), (16,), (7, 32), (16,))
+    return pipe, _with_negative(names, values[:2], values[2:])
+
+
+def stable_diffusion_3() -> tuple[Any, Embeddings]:
+    """Flow matching, with a pooled embedding."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+    )
+    encoders = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(shift_factor=0.1),
+        **encoders,
+    )
+    names = ["prompt_embeds", "pooled_prompt_embeds"]
+    values = _normal((7, 32), (16,), (7, 32), (16,))
+    return pipe, _with_negative(names, values[:2], values[2:])
+
+
+def flux() -> tuple[Any, Embeddings]:
+    """Latents packed into tokens, noise levels shifted by the image's size, guidance distilled into the network."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipe = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(shift_factor=0.1),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    return pipe, dict(zip(["prompt_embeds", "pooled_prompt_embeds"], _normal((7, 32), (16,)), strict=True))
+
+
+def pixart() -> tuple[Any, Embeddings]:
+    """DPM-Solver++, learned variance, masks of tokens."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=32,
+        norm_elementwise_affine=False,
+        use_additional_conditions=False,
+    )
+    pipe = PixArtSigmaPipeline(
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+        vae=autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    mask = torch.tensor([1, 1, 1, 1, 0, 0, 0])
+    embedded, other = _normal((7, 32), (7, 32))
+    names = ["prompt_embeds", "prompt_attention_mask"]
+    return pipe, _with_negative(names, [embedded, mask], [other, mask])
+
+
+def z_image() -> tuple[Any, Embeddings]:
+    """Embeddings as a list of tensors of different lengths."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    pipe = ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    embedded, other = _normal((5, 16), (3, 16))
+    return pipe, {"prompt_embeds": embedded, "negative_prompt_embeds": other}
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Embeddings]]] = {
+    "stable-diffusion-xl": stable_diffusion_xl,
+    "stable-diffusion-3": stable_diffusion_3,
+    "flux": flux,
+    "pixart": pixart,
+    "z-image": z_image,
+}
+
+
+def save(name: str, folder: Path) -> Embeddings:
+    """Save a family's pipeline with random weights; the embeddings of a prompt."""
+    torch.manual_seed(0)
+    pipe, embeddings = FAMILIES[name]()
+    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not bool(parameter.any()):  # outputs that start as zero would make every prediction zero
+                parameter.normal_(0.0, 0.05)
+    pipe.save_pretrained(folder)
+    return embeddings
+
+
+def load(folder: Path) -> Any:
+    """A saved pipeline, as its users load it; encoders that were left out are named, as diffusers wants."""
+    from diffusers import DiffusionPipeline
+
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, **{part: None for part, value in index.items() if value == [None, None]}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
