@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from advkd.cache.errors import UsageError
+from advkd.cache.errors import TeacherError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -50,13 +50,18 @@ def encode_prompts(
     origin = {key: value for key, value in known.items() if isinstance(value, str)}
     if teacher is None and "source" not in origin:
         raise UsageError("the student's provenance doesn't name its teacher: give --teacher, a folder or a Hub id")
-    encoded = encode_texts(
-        TeacherConfig.recorded(origin, teacher),
-        texts,
-        condition,
-        call=section(told, "call"),
-        encoders=section(told, "encoders"),
-        precision=str(told.get("precision", "float32")),
-        device=device or torch.device("cpu"),
-    )
+    try:
+        encoded = encode_texts(
+            TeacherConfig.recorded(origin, teacher),
+            texts,
+            condition,
+            call=section(told, "call"),
+            encoders=section(told, "encoders"),
+            precision=str(told.get("precision", "float32")),
+            device=device or torch.device("cpu"),
+        )
+    except TeacherError as error:
+        if teacher is not None:
+            raise
+        raise TeacherError(f"{error}; --teacher says where else it is") from None
     return student.prompts(**encoded)

@@ -82,6 +82,8 @@ def main(
     from advkd.stages.student.hub import Student
 
     student = Student.from_pretrained(source)
+    if student.geometry.prompts is not None and (int8 or store or timed):
+        raise UsageError("--int8, --cache and --time know noise and labels, no prompts, which this student is told")
     tiny = None if decoder is None else _tiny(student, decoder)
     # Check what scoring needs before the export.
     scoring = _scoring(student, store, features) if store and features else None

@@ -122,7 +122,7 @@ class Student(nn.Module):
             UsageError: it is told prompts, which don't follow from seeds.
         """
         if self.geometry.prompts is not None:
-            raise UsageError("the student is told prompts, which this can't show yet")
+            raise UsageError("the student is told prompts, which don't follow from seeds; this is for other students")
         labels = self.labels(list(seeds))
         return (self.noise(seeds),) if labels is None else (self.noise(seeds), labels)
 

@@ -99,8 +99,6 @@ def export_int8(student: Student, source: Path, path: Path, *, decoder: Decoder 
         TrainingError: the images are not finite; nothing is written.
         UsageError: packages are missing, or the student is told prompts.
     """
-    if student.geometry.prompts is not None:
-        raise UsageError("int8 is calibrated with noise and labels, not with prompts: leave out --int8")
     return _write_if_close(student, path, lambda made: _quantise(student, source, made), math.inf, decoder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from advkd.cache.errors import UsageError
 from advkd.stages.student.unrolled.config import UnrolledOptions
 from advkd.stages.student.unrolled.kind import Unrolled
 
@@ -18,7 +19,16 @@ class Teacher(Unrolled):
     starts_from_teacher = True
 
     def build(self, options: UnrolledOptions, geometry: Geometry) -> StudentNetwork:
-        """A network with fresh weights; training starts from the teacher's instead."""
+        """A network with fresh weights; training starts from the teacher's instead.
+
+        Raises:
+            UsageError: the teacher is a text-to-image pipeline.
+        """
+        if geometry.prompts is not None:
+            raise UsageError(
+                "student.kind: teacher is not made for a text-to-image pipeline's network, which made this cache: use "
+                "unrolled"
+            )
         from advkd.stages.student.teacher.network import TeacherStudent
 
         return TeacherStudent(geometry, options.shared)

@@ -67,7 +67,7 @@ def check_condition(
         UsageError: the condition is missing or surplus, or has another shape or dtype.
     """
     if prompt_shape is not None:
-        shape = (len(noise), *prompt_shape)
+        shape = (noise.shape[0], *prompt_shape)  # len() would fix the exported batch
         if condition is None or condition.shape != shape or not condition.is_floating_point():
             found = "none" if condition is None else f"{condition.dtype}, shape {tuple(condition.shape)}"
             raise UsageError(f"the student needs prompts as floats of shape {shape}; found {found}")
