@@ -157,12 +157,13 @@ def _request(made: dict[str, Any], experiment: Experiment) -> Experiment | None:
 
 def _identity(experiment: Experiment) -> tuple[Any, ...]:
     """What determines teacher and store, without the number of seeds and how they are computed."""
-    cache = experiment.cache
+    cache, sampler = experiment.cache, experiment.sampler
     return (
         experiment.pretrain,
         experiment.teacher,
-        experiment.sampler,
-        recorded_steps(cache.record, experiment.sampler.steps),
+        sampler if cache.prompts else sampler.resolved(),
+        recorded_steps(cache.record, sampler.steps),
+        (cache.labels, cache.prompts, cache.seeds_per_prompt),
         (cache.block_size, cache.dtype, cache.precision, cache.root_seed),
     )
 
