@@ -178,7 +178,7 @@ def test_the_readmes_way_to_use_a_student(invoke: Invoke, as_digits: Path, monke
 def test_the_students_page_runs(invoke: Invoke, as_digits: Path) -> None:
     write_store(as_digits / "cache/digits-classes.zarr", condition=CLASSES)
     train(as_digits / "cache/digits-classes.zarr", CONFIG, as_digits / "runs/digits-classes")
-    ((command,),) = commands_below(STUDENTS, "Classes and latents")
+    ((command,),) = commands_below(STUDENTS, "Classes, prompts and latents")
     result = invoke(sample_command, *shlex.split(command)[1:])
     assert result.exit_code == 0 and Path("digits.png").is_file(), result.output
     names: dict[str, Any] = {}

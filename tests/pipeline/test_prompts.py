@@ -1,6 +1,8 @@
 """`advkd-cache build --prompts` with a whole Stable Diffusion: killed, resumed, divided, extended, the same bytes."""
 
 import os
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -12,11 +14,15 @@ from advkd.cache.care.verify import verify
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import merge
 from advkd.pipeline.cli.cache import main as command
+from advkd.pipeline.cli.evaluate import main as evaluate
+from advkd.pipeline.cli.sample import main as sample
+from advkd.pipeline.cli.train import main as train
 from tests.conftest import Invoke
 from tests.pipeline.processes import BIN, committed, finish, start, wait_until
 from tests.stages.text_to_image import load, stable_diffusion
 from tests.stores import tree
 
+PAGE = (Path(__file__).parents[2] / "docs/text-to-image.md").read_text()
 TEXTS = ["red heart", "blue heart", "cat", "dog", "sun", "moon", "star", "tree"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,6 +139,43 @@ def test_a_negative_prompt_leads_away(teacher: Path, tmp_path: Path, invoke: Inv
     prompts.write_text('{"prompt": "cat"}\n{"prompts": "cat"}\n')
     refused = invoke(command, *line)
     assert refused.exit_code == 2 and 'line 2: \'{"prompts": "cat"}\' is no prompt' in refused.output
+
+
+def test_the_page_s_commands_run(
+    teacher: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With smaller numbers where they only cost time."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers/mine").symlink_to(teacher)
+    write_prompts(tmp_path / "prompts.txt", TEXTS * 4)
+    smaller = {
+        "advkd-cache build": ["--block-size", 16, "--steps", 4, "--record", 2],
+        "advkd-train": [
+            "--set",
+            "train.steps=4",
+            "--set",
+            "train.batch_size=8",
+            "--set",
+            "train.student.attention=false",
+        ],
+        "advkd-sample": [],
+        "advkd-evaluate": ["--sets", 2, "--set", "evaluate.set_size=16", "--set", "evaluate.solver_steps=[2]"],
+    }
+    entries = {"advkd-cache": command, "advkd-train": train, "advkd-sample": sample, "advkd-evaluate": evaluate}
+    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    lines = block.splitlines()
+    assert len(lines) == len(smaller)
+    for line, (name, more) in zip(lines, smaller.items(), strict=True):
+        assert line.startswith(name)
+        words = shlex.split(line)
+        result = invoke(entries[words[0]], *words[1:], *more)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "apples.png").is_file()
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    made: dict[str, torch.Tensor] = {}
+    exec(code, made)
+    assert made["images"].shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize(

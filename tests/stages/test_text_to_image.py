@@ -235,6 +235,20 @@ def test_a_scheduler_is_replaced_where_another_is_asked_for(tmp_path: Path, monk
         scheduler(call={"height": 3})
 
 
+def test_a_scheduler_without_a_table_is_refused_with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Stable Diffusion 1's own is."""
+    from diffusers import PNDMScheduler
+
+    family = Family("stable-diffusion-xl", tmp_path, monkeypatch)
+    PNDMScheduler(skip_prk_steps=True, steps_offset=1).save_pretrained(family.folder / "scheduler")
+    index = family.folder / "model_index.json"
+    index.write_text(index.read_text().replace("EulerDiscreteScheduler", "PNDMScheduler"))
+    with pytest.raises(
+        TeacherError, match=r"with a PNDMScheduler: advkd has no table .*; --sampler replaces it by .*dpm"
+    ):
+        family.plan(tmp_path / "toy.zarr")
+
+
 def test_lists_of_prompts(sd3: Family, tmp_path: Path) -> None:
     store = tmp_path / "toy.zarr"
     build(sd3.plan(store, seeds="0:4"))

@@ -25,10 +25,14 @@ _OTHER_INPUTS = {
     "mask_image": "fills in an image",
     "control_image": "follows a control image",
     "control_mode": "follows a control image",
+    "images": "changes an image",
     "num_frames": "makes video",
+    "video_length": "makes video",
+    "num_videos_per_prompt": "makes video",
     "video": "changes video",
     "audio_length_in_s": "makes sound",
     "audio_end_in_s": "makes sound",
+    "num_waveforms_per_prompt": "makes sound",
 }
 """Arguments of a call that say what a pipeline does instead of making an image of a text."""
 
