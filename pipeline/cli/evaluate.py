@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--features",
     metavar="NAME|FOLDER",
-    help="`inception`, `self` (trained on the cache's own images), or the folder of a small classifier.",
+    help="`inception`, `self` (trained on the cache's own images), or a folder: of a small classifier, or of a DINOv2.",
 )
 @click.option("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where they can't be downloaded.")
 @click.option(

@@ -25,9 +25,13 @@ class EvaluateConfig:
 
     features: str = "inception"
     """The network whose features are compared: `inception` (pytorch-fid's, for colour images of at least 32 pixels),
-    `self` (trained on the cache's own images, for any images), or the folder of a small classifier."""
+    `self` (trained on the cache's own images, for any images), or a folder: of a small classifier, or of DINOv2 as
+    transformers saves it."""
     inception_weights: str | None = None
     """pytorch-fid's weights as a local file; null takes torch's own download folder."""
+    clip: str | None = None
+    """Of a text-to-image student: the folder of a CLIP model as transformers saves it, for the CLIP score; null for
+    none."""
     real: str | None = None
     """Real images to compare with: `digits`, `mnist`, `emoji`, or a folder of image files; null for none."""
     perceptual: str = FEATURES

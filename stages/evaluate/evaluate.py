@@ -9,6 +9,7 @@ of at least 8,192; the short form takes what the configuration sets, and the out
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from advkd.cache.care.summary import origin_of
 from advkd.cache.errors import UsageError
@@ -42,9 +44,11 @@ from advkd.stages.evaluate.measure import (
     reported,
 )
 from advkd.stages.evaluate.networks import load_features, with_own_features
+from advkd.stages.evaluate.prompted import prompts_in_turn
 from advkd.stages.evaluate.samplers import Decode, all_samplers, as_they_are, find_teacher, student_sampler, told_fresh
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
 from advkd.stages.images.real import RealImages
+from advkd.stages.metrics.clip_score import ClipScorer
 from advkd.stages.metrics.features import FeatureNetwork, clipped, observe, to_numpy
 from advkd.stages.metrics.intervals import mean_interval
 from advkd.stages.metrics.lpips import Lpips
@@ -117,6 +121,7 @@ def evaluate(
     decode: Decode = as_they_are if decoder is None else decoder.to(on)
     config = with_own_features(config, cache, run_path / "evaluation" / "features", reporter, on, decode)
     network = load_features(config, image_shape, on)
+    clip = _clip(config, cache, on, reporter)
     distance = None
     if config.perceptual == LPIPS:
         distance = Lpips(image_shape, setting="evaluate.perceptual", otherwise=FEATURES).to(on)
@@ -160,12 +165,14 @@ def evaluate(
         distance=distance,
         training=lambda: map(clipped, rows_to_train()),
         condition=condition,
+        prompted=None if clip is None else partial(_fit, clip, cache),
     )
     held_out = seeds[cache.recipe.held_out(seeds)]
     return Evaluation(
         table=measured.table,
         features=network.name,
         features_sha256=tensors_sha256(network.network.state_dict()),
+        clip_sha256=None if clip is None else tensors_sha256(clip.model.state_dict()),
         config=config,
         num_reference=len(seeds),
         num_training=len(trained_on),
@@ -184,6 +191,30 @@ def evaluate(
         identity=identity,
         device=str(on),
     )
+
+
+def _clip(
+    config: EvaluateConfig, cache: TrajectoryCache, device: torch.device, reporter: Reporter
+) -> ClipScorer | None:
+    """What tells how well images fit their prompts; None without prompts, or without a model.
+
+    Raises:
+        UsageError: there is a CLIP model but no prompts, or it can't be loaded.
+    """
+    if cache.recipe.prompts is None:
+        if config.clip is not None:
+            raise UsageError(f"evaluate.clip {config.clip}: the cache has no prompts; leave it out")
+        return None
+    if config.clip is None:
+        reporter.say("CLIP score: not measured; evaluate.clip names no model")
+        return None
+    return ClipScorer.load(Path(os.path.expanduser(config.clip)), device)
+
+
+def _fit(clip: ClipScorer, cache: TrajectoryCache, images: Tensor, seeds: range) -> Tensor:
+    """How well images fit the prompts that fresh seeds are told, shape (N,)."""
+    prompts = cache.prompts.texts(prompts_in_turn(cache, seeds))
+    return clip(images, [prompt.text for prompt in prompts])
 
 
 def check_same_cache(trained_on: str | None, cache: TrajectoryCache, who: str) -> None:

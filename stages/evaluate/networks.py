@@ -16,9 +16,10 @@ from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import SELF, EvaluateConfig
 from advkd.stages.evaluate.measure import cached_batches
 from advkd.stages.evaluate.samplers import Decode, as_they_are
-from advkd.stages.metrics import inception
+from advkd.stages.metrics import dinov2, inception
 from advkd.stages.metrics.classifier import SmallClassifier
 from advkd.stages.metrics.features import FeatureNetwork, clipped, shrunk
+from advkd.stages.metrics.pretrained import model_type
 from advkd.stages.metrics.saved import load_network, save_network
 from advkd.stages.metrics.self_supervised import NUM_STEPS, SelfSupervisedCnn, train_self_supervised
 from advkd.stages.reporter import Reporter
@@ -50,7 +51,13 @@ def load_features(
             "--features self` writes"
         )
     if config.features != inception.NAME:
-        small = load_network(Path(os.path.expanduser(config.features)), ARCHITECTURES).to(device)
+        folder = Path(os.path.expanduser(config.features))
+        if model_type(folder) == dinov2.MODEL_TYPE:
+            if image_shape[0] not in (1, 3):
+                raise UsageError(f"features {config.features}: needs grey or colour images, these are {shape}")
+            large = dinov2.load_dinov2(folder).to(device)
+            return FeatureNetwork(name=dinov2.MODEL_TYPE, network=large, look=partial(dinov2.look_with_dinov2, large))
+        small = load_network(folder, ARCHITECTURES).to(device)
         channels, size = small.options["channels"], small.options["size"]
         square = image_shape[1] == image_shape[2] or not isinstance(small, SmallClassifier)
         if (channels, size) != tuple(image_shape[:2]) or not square:

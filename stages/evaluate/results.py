@@ -97,6 +97,7 @@ def details(evaluation: Evaluation) -> dict[str, Any]:
             "form": "full" if evaluation.full else "short",
             "features": evaluation.features,
             "features_sha256": evaluation.features_sha256,
+            "clip_sha256": evaluation.clip_sha256,
             "perceptual": config.perceptual,
             "num_sets": config.num_sets,
             "set_size": config.set_size,

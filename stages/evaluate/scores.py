@@ -33,6 +33,8 @@ class Evaluation:
     features: str
     features_sha256: str
     """Of that network's weights: only scores by the same weights are comparable."""
+    clip_sha256: str | None
+    """Of the CLIP model's weights; None where no CLIP score was measured."""
     config: EvaluateConfig
     """Of the sets, as they were made."""
     num_reference: int

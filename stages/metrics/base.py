@@ -24,6 +24,7 @@ Observed = Literal[
     "agreement",
     "squared_errors",
     "perceptual_distances",
+    "clip_scores",
     "gradients",
     "fine_power",
     "training_distances",
@@ -35,6 +36,7 @@ Observed = Literal[
     agreement             (N,), 1 where the most probable class is the label that was asked, else 0
     squared_errors        (N,), to the teacher's image from the same noise
     perceptual_distances  (N,), to the teacher's image from the same noise
+    clip_scores           (N,), how well each image fits its prompt; of text-to-image students, where CLIP is given
     gradients             (N,), mean magnitude of an image's gradient
     fine_power            (N,), of an image's highest frequencies
     training_distances    (N,), to the nearest cached training image; of student and teacher only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from advkd.stages.metrics.base import Floats, Measure, Observed, Reference, Score
 from advkd.stages.metrics.classes import ASKED_CLASS, CLASS_OVERLAP, CONFIDENCE, RAREST_CLASS
+from advkd.stages.metrics.clip_score import CLIP_SCORE
 from advkd.stages.metrics.frechet import FRECHET, FRECHET_TO_REAL
 from advkd.stages.metrics.kid import KID
 from advkd.stages.metrics.neighbours import NEAREST_TRAINING, NEAREST_TRAINING_CLOSEST
@@ -22,6 +23,7 @@ MEASURES: dict[str, Measure] = {
         MSE_TO_TEACHER,
         PERCEPTUAL_TO_TEACHER,
         ASKED_CLASS,
+        CLIP_SCORE,
         CLASS_OVERLAP,
         RAREST_CLASS,
         CONFIDENCE,

@@ -87,6 +87,6 @@ def load_network(folder: Path, architectures: Mapping[str, type[SmallNetwork]]) 
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, SafetensorError) as error:
         raise UsageError(
             f"features {folder}: no network that advkd can load ({error}); give `inception`, or the folder of a "
-            "classifier, such as `advkd-evaluate --features self` makes"
+            "classifier, such as `advkd-evaluate --features self` makes, or of DINOv2"
         ) from None
     return network.eval().requires_grad_(False)

@@ -17,8 +17,11 @@ from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.texts import encode_prompts
 from advkd.stages.evaluate.config import EvaluateConfig
 from advkd.stages.evaluate.evaluate import evaluate
+from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
 from advkd.stages.evaluate.prompted import PromptedTeacher
+from advkd.stages.evaluate.results import details
 from advkd.stages.evaluate.samplers import find_teacher
+from advkd.stages.metrics.clip_score import ClipScorer
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.hub import Student
@@ -33,7 +36,9 @@ from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from tests.conftest import Invoke
+from tests.stages.test_pretrained import save_clip
 from tests.stages.text_to_image import TOKENS, load, stable_diffusion
+from tests.stores import write_store
 
 NAMES = [
     f"{colour} {thing}" for thing in ("cat", "sun", "egg", "key", "hat", "cup") for colour in ("red", "blue", "tan")
@@ -266,12 +271,31 @@ def test_the_teachers_own_row_is_what_the_cache_would_hold(folder: Path, cache: 
     np.testing.assert_array_equal(found.images(range(8)).numpy().astype(np.float16), cache.rows(4, range(8)))
 
 
-def test_it_is_scored_beside_its_teacher(folder: Path) -> None:
-    config = EvaluateConfig(features="self", num_sets=2, set_size=16, solver_steps=[2])
+def test_it_is_scored_beside_its_teacher(folder: Path, tmp_path: Path) -> None:
+    clip = str(save_clip(tmp_path))
+    config = EvaluateConfig(features="self", num_sets=2, set_size=16, solver_steps=[2], clip=clip)
     evaluation = evaluate(
         folder / "run", folder / "a.zarr", config, teachers=[TeacherConfig(source=str(folder / "teacher"))],
         require_teacher=True,
     )  # fmt: skip
     rows = {row.name: row for row in evaluation.table.rows}
     assert [row.evaluations for row in rows.values()] == [1, 8, 4, 4]
-    assert all(len(row.values) for row in rows.values())
+    assert all(len(row.values["clip_score"]) == 2 for row in rows.values())
+    # Of the student, by hand: fresh seeds are told the cache's prompts in turn.
+    cache, student = TrajectoryCache.open(folder / "a.zarr"), Student.from_pretrained(folder / "run")
+    seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + 16)
+    numbers = [(seed // 4) % len(NAMES) for seed in seeds]
+    with torch.no_grad():
+        images = student.decode(student(student.noise(seeds), read_prompts(cache, numbers)))
+    by_hand = ClipScorer.load(Path(clip), torch.device("cpu"))(images, [NAMES[number] for number in numbers])
+    assert rows["student"].values["clip_score"][0] == pytest.approx(float(by_hand.mean()), rel=1e-4)
+    protocol = details(evaluation)["protocol"]
+    assert len(protocol["clip_sha256"]) == 64
+    with pytest.raises(UsageError, match="the cache has no prompts"):
+        evaluate(*unconditional_run(tmp_path), EvaluateConfig(features="self", num_sets=2, set_size=4, clip=clip))
+
+
+def unconditional_run(folder: Path) -> tuple[Path, Path]:
+    write_store(folder / "plain.zarr")
+    train(folder / "plain.zarr", SHORT, folder / "plain")
+    return folder / "plain", folder / "plain.zarr"
