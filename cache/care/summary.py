@@ -12,7 +12,7 @@ from advkd.cache.format.arrays import ArraySpec
 from advkd.cache.format.equivalence import SCHEDULER_OPTIONS
 from advkd.cache.format.layout import Layout
 from advkd.cache.format.ledger import BlockRecord, content_digest
-from advkd.cache.format.recipe import Recipe
+from advkd.cache.format.recipe import NOT_RECORDED, Recipe
 from advkd.cache.format.store_paths import states_path
 from advkd.cache.format.zarr_metadata import CRC_BYTES
 from advkd.cache.read.compare import tolerance_of
@@ -54,7 +54,7 @@ def summarize(cache: TrajectoryCache) -> dict[str, Any]:
         "block_size": size,
         "teacher": {"tensors_sha256": recipe.teacher["tensors_sha256"], **origin},
         "sampler": _sampler(recipe),
-        "path": path_of(cache.layout),
+        "path": NOT_RECORDED if recipe.imported and len(cache.layout.states) == 2 else path_of(cache.layout),
         **({} if recipe.condition is None else {"condition": recipe.condition.to_json()}),
         **({} if recipe.prompts is None else {"prompts": recipe.prompts.to_json()}),
         **({} if recipe.space is None else {"space": recipe.space.to_json()}),

@@ -6,7 +6,8 @@ import functools
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, ParamSpec
 
@@ -21,6 +22,16 @@ INTERRUPTED = 130
 
 class Interrupted(KeyboardInterrupt):
     """SIGTERM, treated as Ctrl-C."""
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Work that goes on where it was stopped, in a command that otherwise keeps nothing before it finishes."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.kept = True  # type: ignore[attr-defined]
+        raise
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -41,7 +52,6 @@ def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P,
         function: the command's function.
         resumes: whether the same command resumes after an interruption.
     """
-    again = "; what was committed is kept. To resume" if resumes else ". To start again"
     kept = "; what was committed before is kept" if resumes else ""
 
     @functools.wraps(function)
@@ -63,7 +73,9 @@ def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P,
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             _fail(f"{error.strerror or error}{where}{kept}", 1)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            kept_on = resumes or getattr(stop, "kept", False)
+            again = "; what was committed is kept. To resume" if kept_on else ". To start again"
             click.echo(f"\nstopped{again}: {command_line()}", err=True)
             sys.exit(INTERRUPTED)
 

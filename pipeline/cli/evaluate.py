@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from advkd.pipeline.cli.common import all_or_nothing, config_option, example
+from advkd.pipeline.cli.common import all_or_nothing, config_option, example, keeping
 
 if TYPE_CHECKING:
     from advkd.cache.read.reader import TrajectoryCache
@@ -129,7 +129,7 @@ def _fid(
     from advkd.pipeline.progress import TerminalReporter
     from advkd.stages.evaluate.fid import NUM_SAMPLES, RESULT, fid
 
-    with TerminalReporter() as reporter:
+    with keeping(), TerminalReporter() as reporter:
         found = fid(run, store, statistics, settings, reporter, num_samples=num_samples or NUM_SAMPLES, device=device)
     click.echo(f"{found}\nlook: {run / 'evaluation' / RESULT}")
 

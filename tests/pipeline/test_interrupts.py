@@ -43,3 +43,8 @@ def test_who_is_stopped_is_told_whether_the_command_goes_on(
     assert scoring.exit_code == looking.exit_code == 130
     assert "stopped. To start again: " in scoring.output
     assert "what was committed is kept. To resume: " in looking.output
+    (tmp_path / "mu.npz").touch()
+    monkeypatch.setattr("advkd.cache.read.reader.TrajectoryCache.open", lambda _: None)
+    monkeypatch.setattr("advkd.stages.evaluate.fid.fid", stopped)
+    quoted = invoke(evaluate.main, "--run", tmp_path, "--cache", tmp_path, "--fid-statistics", tmp_path / "mu.npz")
+    assert quoted.exit_code == 130 and "is kept. To resume: " in quoted.output

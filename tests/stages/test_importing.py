@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from advkd.cache.care.summary import summarize
 from advkd.cache.care.verify import verify
 from advkd.cache.errors import CacheError, MismatchError, UsageError
 from advkd.cache.format.recipe import NOT_RECORDED
@@ -88,6 +89,7 @@ def test_pixels_of_eight_bits_become_minus_one_to_one(tmp_path: Path) -> None:
     cache = TrajectoryCache.open(tmp_path / "a.zarr")
     np.testing.assert_allclose(cache.rows(1, np.arange(24)), pixels / 127.5 - 1.0, atol=1e-6)
     assert cache.recipe.condition is None
+    assert summarize(cache)["path"] == "not recorded"  # both ends lie on every path
 
 
 def test_a_path_without_known_levels_gives_its_pairs_and_with_them_all(tmp_path: Path) -> None:
