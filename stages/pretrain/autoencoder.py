@@ -82,7 +82,9 @@ def train_autoencoder(
     reporter.finish()
     trained: Any = average.model.eval().requires_grad_(False)
     latents = encode(trained, images, device, scaled=False)
-    trained.register_to_config(shift_factor=float(latents.mean()), scaling_factor=1.0 / float(latents.std()))
+    shift = 0.0 if settings.texts else float(latents.mean())  # Stable Diffusion's pipeline knows no shift
+    deviation = float((latents - shift).square().mean().sqrt())
+    trained.register_to_config(shift_factor=shift, scaling_factor=1.0 / deviation)
     return average.model
 
 

@@ -92,9 +92,13 @@ class PretrainConfig:
     """vp: what the network predicts: `epsilon`, `sample` or `v_prediction`."""
     classes: bool = False
     """Whether the network is told the images' labels."""
+    texts: bool = False
+    """Whether the network is told the images' names, by a small text encoder that is trained with it: the teacher is a
+    Stable Diffusion pipeline. Needs `autoencoder`, and images with names: those of `emoji`."""
     null_share: float = 0.1
     """classes: share of the images whose label is replaced by a row for no label, the last of the table, so that the
-    teacher can be guided (Ho & Salimans 2022); 0 makes no such row. `teacher.null_class` names it."""
+    teacher can be guided (Ho & Salimans 2022); 0 makes no such row. `teacher.null_class` names it. texts: share of the
+    names that are replaced by nothing."""
     steps: int = 3000
     """Optimizer steps."""
     batch_size: int = 64
@@ -125,6 +129,10 @@ class PretrainConfig:
             raise ConfigError(f"pretrain.channels: {self.channels}; expected multiples of 8")
         if self.channels[-1] < HEAD_WIDTH:
             raise ConfigError(f"pretrain.channels: {self.channels}; the last attends, expected {HEAD_WIDTH} or more")
+        if self.texts and (self.classes or self.path != "vp" or not self.autoencoder or not DATASETS[self.data].names):
+            raise ConfigError(
+                "pretrain.texts: expected images with names (data: emoji), an autoencoder, path vp, and no classes"
+            )
         factor = self.autoencoder.factor if self.autoencoder else 1
         if self.size % (factor * 2 ** (len(self.channels) - 1)) or self.size % 4:
             inside = f", after the autoencoder has divided it by {factor}" if factor > 1 else ""

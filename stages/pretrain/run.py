@@ -1,7 +1,8 @@
 """Stage 0: trains the teacher and the classifier, and measures both.
 
 teachers/NAME/
-  pipeline/     a normal diffusers DDPMPipeline; only its parts where that class doesn't fit: classes, latents
+  pipeline/     a normal diffusers DDPMPipeline, of names a StableDiffusionPipeline; only its parts where no class of
+                pipeline fits: classes, latents
   classifier/   config.json and model.safetensors: features to score with
   report.json   Fréchet distance to the real images beside real against real; accuracy
   samples.png   what the teacher makes
@@ -11,7 +12,7 @@ teachers/NAME/
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from advkd.cache.errors import TrainingError, UsageError
 from advkd.cache.files.durable import PARTIAL_SUFFIX, holds_something, write_json
 from advkd.cache.files.locks import LOCK_FILE
 from advkd.cache.format.condition import ClassCondition
+from advkd.cache.format.prompts import Prompt
 from advkd.stages.decoder import build_decoder
 from advkd.stages.device import best_device
 from advkd.stages.images.datasets import DATASETS, LabelledImages, load_dataset
@@ -42,6 +44,7 @@ from advkd.stages.teacher.load.card import TeacherCard
 from advkd.stages.teacher.load.loader import load_teacher
 from advkd.stages.teacher.path.schedulers import is_flow
 from advkd.stages.teacher.path.solver_path import SolverPath
+from advkd.stages.teacher.pipelines.teacher import load_pipeline_teacher
 from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
 HALVINGS = 10
@@ -124,8 +127,13 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
     coded = None
     if config.autoencoder is not None:
         coded = _encode(config, config.autoencoder, data, classifier, partial, reporter, device)
-    unet, scheduler = train_teacher(coded.latents if coded else images, labels, config, reporter, device)
-    save_pipeline(partial / "pipeline", unet, scheduler, coded.autoencoder if coded else None)
+    items, names = coded.latents if coded else images, list[str]()
+    if config.texts and dataset.names:
+        named = [(row, name) for row, name in enumerate(dataset.names()) if name]
+        rows, names = [row for row, _ in named], [name for _, name in named]
+        items, images, labels = items[rows], images[rows], labels[rows]
+    unet, scheduler = train_teacher(items, labels, config, reporter, device, names)
+    save_pipeline(partial / "pipeline", unet, scheduler, coded.autoencoder if coded else None, names)
     card = TeacherCard(
         license=dataset.license,
         attribution=dataset.attribution,
@@ -134,7 +142,10 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
     if card != TeacherCard():
         text = card.to_markdown(f"Trained by advkd on the data set `{config.data}`.")
         (partial / "pipeline/README.md").write_text(text, encoding="utf-8")
-    made = sample_pipeline(partial / "pipeline", config.report_samples, reporter, device, config.num_classes)
+    if names:
+        made = sample_named(partial / "pipeline", names, config.report_samples, reporter, device)
+    else:
+        made = sample_pipeline(partial / "pipeline", config.report_samples, reporter, device, config.num_classes)
     columns = config.num_classes or 8
     save_grid(partial / "samples.png", made[: columns**2].numpy(), columns)
     report = PretrainReport(
@@ -230,6 +241,30 @@ def sample_pipeline(
             condition=condition,
         )
         parts.append(decode(states[REPORT_STEPS]).clamp(-1.0, 1.0))
+        reporter.advance(len(seeds))
+    reporter.finish()
+    return torch.cat(parts)
+
+
+def sample_named(
+    pipeline: Path, names: Sequence[str], count: int, reporter: Reporter, device: torch.device, batch_size: int = 256
+) -> Tensor:
+    """Images of a text-to-image teacher by DDIM in 50 steps, clipped to [−1, 1], shape (count, C, H, W).
+
+    Seeds take every n-th name, so that they reach over all of them, without guidance.
+    """
+    prompts = [Prompt(text=name) for name in names[:: max(1, len(names) // count)][:count]]
+    sampler = SamplerConfig(name="ddim", steps=REPORT_STEPS, spacing="trailing")
+    teacher = load_pipeline_teacher(TeacherConfig(source=str(pipeline)), sampler, prompts[0], 1, device, "float32")
+    assert teacher.space is not None
+    decode = build_decoder(teacher.space, teacher.decoder).to(device)
+    encoded, parts = teacher.encode(prompts), []
+    reporter.start("samples", count, "images")
+    for start in range(0, count, batch_size):
+        seeds = range(start, min(start + batch_size, count))
+        noise = initial_noise(REPORT_ROOT_SEED, seeds, teacher.item_shape, "float32")
+        told = [seed % len(prompts) for seed in seeds]
+        parts.append(decode(teacher.record(noise, encoded, told, record=[REPORT_STEPS])[REPORT_STEPS]).clamp(-1.0, 1.0))
         reporter.advance(len(seeds))
     reporter.finish()
     return torch.cat(parts)

@@ -3,6 +3,7 @@ matching (Lipman et al. 2023)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from advkd.stages.ema import ExponentialMovingAverage
 from advkd.stages.images.datasets import DATASETS
 from advkd.stages.pretrain.autoencoder import make_autoencoder
 from advkd.stages.pretrain.config import HEAD_WIDTH, PretrainConfig
+from advkd.stages.pretrain.texts import HEADS, WIDTH, TextUNet, make_encoder, make_tokenizer, tokenize
 from advkd.stages.reporter import Reporter
 from advkd.stages.schedules import one_cycle
 from advkd.stages.teacher.diffusers_api import diffusers
@@ -22,22 +24,34 @@ NUM_TIMESTEPS = 1000
 
 
 def make_network(config: PretrainConfig) -> nn.Module:
-    """The UNet, with fresh weights."""
+    """The UNet, with fresh weights; with a text encoder where it is told names."""
     levels = len(config.channels)
     channels, side, _ = config.item_shape
-    unet: nn.Module = diffusers().UNet2DModel(
-        sample_size=side,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=config.layers_per_block,
-        block_out_channels=tuple(config.channels),
+    common: dict[str, Any] = {
+        "sample_size": side,
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": config.layers_per_block,
+        "block_out_channels": tuple(config.channels),
+        "norm_num_groups": 8,
+    }
+    if config.texts:  # all resolutions but the first attend to the words
+        unet = diffusers().UNet2DConditionModel(
+            **common,
+            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (levels - 1)),
+            up_block_types=(*["CrossAttnUpBlock2D"] * (levels - 1), "UpBlock2D"),
+            attention_head_dim=HEADS,
+            cross_attention_dim=WIDTH,
+        )
+        return TextUNet(unet, make_encoder())
+    plain: nn.Module = diffusers().UNet2DModel(
+        **common,
         down_block_types=("DownBlock2D",) * levels,
         up_block_types=("UpBlock2D",) * levels,
-        norm_num_groups=8,
         attention_head_dim=HEAD_WIDTH,
         num_class_embeds=config.table_rows or None,
     )
-    return unet
+    return plain
 
 
 def make_scheduler(config: PretrainConfig) -> Any:
@@ -53,12 +67,31 @@ def make_scheduler(config: PretrainConfig) -> Any:
     )
 
 
-def save_pipeline(folder: Path, unet: Any, scheduler: Any, autoencoder: Any = None) -> None:
-    """Save a `DDPMPipeline` folder as diffusers does, with safetensors.
+def save_pipeline(folder: Path, unet: Any, scheduler: Any, autoencoder: Any = None, names: Sequence[str] = ()) -> None:
+    """Save a `DDPMPipeline` folder as diffusers does, with safetensors; a `StableDiffusionPipeline` of a `TextUNet`.
 
     diffusers has no pipeline for a class-conditional UNet, or for one of an `AutoencoderKL`'s latents: only the parts
     are saved then.
+
+    Args:
+        folder: to write.
+        unet: the network.
+        scheduler: how its training adds noise.
+        autoencoder: of its latents; None for pixels.
+        names: that a `TextUNet` was told.
     """
+    if isinstance(unet, TextUNet):
+        diffusers().StableDiffusionPipeline(
+            vae=autoencoder,
+            text_encoder=unet.encoder,
+            tokenizer=make_tokenizer(names),
+            unet=unet.unet,
+            scheduler=diffusers().DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=True),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)
+        return
     if unet.config.num_class_embeds is None and autoencoder is None:
         diffusers().DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
         return
@@ -73,11 +106,18 @@ def save_untrained(folder: Path, config: PretrainConfig) -> None:
     autoencoder = None
     if config.autoencoder is not None:
         autoencoder = make_autoencoder(config.autoencoder, DATASETS[config.data].channels, config.size)
-    save_pipeline(folder, make_network(config), make_scheduler(config), autoencoder)
+    named = DATASETS[config.data].names
+    names = named() if config.texts and named else []
+    save_pipeline(folder, make_network(config), make_scheduler(config), autoencoder, names)
 
 
 def train_teacher(
-    images: Tensor, labels: Tensor, config: PretrainConfig, reporter: Reporter, device: torch.device
+    images: Tensor,
+    labels: Tensor,
+    config: PretrainConfig,
+    reporter: Reporter,
+    device: torch.device,
+    names: Sequence[str] = (),
 ) -> tuple[nn.Module, Any]:
     """Train on images or latents; the same seed gives the same teacher on a CPU.
 
@@ -87,6 +127,7 @@ def train_teacher(
         config: of stage 0.
         reporter: shows progress.
         device: to train on.
+        names: N texts; the network is told them if `config.texts` says so.
 
     Returns:
         The averaged UNet and its scheduler.
@@ -98,6 +139,7 @@ def train_teacher(
     generator = torch.Generator().manual_seed(config.seed)
     unet = make_network(config).to(device)
     scheduler = make_scheduler(config)
+    words = tokenize(make_tokenizer(names), [*names, ""]) if config.texts else None  # the last row says nothing
     average = ExponentialMovingAverage(unet, config.ema)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -110,7 +152,7 @@ def train_teacher(
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * one_cycle(step, config.steps, config.warmup)
-        told = _told(labels[chosen], config, generator)
+        told = _told(labels[chosen], config, generator) if words is None else _words(words, chosen, config, generator)
         loss = diffusion_loss(unet, scheduler, images[chosen].to(device), generator, told)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -124,22 +166,34 @@ def train_teacher(
     return average.model, scheduler
 
 
-def _told(labels: Tensor, config: PretrainConfig, generator: torch.Generator) -> Tensor | None:
-    """The rows of the table of classes that the network is told for some images; None without classes."""
+def _told(labels: Tensor, config: PretrainConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """The rows of the table of classes that the network is told for some images; nothing without classes."""
     if not config.classes:
-        return None
+        return {}
     dropped = torch.rand(len(labels), generator=generator) < config.null_share
-    return torch.where(dropped, config.num_classes, labels)
+    return {"class_labels": torch.where(dropped, config.num_classes, labels)}
+
+
+def _words(words: Tensor, chosen: Tensor, config: PretrainConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """The token ids of some images' names."""
+    dropped = torch.rand(len(chosen), generator=generator) < config.null_share
+    return {"words": words[torch.where(dropped, len(words) - 1, chosen)]}
 
 
 def diffusion_loss(
-    unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator, labels: Tensor | None = None
+    unet: nn.Module,
+    scheduler: Any,
+    images: Tensor,
+    generator: torch.Generator,
+    told: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Mean squared error of the predicted target at stratified timesteps, one stratum per image.
 
+    `told` are further arguments of the network, a row per image.
+
     Random numbers are drawn on the CPU whatever the images' device, so that every machine draws the same.
     """
-    told = {} if labels is None else {"class_labels": labels.to(images.device)}
+    told = {name: values.to(images.device) for name, values in (told or {}).items()}
     strata = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
     if isinstance(scheduler, diffusers().FlowMatchEulerDiscreteScheduler):
         return _flow_loss(unet, images, strata, generator, told)

@@ -117,8 +117,8 @@ class CacheConfig:
     seeds: str = "auto"
     """A:B, half open; widened to whole blocks. `auto` is 0:4096, or with `prompts` all that fill whole blocks."""
     prompts: str | None = None
-    """Of a text-to-image pipeline: a file with a prompt per line, or `.jsonl` with the keys `prompt` and `negative`.
-    A list that grew at its end extends the cache."""
+    """Of a text-to-image pipeline: a file with a prompt per line, or `.jsonl` with the keys `prompt` and `negative`;
+    or `emoji`, the names of those drawings. A list that grew at its end extends the cache."""
     seeds_per_prompt: int = 1
     """How many seeds in a row have the same prompt; a divisor of `block_size`."""
     labels: str | list[int] = "all"

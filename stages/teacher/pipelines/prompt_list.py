@@ -10,6 +10,7 @@ from advkd.cache.errors import MismatchError, UsageError
 from advkd.cache.format.prompts import Prompt
 from advkd.cache.format.seeds import blocks_of, parse_seed_range
 from advkd.cache.read.prompts import StoredPrompts, first_difference
+from advkd.stages.images.datasets import DATASETS
 from advkd.stages.teacher.config import AUTO, DEFAULT_SEEDS, CacheConfig
 
 JSON_LINES = ".jsonl"
@@ -28,10 +29,17 @@ class PromptList:
     def read(cls, path: str | Path) -> PromptList:
         """Read a text file with a prompt per line, or a `.jsonl` file with the keys `prompt` and `negative`.
 
+        The name of a data set whose images have names stands for those.
+
         Raises:
             UsageError: it can't be read, has no prompt, or a line that is none or too long.
         """
+        named = DATASETS[str(path)].names if str(path) in DATASETS else None
         path, prompts, lines = Path(path), [], []
+        if named is not None:
+            texts = [name for name in named() if name]
+            prompts = [Prompt(text=name) for name in texts]
+            return cls(path=path, prompts=tuple(prompts), lines=tuple(range(1, len(texts) + 1)))
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
