@@ -25,7 +25,7 @@ PATH_TOLERANCE = 1e-4
 FLOW_MATCHING = "flow matching"
 _MAX_CHARACTERS = 4096
 """Of each value of the origin: Linux' longest path."""
-_ORIGIN = ("source", "commit", "license", "attribution", "unet", "variant", "scheduler")
+_ORIGIN = ("source", "commit", "license", "attribution", "unet", "variant", "scheduler", "lora")
 
 
 def summarize(cache: TrajectoryCache) -> dict[str, Any]:

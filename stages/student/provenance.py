@@ -65,7 +65,8 @@ def _prompts(recipe: Recipe) -> dict[str, Any]:
 
 def _without_paths(origin: dict[str, Any]) -> dict[str, Any]:
     """The teacher's origin without absolute paths on the machine that built the cache."""
-    origin = {key: value for key, value in origin.items() if key != "scheduler" or not PurePath(value).is_absolute()}
+    parts = ("scheduler", "lora")
+    origin = {key: value for key, value in origin.items() if key not in parts or not PurePath(value).is_absolute()}
     source = origin.get("source")
     if source is None or "commit" in origin or not PurePath(source).is_absolute():
         return origin

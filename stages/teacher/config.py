@@ -12,7 +12,7 @@ from typing import Any
 from advkd.cache.errors import ConfigError
 from advkd.cache.format.layout import DTYPES
 
-PARTS = ("unet", "variant", "scheduler")
+PARTS = ("unet", "variant", "scheduler", "lora")
 """Keys of `TeacherConfig` that say which files of a pipeline to load."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 AUTO = "auto"
@@ -40,6 +40,8 @@ class TeacherConfig:
     null_class: int | None = None
     """The row of a class-conditional UNet's table that was trained to stand for no label, such as 10 after ten classes;
     guidance needs it, and no file says it. A DiT's is known."""
+    lora: str | None = None
+    """Of a text-to-image pipeline: a LoRA's safetensors file, its folder, or a Hub id; it is fused into the weights."""
     offload: str | None = None
     """Of a text-to-image pipeline that is larger than the GPU's memory: `model` keeps one of its networks there at a
     time, `sequential` one layer, which is much slower."""
@@ -58,8 +60,9 @@ class TeacherConfig:
         """
         parts: dict[str, Any] = {key: origin[key] for key in PARTS if key in origin}
         if source is not None:
-            if "scheduler" in parts and not Path(os.path.expanduser(parts["scheduler"])).exists():
-                del parts["scheduler"]  # a path on the machine that built the store
+            for key in ("scheduler", "lora"):
+                if key in parts and not Path(os.path.expanduser(parts[key])).exists():
+                    del parts[key]  # a path on the machine that built the store
             return cls(source=source, **parts)
         return cls(source=origin["source"], revision=origin.get("commit"), **parts)
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,13 @@ def test_links_and_pictures_are_there() -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     assert all(f"(docs/{page.name})" in TEXT for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_extras_that_are_named_exist() -> None:
+    """In pages and in messages."""
+    known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    rooms = ("cache", "stages", "pipeline", "docs", "configs")
+    files = [ROOT / "README.md", *(path for room in rooms for path in (ROOT / room).rglob("*.*"))]
+    texts = [path.read_text() for path in files if path.suffix in (".py", ".md", ".yaml")]
+    named = {extra for text in texts for extra in re.findall(r"(?:advkd|\.)\[([a-z]+)\]'", text)}
+    assert {"export", "text", "emoji", "mnist"} <= named <= known

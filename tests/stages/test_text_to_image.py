@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from advkd.cache.care.summary import origin_of
 from advkd.cache.care.verify import verify
 from advkd.cache.errors import ConfigError, MismatchError, TeacherError, UsageError
 from advkd.cache.format.prompts import Prompt
@@ -19,7 +20,7 @@ from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.pipelines import teacher as module
-from tests.stages.text_to_image import FAMILIES, Embeddings, load, save
+from tests.stages.text_to_image import FAMILIES, Embeddings, load, save, stable_diffusion, unet
 from tests.stores import tree
 
 STEPS, SIDE = 4, 16
@@ -247,6 +248,53 @@ def test_a_scheduler_without_a_table_is_refused_with_others(tmp_path: Path, monk
         TeacherError, match=r"with a PNDMScheduler: advkd has no table .*; --sampler replaces it by .*dpm"
     ):
         family.plan(tmp_path / "toy.zarr")
+
+
+def save_lora(folder: Path) -> Path:
+    """A LoRA of a Stable Diffusion's network, as diffusers saves one."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    network = unet()
+    network.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def test_a_lora_is_fused_and_part_of_the_identity(tmp_path: Path) -> None:
+    teacher, lora = stable_diffusion(tmp_path / "teacher"), save_lora(tmp_path / "lora")
+    (tmp_path / "prompts.txt").write_text("cat\ndog\n")
+
+    def planned(store: str, lora: str | None) -> Plan:
+        return make_plan(
+            TeacherConfig(source=str(teacher), lora=lora),
+            SamplerConfig(steps=STEPS, guidance=4.0),
+            CacheConfig(
+                prompts=str(tmp_path / "prompts.txt"), seeds_per_prompt=2, block_size=4, record=2, dtype="float32",
+                batch_size=4, device="cpu",
+            ),
+            tmp_path / store,
+        )  # fmt: skip
+
+    plain, fused, by_folder = (
+        planned(f"{name}.zarr", where) for name, where in (("a", None), ("b", str(lora)), ("c", str(lora.parent)))
+    )
+    assert plain.recipe.fingerprint != fused.recipe.fingerprint == by_folder.recipe.fingerprint
+    build(fused)
+    cache, pipe = TrajectoryCache.open(tmp_path / "b.zarr"), load(teacher)
+    pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    made = pipe(
+        prompt=["cat", "cat", "dog", "dog"], latents=torch.from_numpy(cache.rows(0, range(4))), guidance_scale=4.0,
+        num_inference_steps=STEPS, output_type="latent",
+    ).images.numpy()  # fmt: skip
+    np.testing.assert_allclose(cache.rows(STEPS, range(4)), made, atol=1e-4 * float(np.abs(made).max()))
+    assert origin_of(cache)["lora"] == str(lora)
+    with pytest.raises(TeacherError, match=r"teacher\.lora .*teacher can't be fused"):
+        planned("d.zarr", str(teacher))
 
 
 def test_lists_of_prompts(sd3: Family, tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ def _check_no_pipeline_options(teacher: TeacherConfig, sampler: SamplerConfig) -
         ConfigError: names the first one.
     """
     for key, given in (
+        ("teacher.lora", teacher.lora),
         ("teacher.offload", teacher.offload),
         ("sampler.height", sampler.height),
         ("sampler.width", sampler.width),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,8 @@ def load_pipeline(
     except Exception as error:  # whatever foreign files make diffusers, transformers and torch raise
         raise TeacherError(f"teacher {config.source}: the pipeline can't be loaded ({first_line(error)})") from error
     pipe.set_progress_bar_config(disable=True)
+    if config.lora is not None:
+        _fuse_lora(pipe, config.lora)
     if config.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif config.offload == "sequential":
@@ -108,6 +111,24 @@ def load_pipeline(
     else:
         pipe.to(device)
     return pipe
+
+
+def _fuse_lora(pipe: Any, lora: str) -> None:
+    """Add a LoRA's products to the weights, once and for all.
+
+    Raises:
+        TeacherError: the pipeline takes none, peft isn't installed, or it can't be loaded or doesn't fit.
+    """
+    path = Path(os.path.expanduser(lora))
+    where, name = (path.parent, {"weight_name": path.name}) if path.is_file() else (path if path.is_dir() else lora, {})
+    if not hasattr(pipe, "load_lora_weights"):
+        raise TeacherError(f"teacher.lora {lora}: a {type(pipe).__name__} takes no LoRA")
+    try:
+        pipe.load_lora_weights(where, use_safetensors=True, **name)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    except Exception as error:  # whatever foreign files make diffusers, peft and torch raise
+        raise TeacherError(f"teacher.lora {lora} can't be fused ({first_line(error)})") from error
 
 
 def _quiet() -> None:

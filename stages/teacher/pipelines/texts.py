@@ -45,8 +45,9 @@ def encode_texts(
     Raises:
         TeacherError: the pipeline is missing, can't be loaded or can't encode, or has other encoders.
     """
-    folder, _ = find_pipeline(config, leave_out=_NOT_NEEDED)
-    pipe = load_pipeline(folder, config, device, precision, leave_out=_NOT_NEEDED)
+    not_needed = _NOT_NEEDED if config.lora is None else ("vae",)  # a LoRA may change network and encoders
+    folder, _ = find_pipeline(config, leave_out=not_needed)
+    pipe = load_pipeline(folder, config, device, precision, leave_out=not_needed)
     found = encoder_hashes(pipe)
     other = next((name for name, known in encoders.items() if found.get(name) != known), None)
     if other is not None:
