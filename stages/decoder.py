@@ -25,12 +25,14 @@ from advkd.cache.read.weights import decoder_weights
 from advkd.stages.diffusers_models import model_class
 
 _PARTS = {
+    "AutoencoderDC": ("decoder",),
     "AutoencoderKL": ("decoder", "post_quant_conv"),
+    "AutoencoderKLQwenImage": ("decoder", "post_quant_conv"),
     "AutoencoderTiny": ("decoder",),
     "VQModel": ("decoder", "post_quant_conv", "quantize"),
 }
 """By class: the modules that decoding takes. No other class is loaded."""
-TINY = "AutoencoderTiny"
+TINY, ONE_FRAME = "AutoencoderTiny", "AutoencoderKLQwenImage"
 BATCH = 16
 """Images decoded at once: a decoder's activations are as large as its images times hundreds of channels."""
 
@@ -63,10 +65,24 @@ class Decoder:
             Images, about [−1, 1], float32, shape (N, *image_shape), on the device of the latents.
         """
         device = next(self.model.parameters()).device
-        scaled = latents.float() / self.space.scaling_factor + self.space.shift_factor
-        decode: Any = self.model.decode
-        parts = [decode(part.to(device)).sample.float().to(latents.device) for part in torch.split(scaled, BATCH)]
+        parts = [self.decode(part.to(device)).to(latents.device) for part in torch.split(latents.float(), BATCH)]
         return torch.cat(parts) if parts else latents.new_empty(0, *self.space.image_shape)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of a few latents on the model's device, float32.
+
+        Qwen-Image's autoencoder is one of video that normalises by channel: an image is a video of one frame.
+        """
+        model: Any = self.model
+        scaled = latents / self.space.scaling_factor + self.space.shift_factor
+        if self.space.decoder != ONE_FRAME:
+            images: Tensor = model.decode(scaled).sample
+            return images.float()
+        mean, deviation = (
+            scaled.new_tensor(model.config[name])[:, None, None] for name in ("latents_mean", "latents_std")
+        )
+        frames: Tensor = model.decode((scaled * deviation + mean)[:, :, None]).sample
+        return frames[:, :, 0].float()
 
 
 def as_images(values: npt.NDArray[Any] | Tensor, decoder: Decoder | None) -> npt.NDArray[np.float32]:
@@ -97,7 +113,7 @@ def build_decoder(space: LatentSpace, tensors: Mapping[str, Tensor]) -> Decoder:
         model: nn.Module = kind.from_config(dict(space.config))
     for child, _ in list(model.named_children()):
         if child not in _PARTS[space.decoder]:
-            setattr(model, child, None)
+            setattr(model, child, nn.Module())  # without weights; Qwen-Image's counts the layers of both halves
     model.load_state_dict(dict(tensors), assign=True)
     return Decoder(space, model.float())
 

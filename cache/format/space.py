@@ -12,7 +12,7 @@ from advkd.cache.files.strict_json import integer, shortened, unknown_members
 
 MAX_CHANNELS, MAX_SIDE = 64, 8192
 """Largest shape of an item that a store may claim."""
-DECODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
+DECODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLQwenImage")
 """diffusers' classes that this version can decode with."""
 DECODER_PATH = "decoder/model.safetensors"
 """The decoder's weights, relative to a store or a student's folder; `tensors_sha256` says what they must be."""

@@ -78,7 +78,7 @@ def test_the_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) ->
             config=EvaluateConfig(num_sets=5, set_size=2048), num_reference=1_000_000, num_training=937_500,
             held_out=None, student=cost, teacher=cost,
             deployed_parameters=1, without_teacher="", real=None, reference_shares=None, pictures={}, nearest=[],
-            weights_sha256=None, identity={}, device="cpu",
+            clip_sha256=None, weights_sha256=None, identity={}, device="cpu",
         )
     )  # fmt: skip
     said = capsys.readouterr().out

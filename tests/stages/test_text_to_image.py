@@ -20,6 +20,7 @@ from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan, make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
 from advkd.stages.teacher.pipelines import teacher as module
+from advkd.stages.teacher.pipelines.teacher import PipelineTeacher
 from tests.stages.text_to_image import FAMILIES, Embeddings, load, save, stable_diffusion, unet
 from tests.stores import tree
 
@@ -47,21 +48,36 @@ class Family:
 
     def encoded(self, prompt: Prompt) -> Embeddings:
         """Different ones for each prompt; masks stay."""
-        factor = 1.0 + TEXTS.index(prompt.text) / 4
-        return {key: value * factor if value.is_floating_point() else value for key, value in self._embeddings.items()}
+        factor = 1.0 + (TEXTS.index(prompt.text) if prompt.text in TEXTS else len(TEXTS)) / 4
+        length = 2 + len(prompt.text.split()) if self.varies else None
+        return {
+            key: value[: None if key.startswith("negative") else length] * (factor if value.is_floating_point() else 1)
+            for key, value in self._embeddings.items()
+        }
+
+    @property
+    def varies(self) -> bool:
+        """Whether prompts have different numbers of tokens."""
+        return self.folder.name in ("z-image", "qwen-image")
+
+    @property
+    def side(self) -> int:
+        """Of images, in pixels."""
+        return 32 if self.folder.name == "sana" else SIDE
 
     def plan(self, store: Path, **cache: Any) -> Plan:
         """Two seeds per prompt, blocks of two prompts."""
         settings = {"seeds_per_prompt": 2, "block_size": 4, "batch_size": 4, "record": 2} | cache
         return make_plan(
             TeacherConfig(source=str(self.folder)),
-            SamplerConfig(steps=STEPS, guidance=4.0, height=SIDE, width=SIDE),
+            SamplerConfig(steps=STEPS, guidance=4.0, height=self.side, width=self.side),
             CacheConfig(prompts=str(self.prompts), device="cpu", **settings),
             store,
         )
 
-    def images(self, plan: Plan, noise: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """What the pipeline itself makes of some noise, loaded anew and called as its users do."""
+    def images(self, plan: Plan, noise: torch.Tensor, texts: list[str], decoded: bool = False) -> torch.Tensor:
+        """What the pipeline itself makes of some noise, loaded anew and called as its users do: latents, or images in
+        [0, 1]."""
         pipe = load(self.folder)
         known = inspect.signature(pipe.__call__).parameters
         encoded = [self.encoded(Prompt(text=text)) for text in texts]
@@ -69,29 +85,24 @@ class Family:
         if "z-image" not in self.folder.name:
             given = {key: torch.stack(values) for key, values in given.items()}  # type: ignore[misc]
         more = {"use_resolution_binning": False, "negative_prompt": None}
-        if hasattr(pipe, "_pack_latents"):
-            latents = pipe._pack_latents(noise, *noise.shape)
-        else:
-            latents = (
-                noise
-                if "DPM" in type(pipe.scheduler).__name__
-                else (
-                    noise * plan.teacher.factor  # type: ignore[union-attr]
-                )
-            )
+        assert isinstance(plan.teacher, PipelineTeacher)
+        packs = hasattr(pipe, "_pack_latents")
+        latents = pipe._pack_latents(noise, *noise.shape) if packs else noise * plan.teacher.factor
         made = pipe(
             **given,
             **{key: value for key, value in more.items() if key in known},
             latents=latents,
             num_inference_steps=STEPS,
             guidance_scale=4.0,
-            height=SIDE,
-            width=SIDE,
-            output_type="latent",
+            height=self.side,
+            width=self.side,
+            output_type="pt" if decoded else "latent",
         ).images
+        if decoded:
+            return made
         if hasattr(pipe, "_unpack_latents"):
-            made = pipe._unpack_latents(made, SIDE, SIDE, pipe.vae_scale_factor)
-        return made
+            made = pipe._unpack_latents(made, self.side, self.side, pipe.vae_scale_factor)
+        return made.reshape(noise.shape)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -111,8 +122,26 @@ def test_cached_x_0_is_the_pipeline_s_own_output(family: Family, tmp_path: Path)
     np.testing.assert_allclose(x0[3:], alone.numpy(), atol=1e-4 * float(np.abs(x0).max()))
     assert min(np.abs(x0[0] - x0[1]).max(), np.abs(x0[0] - x0[2]).max()) > 1e-2
     images = as_images(x0, cache_decoder(cache))
-    assert images.shape == (4, 3, SIDE, SIDE)
+    shown = family.images(plan, noise, [TEXTS[0]] * 2 + [TEXTS[1]] * 2, decoded=True).numpy()
+    np.testing.assert_allclose((images / 2.0 + 0.5).clip(0.0, 1.0), shown, atol=1e-4)
+    assert shown.shape == (4, 3, family.side, family.side) and shown.std() > 1e-3
     assert verify(cache).findings == ()
+
+
+def test_prompts_of_different_lengths_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the call takes no lists, each length is a call of its own."""
+    family = Family("qwen-image", tmp_path, monkeypatch)
+    family.prompts.write_text("\n".join(text for pair in zip(TEXTS[:2], TEXTS[2:], strict=True) for text in pair))
+    plan = family.plan(tmp_path / "toy.zarr", dtype="float32", block_size=8, batch_size=8)
+    build(plan)
+    cache = TrajectoryCache.open(tmp_path / "toy.zarr")
+    prompts = cache.recipe.prompts
+    assert prompts is not None and prompts.embeddings[0].padded
+    assert cache.prompts.lengths(prompts.embeddings[0], range(4)).tolist() == [5, 4, 5, 4]
+    noise, x0 = torch.from_numpy(cache.rows(0, range(8))), cache.rows(STEPS, range(8))
+    for places, texts in (([0, 1, 4, 5], TEXTS[:2]), ([2, 3, 6, 7], TEXTS[2:])):
+        own = family.images(plan, noise[places], [texts[0]] * 2 + [texts[1]] * 2)
+        assert x0[places].tobytes() == own.contiguous().numpy().tobytes()
 
 
 def test_the_states_lie_on_the_recorded_path(family: Family, tmp_path: Path) -> None:

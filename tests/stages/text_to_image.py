@@ -238,12 +238,97 @@ def z_image() -> tuple[Any, Embeddings]:
     pipe = ZImagePipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(),
+        vae=autoencoder(shift_factor=0.1),
         text_encoder=None,
         tokenizer=None,
     )
-    embedded, other = _normal((5, 16), (3, 16))
+    embedded, other = _normal((9, 16), (3, 16))
     return pipe, {"prompt_embeds": embedded, "negative_prompt_embeds": other}
+
+
+def qwen_image() -> tuple[Any, Embeddings]:
+    """An autoencoder of video, that normalises by channel; guidance of its own; prompts of different lengths."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 2.0, 1.0],
+    )
+    pipe = QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder,
+        text_encoder=None,
+        tokenizer=None,
+    )
+    embedded, other = _normal((7, 16), (3, 16))
+    return pipe, {"prompt_embeds": embedded, "negative_prompt_embeds": other}
+
+
+def sana() -> tuple[Any, Embeddings]:
+    """Flow matching by DPM-Solver++, a deep autoencoder, masks of tokens."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    transformer = SanaTransformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=16,
+    )
+    autoencoder = AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", algorithm_type="dpmsolver++"
+    )
+    pipe = SanaPipeline(
+        transformer=transformer, scheduler=scheduler, vae=autoencoder, text_encoder=None, tokenizer=None
+    )
+    mask = torch.tensor([1, 1, 1, 1, 0, 0, 0])
+    embedded, other = _normal((7, 16), (7, 16))
+    return pipe, _with_negative(["prompt_embeds", "prompt_attention_mask"], [embedded, mask], [other, mask])
 
 
 FAMILIES: dict[str, Callable[[], tuple[Any, Embeddings]]] = {
@@ -252,6 +337,8 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Embeddings]]] = {
     "flux": flux,
     "pixart": pixart,
     "z-image": z_image,
+    "qwen-image": qwen_image,
+    "sana": sana,
 }
 
 

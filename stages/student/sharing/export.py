@@ -193,12 +193,11 @@ class _Decoding(nn.Module):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.space, self.model = decoder.space, copy.deepcopy(decoder.model).cpu()
+        self.model = copy.deepcopy(decoder.model).cpu()
+        self._decode = Decoder(decoder.space, self.model).decode
 
     def forward(self, latents: Tensor) -> Tensor:
-        decode: Any = self.model.decode
-        images: Tensor = decode(latents / self.space.scaling_factor + self.space.shift_factor).sample
-        return images
+        return self._decode(latents)
 
 
 def _decoder_to_onnx(decoder: Decoder, path: Path, item_shape: tuple[int, ...]) -> None:

@@ -33,7 +33,7 @@ def measure_tolerance(plan: Plan) -> dict[int, float]:
     """Root mean square per seed by which another machine's states may differ, by solver steps done, in stored units."""
     seeds = list(plan.seeds[:NUM_SEEDS]) * 2
     noise = initial_noise(plan.recipe.root_seed, seeds, plan.recipe.item_shape, plan.layout.dtype)
-    kept = Recorder(plan, seeds, Disturbance(RELATIVE_ERROR[plan.config.precision], len(seeds)))(noise, seeds)
+    kept = Recorder(plan, seeds, Disturbance(RELATIVE_ERROR[plan.config.precision]))(noise, seeds)
     half = len(seeds) // 2
     apart = {step: MARGIN * distance(values.numpy()[:half], values.numpy()[half:]) for step, values in kept.items()}
     return {step: min(value, MAX_TOLERANCE) for step, value in apart.items()}

@@ -11,11 +11,20 @@ from torch import Tensor
 
 from advkd.cache.errors import TeacherError, first_line
 from advkd.cache.format.space import DECODERS, MAX_CHANNELS, MAX_SIDE, LatentSpace
-from advkd.stages.decoder import build_decoder, decoding_tensors
+from advkd.stages.decoder import ONE_FRAME, build_decoder, decoding_tensors
 from advkd.stages.teacher.diffusers_api import diffusers, recorded_config
 from advkd.stages.teacher.load.folders import Part
 from advkd.stages.teacher.load.identity import tensors_sha256
 from advkd.stages.teacher.load.model import load_model
+
+_CHANNELS = {
+    "AutoencoderDC": ("latent_channels", 32),
+    "AutoencoderKL": ("latent_channels", 4),
+    "AutoencoderKLQwenImage": ("z_dim", 16),
+    "AutoencoderTiny": ("latent_channels", 4),
+    "VQModel": ("latent_channels", 3),
+}
+"""By class: the option that says how many channels latents have, and its default."""
 
 
 def load_space(
@@ -35,9 +44,10 @@ def load_space(
     name = config.get("_class_name")
     if name not in DECODERS:
         raise TeacherError(f"{what} is a {name}; expected one of {', '.join(DECODERS)}")
-    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+    by_channel = config.get("latents_mean") is not None or config.get("latents_std") is not None
+    if by_channel and name != ONE_FRAME:
         raise TeacherError(f"{what} normalises latents by channel (latents_mean); expected one scaling_factor")
-    channels = config.get("latent_channels", 3 if name == "VQModel" else 4)
+    channels = config.get(*_CHANNELS[name])
     if channels != item_shape[0]:
         raise TeacherError(f"{what} has {channels} latent channels; expected the {item_shape[0]} of its network")
     tensors = decoding_tensors(name, load_model(config, autoencoder.weights, what).state_dict())
@@ -45,13 +55,13 @@ def load_space(
         decoder=name,
         config=recorded_config(config, ()),
         tensors_sha256=tensors_sha256(tensors),
-        scaling_factor=_factor(config, "scaling_factor", what),
+        scaling_factor=1.0 if name == ONE_FRAME else _factor(config, "scaling_factor", what),
         shift_factor=_factor(config, "shift_factor", what),
         image_shape=item_shape,  # until an item is decoded
     )
     try:
-        decoded = build_decoder(space, tensors).model.decode(torch.zeros(1, *item_shape)).sample  # type: ignore[operator]
-        count, height, width = decoded.shape[1:]
+        with torch.inference_mode():
+            count, height, width = build_decoder(space, tensors).decode(torch.zeros(1, *item_shape)).shape[1:]
     except Exception as error:  # whatever a foreign configuration makes diffusers and torch raise
         shape = "×".join(map(str, item_shape))
         raise TeacherError(f"{what} can't decode latents of {shape} ({first_line(error)})") from error

@@ -101,7 +101,10 @@ def _ddpm_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
 
 def _vp_sigma_levels(scheduler: Scheduler, landing: Sequence[int]) -> list[Level]:
     """DPM-Solver++ (Lu et al. 2022) and UniPC (Zhao et al. 2023) keep sigma/alpha ratios; their states are variance
-    preserving. UniPC's are those that its predictor gives, which the network sees."""
+    preserving. UniPC's are those that its predictor gives, which the network sees. Both also follow flow matching, as
+    Sana's scheduler does."""
+    if scheduler.config.get("use_flow_sigmas"):
+        return _flow_euler_levels(scheduler, landing)
     return [_variance_preserving(1.0 / (1.0 + float(ratio) ** 2)) for ratio in sigmas(scheduler)]
 
 

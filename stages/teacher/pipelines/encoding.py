@@ -49,8 +49,10 @@ def encode(pipe: Any, prompt: Prompt, options: Mapping[str, Any], device: torch.
     """
     known, call = inspect.signature(pipe.encode_prompt).parameters, inspect.signature(pipe.__call__).parameters
     found = _named(pipe, {"negative_prompt": prompt.negative, "do_classifier_free_guidance": True}, prompt, options)
-    if "negative_prompt" not in known and f"{NEGATIVE}prompt_embeds" in call and prompt.negative:
-        negative = _named(pipe, {}, Prompt(text=prompt.negative), options)
+    own_scale = call["true_cfg_scale"].default if "true_cfg_scale" in call else 1.0
+    guided = bool(prompt.negative) or float(options.get("true_cfg_scale", own_scale)) > 1.0
+    if "negative_prompt" not in known and f"{NEGATIVE}prompt_embeds" in call and guided:
+        negative = _named(pipe, {}, Prompt(text=prompt.negative or " "), options)
         found |= {f"{NEGATIVE}{name}": value for name, value in negative.items()}
     encoded = {}
     for name, value in found.items():
@@ -104,6 +106,16 @@ class EncodedPrompts:
     prompts: tuple[Prompt, ...]
     encoded: tuple[Encoded, ...]
 
+    def groups(self, pipe: Any, rows: Sequence[int]) -> list[list[int]]:
+        """Which places of a batch can be made by one call: those whose prompts have as many tokens, or all where the
+        call takes lists."""
+        places: dict[tuple[torch.Size, ...], list[int]] = {}
+        for place, row in enumerate(rows):
+            tensors = self.encoded[row].items()
+            shapes = tuple(tensor.shape for name, tensor in tensors if not takes_lists(pipe, name))
+            places.setdefault(shapes, []).append(place)
+        return list(places.values())
+
     def arguments(self, pipe: Any, rows: Sequence[int]) -> dict[str, Any]:
         """The embeddings as arguments of a pipeline's call.
 
@@ -111,8 +123,6 @@ class EncodedPrompts:
             pipe: the pipeline.
             rows: which of the prompts each image of the batch has.
 
-        Raises:
-            TeacherError: a prompt has another number of tokens than the others of its batch.
         """
         arguments: dict[str, Any] = {}
         for name in self.encoded[0]:
@@ -147,20 +157,20 @@ class EncodedPrompts:
         return found
 
 
-def embeddings_of(pipe: Any, encoded: Encoded, longest: int) -> tuple[Embedding, ...]:
-    """What a store keeps of prompts, as one of them shows it: all but what guidance leads away from, which only the
+def embeddings_of(encoded: Encoded, others: Sequence[Encoded], longest: int) -> tuple[Embedding, ...]:
+    """What a store keeps of prompts, as some of them show it: all but what guidance leads away from, which only the
     teacher needs.
 
     Args:
-        pipe: the pipeline.
         encoded: of a prompt.
+        others: of a shorter and of a longer one; where tensors differ in length, prompts are stored padded.
         longest: tokens for which padded embeddings have room.
     """
     found = []
     for name, tensor in encoded.items():
         if name.startswith(NEGATIVE):
             continue
-        padded, shape = takes_lists(pipe, name), tuple(tensor.shape)
+        padded, shape = any(other[name].shape != tensor.shape for other in others), tuple(tensor.shape)
         shape = (max(longest, shape[0]), *shape[1:]) if padded else shape
         found.append(Embedding(name=name, shape=shape, dtype=_STORED[tensor.dtype], padded=padded))
     return tuple(found)

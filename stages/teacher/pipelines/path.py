@@ -155,7 +155,7 @@ class PipelinePath:
         before, after = self.states[call], self.states[call + 1]
         x, predicted, radius = state.float(), output.float(), (before.alpha**2 + before.sigma**2) ** 0.5
         alpha, sigma, kind = before.alpha / radius, before.sigma / radius, self.options.get("prediction_type")
-        if self.solver.flow:
+        if self.solver.flow or kind == "flow_prediction":
             x0, noise = x - before.sigma * predicted, x + before.alpha * predicted
         elif kind == "v_prediction":
             x0, noise = alpha * x / radius - sigma * predicted, sigma * x / radius + alpha * predicted

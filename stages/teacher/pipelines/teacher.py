@@ -143,7 +143,7 @@ class PipelineTeacher:
         *,
         record: Collection[int],
         evaluated: Callable[[], None] = lambda: None,
-        disturb: Callable[[Tensor], Tensor] | None = None,
+        disturb: Callable[[Tensor, int], Tensor] | None = None,
     ) -> dict[int, Tensor]:
         """Make images of a batch by the pipeline's own call, and keep the states after some of its steps.
 
@@ -156,7 +156,7 @@ class PipelineTeacher:
             rows: which of them each image has, B numbers.
             record: solver steps after which the state is kept.
             evaluated: called after each prediction.
-            disturb: changes the network's outputs, shape (k B, …), for a measurement.
+            disturb: changes the network's outputs, shape (k b, …), of calls with b images, for a measurement.
 
         Returns:
             By solver steps done, float32 on the CPU in stored units (x_t / scale), shape (B, C, H, W).
@@ -164,6 +164,9 @@ class PipelineTeacher:
         Raises:
             TeacherError: a check fails, or x_0 is not finite.
         """
+        groups = prompts.groups(self.pipe, rows)
+        if len(groups) > 1:
+            return self._record_groups(noise, prompts, rows, groups, record, evaluated, disturb)
         states, solver = self.path.states, self.path.solver
         start = torch.from_numpy(noise.astype(np.float32))
         kept = {0: start} if 0 in record else {}
@@ -180,7 +183,8 @@ class PipelineTeacher:
                 kept[done] = expected.float() / states[done].scale
             evaluated()
 
-        with disturbing(denoiser_of(self.pipe), disturb):
+        changed = None if disturb is None else lambda output: disturb(output, len(rows))
+        with disturbing(denoiser_of(self.pipe), changed):
             images = self._call(start, prompts.arguments(self.pipe, rows), on_step)
         if call != self.path.evaluations or not torch.equal(self.packing.unpack(images).to(expected.dtype), expected):
             raise TeacherError(
@@ -194,6 +198,26 @@ class PipelineTeacher:
             )
         return {done: values.cpu() for done, values in kept.items()}
 
+    def _record_groups(
+        self,
+        noise: npt.NDArray[Any],
+        prompts: EncodedPrompts,
+        rows: Sequence[int],
+        groups: list[list[int]],
+        record: Collection[int],
+        evaluated: Callable[[], None],
+        disturb: Callable[[Tensor, int], Tensor] | None,
+    ) -> dict[int, Tensor]:
+        """As `record`, by a call for each group of places; `evaluated` is called during the last one."""
+        made: dict[int, Tensor] = {}
+        for number, group in enumerate(groups, start=1):
+            report = evaluated if number == len(groups) else (lambda: None)
+            some = [rows[place] for place in group]
+            part = self.record(noise[group], prompts, some, record=record, evaluated=report, disturb=disturb)
+            for done, values in part.items():
+                made.setdefault(done, values.new_empty(len(rows), *values.shape[1:]))[group] = values
+        return made
+
     def seconds_per_evaluation(self, noise: npt.NDArray[Any], prompts: EncodedPrompts, rows: Sequence[int]) -> float:
         """Seconds of one network evaluation for a batch; with guidance, half of what a prediction takes."""
         times: list[float] = []
@@ -204,6 +228,7 @@ class PipelineTeacher:
             if len(times) > _TIMED_STEPS:
                 raise EnoughError
 
+        rows = [rows[0]] * len(rows)  # of one length, which is one call
         start = torch.from_numpy(noise.astype(np.float32))
         times.append(time.perf_counter())
         self._call(start, prompts.arguments(self.pipe, rows), on_step)
@@ -263,6 +288,8 @@ def load_pipeline_teacher(
     name = choose_scheduler(pipe, sampler)
     check_call(pipe, sampler)
     encoded = encode(pipe, prompt, sampler.call, device)
+    texts = ("a", f"{prompt.text}, {prompt.text}")
+    others = [encode(pipe, Prompt(text=text), sampler.call, device) for text in texts]
     look = look_at(
         pipe,
         sampler,
@@ -275,7 +302,7 @@ def load_pipeline_teacher(
         seeds_per_prompt=seeds_per_prompt,
         guidance=float(sampler.guidance),
         evaluations=look.evaluations,
-        embeddings=embeddings_of(pipe, encoded, _longest(pipe, sampler)),
+        embeddings=embeddings_of(encoded, others, _longest(pipe, sampler)),
     )
     index = read_json(folder / "model_index.json")
     return PipelineTeacher(

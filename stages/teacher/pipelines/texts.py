@@ -11,7 +11,7 @@ from torch import Tensor
 from advkd.cache.errors import TeacherError
 from advkd.cache.format.prompts import Prompt, PromptCondition
 from advkd.stages.teacher.config import TeacherConfig
-from advkd.stages.teacher.pipelines.encoding import encode, takes_lists
+from advkd.stages.teacher.pipelines.encoding import encode
 from advkd.stages.teacher.pipelines.loading import find_pipeline, load_pipeline
 from advkd.stages.teacher.pipelines.teacher import encoder_hashes
 
@@ -61,5 +61,5 @@ def encode_texts(
         if any(one.name not in tensors for tensors in encoded):
             raise TeacherError(f"teacher {config.source}: its encoders give no {one.name}")
         rows = [tensors[one.name].cpu() for tensors in encoded]
-        made[one.name] = rows if takes_lists(pipe, one.name) else torch.stack(rows)
+        made[one.name] = rows if one.padded else torch.stack(rows)
     return made

@@ -12,21 +12,19 @@ from advkd.stages.teacher.load.network import Teacher
 
 
 class Disturbance:
-    """Adds an error to the second half of a batch.
+    """Adds an error to the second half of each batch.
 
     Args:
         relative_error: of a prediction, root mean square.
-        batch: images in a batch, an even number; guidance may evaluate several such batches at once.
     """
 
-    def __init__(self, relative_error: float, batch: int) -> None:
+    def __init__(self, relative_error: float) -> None:
         self._relative_error = relative_error
-        self._half = batch // 2
         self._generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, predicted: Tensor) -> Tensor:
-        """Shape (k · batch, …) in and out."""
-        parts = predicted.reshape(-1, 2, self._half, *predicted.shape[1:])
+    def __call__(self, predicted: Tensor, batch: int) -> Tensor:
+        """Shape (k · batch, …) in and out: guidance may evaluate several batches at once, each of an even number."""
+        parts = predicted.reshape(-1, 2, batch // 2, *predicted.shape[1:])
         second = parts[:, 1]
         noise = torch.randn(second.shape, generator=self._generator).to(predicted)
         size = second.float().square().mean().sqrt()
@@ -44,4 +42,4 @@ class DisturbedTeacher(Teacher):
         self, x: Tensor, timestep: Tensor, labels: Tensor | None = None, condition: ClassCondition | None = None
     ) -> Tensor:
         """As `Teacher.predict`, but for the error."""
-        return self.disturb(Teacher.predict(self, x, timestep, labels, condition))
+        return self.disturb(Teacher.predict(self, x, timestep, labels, condition), len(x))
