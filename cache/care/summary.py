@@ -25,7 +25,9 @@ PATH_TOLERANCE = 1e-4
 FLOW_MATCHING = "flow matching"
 _MAX_CHARACTERS = 4096
 """Of each value of the origin: Linux' longest path."""
-_ORIGIN = ("source", "commit", "license", "attribution", "unet", "variant", "scheduler", "lora")
+ORIGIN_PATHS = ("scheduler", "lora")
+"""Parts of a teacher's origin that may be files on the machine that built the store."""
+_ORIGIN = ("source", "commit", "license", "attribution", "unet", "variant", *ORIGIN_PATHS)
 
 
 def summarize(cache: TrajectoryCache) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from advkd.cache.format.records import Records
 from advkd.cache.format.source import Source
 from advkd.cache.format.store_paths import provenance_path
 from advkd.cache.read.chunk_cache import Scratch, default_scratch
-from advkd.cache.read.chunks import ChunkFiles
+from advkd.cache.read.chunks import ArrayRows, ChunkFiles
 
 if TYPE_CHECKING:
     from advkd.cache.codec.unpacked_source import UnpackedSource
@@ -40,7 +40,6 @@ class Contents:
         states: the recorded states that are present, by solver steps done.
         packed: the source of a packed store, which has the packed layout and records; None for a raw store.
         records: the ledger.
-        chunk_files: the chunks, local or fetched to the scratch folder.
     """
 
     def __init__(
@@ -61,7 +60,8 @@ class Contents:
         self.packed = packed
         self.records = Records(source, recipe, layout, BlockRecord)
         self._scratch = None if source.root is not None else Scratch(source, scratch or default_scratch())
-        self.chunk_files = ChunkFiles(source, self._scratch)
+        self._files = ChunkFiles(source, self._scratch)
+        self._further_rows: dict[str, ArrayRows] = {}
 
     @property
     def address(self) -> str:
@@ -229,6 +229,18 @@ class Contents:
                 )
         return record.arrays
 
+    def further_rows(self, spec: ArraySpec) -> ArrayRows:
+        """What reads rows of an array besides the states.
+
+        Raises:
+            NotCachedError: it is not in this copy.
+        """
+        if spec.path not in self._further_rows:
+            if spec.path not in {here.path for here in self.further}:
+                raise NotCachedError(f"{self.address}: {spec.path} is not here (a partial copy?): pull it, too")
+            self._further_rows[spec.path] = ArrayRows(self._files, self.records, spec, self.num_blocks)
+        return self._further_rows[spec.path]
+
     def array_file(self, spec: ArraySpec, block: int) -> Path:
         """The local file of one block of an array, of the recorded size; a remote one is fetched to scratch first.
 
@@ -236,7 +248,7 @@ class Contents:
             NotCachedError: the block was never committed.
             DamagedError: the file is missing or has another size.
         """
-        return self.chunk_files.path(spec.chunk_path(block), self.array_records(block)[spec.path])
+        return self._files.path(spec.chunk_path(block), self.array_records(block)[spec.path])
 
     def array_bytes(self, spec: ArraySpec, block: int) -> bytes:
         """The whole chunk file of one block of an array, as a raw store has it.
@@ -246,7 +258,7 @@ class Contents:
             DamagedError: the file is missing or differs from the ledger.
         """
         chunk, expected = spec.chunk_path(block), self.array_records(block)[spec.path]
-        with self.chunk_files.open(chunk, expected) as file:
+        with self._files.open(chunk, expected) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != expected.sha256:
             raise DamagedError(f"{self.address}/{chunk} differs from what its ledger says; {HOW_TO_FIX}")
@@ -268,7 +280,7 @@ class Contents:
         """
         specs = [self.state_array(step) for step in steps]
         chunks = [(spec.chunk_path(block), self.record(block).arrays[spec.path]) for block in blocks for spec in specs]
-        self.chunk_files.fetch(chunks, fetched)
+        self._files.fetch(chunks, fetched)
 
 
 def local_root(cache: Contents) -> Path:

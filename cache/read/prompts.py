@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,6 @@ import numpy.typing as npt
 from advkd.cache.errors import NotCachedError
 from advkd.cache.format.arrays import ArraySpec, prompt_specs
 from advkd.cache.format.prompts import TEXT_PATH, Embedding, Prompt, PromptCondition
-from advkd.cache.read.chunks import ArrayRows
 from advkd.cache.read.contents import Contents
 
 Values = npt.NDArray[np.generic]
@@ -80,20 +78,7 @@ class StoredPrompts:
         declared = self._cache.num_seeds // spec.seeds_per_row
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < declared:
             raise NotCachedError(f"{self._cache.address} declares prompts 0:{declared}; others were asked for")
-        return self._rows_of(spec).gather(wanted)
-
-    def _rows_of(self, spec: ArraySpec) -> ArrayRows:
-        if spec.path not in self._rows:
-            if spec.path not in {here.path for here in self._cache.further}:
-                raise NotCachedError(f"{self._cache.address}: {spec.path} is not here (a partial copy?): pull it, too")
-            self._rows[spec.path] = ArrayRows(
-                self._cache.chunk_files, self._cache.records, spec, self._cache.num_blocks
-            )
-        return self._rows[spec.path]
-
-    @cached_property
-    def _rows(self) -> dict[str, ArrayRows]:
-        return {}
+        return self._cache.further_rows(spec).gather(wanted)
 
 
 def first_difference(stored: StoredPrompts, given: Iterable[Prompt]) -> int | None:

@@ -77,7 +77,7 @@ class TrajectoryCache(Contents):
 
     def _rows_of(self, step: int) -> ArrayRows:
         if step not in self._rows:
-            self._rows[step] = ArrayRows(self.chunk_files, self.records, self.state_array(step), self.num_blocks)
+            self._rows[step] = ArrayRows(self._files, self.records, self.state_array(step), self.num_blocks)
         return self._rows[step]
 
     def block_view(self, step: int, block: int) -> Values:
@@ -155,9 +155,7 @@ class TrajectoryCache(Contents):
 
     @cached_property
     def _label_rows(self) -> ArrayRows:
-        if LABELS_PATH not in {spec.path for spec in self.further}:
-            raise NotCachedError(f"{self.address}: {LABELS_PATH} is not here (a partial copy?): pull it, too")
-        return ArrayRows(self.chunk_files, self.records, label_spec(self.layout.block_size), self.num_blocks)
+        return self.further_rows(label_spec(self.layout.block_size))
 
     @cached_property
     def prompts(self) -> StoredPrompts:

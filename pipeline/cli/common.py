@@ -24,14 +24,17 @@ class Interrupted(KeyboardInterrupt):
     """SIGTERM, treated as Ctrl-C."""
 
 
+class Resumable(KeyboardInterrupt):
+    """Ctrl-C in work that goes on where it was stopped, whatever else its command does."""
+
+
 @contextmanager
 def keeping() -> Iterator[None]:
-    """Work that goes on where it was stopped, in a command that otherwise keeps nothing before it finishes."""
+    """Such work, in a command that otherwise keeps nothing before it finishes."""
     try:
         yield
-    except KeyboardInterrupt as stop:
-        stop.kept = True  # type: ignore[attr-defined]
-        raise
+    except KeyboardInterrupt:
+        raise Resumable from None
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -74,8 +77,8 @@ def guarded(function: Callable[P, None], *, resumes: bool = True) -> Callable[P,
             where = f" ({error.filename})" if error.filename else ""
             _fail(f"{error.strerror or error}{where}{kept}", 1)
         except KeyboardInterrupt as stop:
-            kept_on = resumes or getattr(stop, "kept", False)
-            again = "; what was committed is kept. To resume" if kept_on else ". To start again"
+            goes_on = resumes or isinstance(stop, Resumable)
+            again = "; what was committed is kept. To resume" if goes_on else ". To start again"
             click.echo(f"\nstopped{again}: {command_line()}", err=True)
             sys.exit(INTERRUPTED)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def evaluate(
         distance=distance,
         training=lambda: map(clipped, rows_to_train()),
         condition=condition,
-        prompted=None if clip is None else partial(_fit, clip, cache),
+        prompted=None if clip is None else partial(_asked, clip, cache),
     )
     held_out = seeds[cache.recipe.held_out(seeds)]
     return Evaluation(
@@ -211,10 +211,9 @@ def _clip(
     return ClipScorer.load(Path(os.path.expanduser(config.clip)), device)
 
 
-def _fit(clip: ClipScorer, cache: TrajectoryCache, images: Tensor, seeds: range) -> Tensor:
-    """How well images fit the prompts that fresh seeds are told, shape (N,)."""
-    prompts = cache.prompts.texts(prompts_in_turn(cache, seeds))
-    return clip(images, [prompt.text for prompt in prompts])
+def _asked(clip: ClipScorer, cache: TrajectoryCache, seeds: range) -> Callable[[Tensor], Tensor]:
+    """What tells how well images fit the prompts that fresh seeds are told."""
+    return clip.asked([prompt.text for prompt in cache.prompts.texts(prompts_in_turn(cache, seeds))])
 
 
 def check_same_cache(trained_on: str | None, cache: TrajectoryCache, who: str) -> None:

@@ -106,7 +106,7 @@ def measure(
     distance: ImageDistance | None = None,
     training: Callable[[], Iterable[Tensor]] | None = None,
     condition: ClassCondition | None = None,
-    prompted: Callable[[Tensor, range], Tensor] | None = None,
+    prompted: Callable[[range], Callable[[Tensor], Tensor]] | None = None,
 ) -> Measured:
     """Score samplers on the same sets of fresh seeds.
 
@@ -121,7 +121,7 @@ def measure(
         training: the cached training images, for the nearest to the first two samplers' images; None for no
             neighbours.
         condition: whose labels the samplers are asked for; None if the teacher is unconditional.
-        prompted: (images, seeds) → how well each image fits the prompt of its seed, shape (N,); None without CLIP.
+        prompted: seeds → images → how well each image fits the prompt of its seed, shape (N,); None without CLIP.
     """
     scorer = Scorer(reference)
     measurable = [(sampler, sampler.generate) for sampler in samplers if sampler.generate]
@@ -145,9 +145,10 @@ def measure(
                 images[sampler.name] = generate(seeds)
                 reporter.advance(len(seeds) * sampler.evaluations, sampler.name)
             _observe(network, images, teacher, distance, found)
+            fit = prompted(seeds) if prompted else None
             for name, made in images.items():
-                if prompted:
-                    found[name]["clip_scores"].append(to_numpy(prompted(made, seeds)))
+                if fit:
+                    found[name]["clip_scores"].append(to_numpy(fit(made)))
                 pictures.setdefault(name, clipped(made[:SEEDS_IN_PICTURES]))
                 if name in near:
                     near[name].append(to_rows(clipped(made)))

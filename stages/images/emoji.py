@@ -122,6 +122,5 @@ def _files() -> list[tuple[str, Any]]:
 
 def _missing(error: ImportError) -> UsageError:
     return UsageError(
-        f"data emoji: the package {error.name}, which is needed for its images, is not installed: "
-        "pip install 'advkd[emoji]'"
+        f"data emoji: the package {error.name}, which it needs, is not installed: pip install 'advkd[emoji]'"
     )

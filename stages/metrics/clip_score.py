@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,26 @@ class ClipScorer:
         return cls(model=model, tokenizer=load_part(folder, "CLIPTokenizer", "evaluate.clip"))
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """100 · max(cos(image, text), 0) of N images in about [−1, 1], shape (N, 1 or 3, H, W): shape (N,)."""
-        side, limit = self.model.config.vision_config.image_size, self.model.config.text_config.max_position_embeddings
-        scores = []
-        for start in range(0, len(images), LOOK_BATCH):
-            part = slice(start, start + LOOK_BATCH)
-            words = self.tokenizer(
-                list(texts[part]), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
-            ).to(self.model.device)
-            pixels = prepared(clipped(images[part]).to(self.model.device), side, _MEAN, _STD)
-            seen = self.model(**words, pixel_values=pixels)
-            cosine = (seen.image_embeds * seen.text_embeds).sum(1)  # the model normalises them
-            scores.append(100.0 * cosine.clamp(min=0.0))
+    def asked(self, texts: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """What scores images of N texts, which are looked at once.
+
+        Returns:
+            Images in about [−1, 1], shape (N, 1 or 3, H, W) → 100 · max(cos(image, text), 0), shape (N,).
+        """
+        limit = self.model.config.text_config.max_position_embeddings
+        words = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
+        ).to(self.model.device)
+        wanted = self.model.text_projection(self.model.text_model(**words).pooler_output)
+        return partial(self._score, wanted)
+
+    @torch.no_grad()
+    def _score(self, wanted: Tensor, images: Tensor) -> Tensor:
+        side, scores = self.model.config.vision_config.image_size, []
+        for part, some in zip(torch.split(images, LOOK_BATCH), torch.split(wanted, LOOK_BATCH), strict=True):
+            pixels = prepared(clipped(part).to(self.model.device), side, _MEAN, _STD)
+            seen = self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
+            scores.append(100.0 * torch.cosine_similarity(seen, some).clamp(min=0.0))
         return torch.cat(scores)
 
 

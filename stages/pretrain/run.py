@@ -12,12 +12,14 @@ teachers/NAME/
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -42,11 +44,13 @@ from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.load.card import TeacherCard
 from advkd.stages.teacher.load.loader import load_teacher
+from advkd.stages.teacher.load.network import Teacher
 from advkd.stages.teacher.path.schedulers import is_flow
 from advkd.stages.teacher.path.solver_path import SolverPath
-from advkd.stages.teacher.pipelines.teacher import load_pipeline_teacher
+from advkd.stages.teacher.pipelines.teacher import PipelineTeacher, load_pipeline_teacher
 from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 
+Noise = npt.NDArray[Any]
 HALVINGS = 10
 REPORT_ROOT_SEED = 1
 REPORT_STEPS = 50
@@ -221,16 +225,13 @@ def sample_pipeline(
     Seeds take the labels 0 to `num_classes` − 1 in turn, without guidance.
     """
     teacher = load_teacher(TeacherConfig(source=str(pipeline)), device)
-    reporter.start("samples", count, "images")
     sampler = SamplerConfig(name="flow-euler" if is_flow(teacher.scheduler_config) else "ddim", steps=REPORT_STEPS)
     condition = None
     if num_classes:
         condition = ClassCondition(num_classes=teacher.num_classes, labels=tuple(range(num_classes)))
-    decode = build_decoder(teacher.space, teacher.decoder).to(device) if teacher.space else lambda images: images
-    path, parts = SolverPath.of(teacher.scheduler_config, sampler), []
-    for start in range(0, count, batch_size):
-        seeds = range(start, min(start + batch_size, count))
-        noise = initial_noise(REPORT_ROOT_SEED, seeds, teacher.item_shape, "float32")
+    path = SolverPath.of(teacher.scheduler_config, sampler)
+
+    def make(noise: Noise, seeds: range) -> Tensor:
         states = record_states(
             teacher,
             path,
@@ -240,10 +241,9 @@ def sample_pipeline(
             record=[REPORT_STEPS],
             condition=condition,
         )
-        parts.append(decode(states[REPORT_STEPS]).clamp(-1.0, 1.0))
-        reporter.advance(len(seeds))
-    reporter.finish()
-    return torch.cat(parts)
+        return states[REPORT_STEPS]
+
+    return _images(teacher, make, count, batch_size, reporter)
 
 
 def sample_named(
@@ -256,15 +256,31 @@ def sample_named(
     prompts = [Prompt(text=name) for name in names[:: max(1, len(names) // count)][:count]]
     sampler = SamplerConfig(name="ddim", steps=REPORT_STEPS, spacing="trailing")
     teacher = load_pipeline_teacher(TeacherConfig(source=str(pipeline)), sampler, prompts[0], 1, device, "float32")
-    assert teacher.space is not None
-    decode = build_decoder(teacher.space, teacher.decoder).to(device)
-    encoded, parts = teacher.encode(prompts), []
+    encoded = teacher.encode(prompts)
+
+    def make(noise: Noise, seeds: range) -> Tensor:
+        told = [seed % len(prompts) for seed in seeds]
+        return teacher.record(noise, encoded, told, record=[REPORT_STEPS])[REPORT_STEPS]
+
+    return _images(teacher, make, count, batch_size, reporter)
+
+
+def _images(
+    teacher: Teacher | PipelineTeacher,
+    make: Callable[[Noise, range], Tensor],
+    count: int,
+    batch_size: int,
+    reporter: Reporter,
+) -> Tensor:
+    """Images of `count` seeds in batches, where `make` gives x_0 for x_T and its seeds."""
+    decoder = None if teacher.space is None else build_decoder(teacher.space, teacher.decoder).to(teacher.device)
+    parts = []
     reporter.start("samples", count, "images")
     for start in range(0, count, batch_size):
         seeds = range(start, min(start + batch_size, count))
         noise = initial_noise(REPORT_ROOT_SEED, seeds, teacher.item_shape, "float32")
-        told = [seed % len(prompts) for seed in seeds]
-        parts.append(decode(teacher.record(noise, encoded, told, record=[REPORT_STEPS])[REPORT_STEPS]).clamp(-1.0, 1.0))
+        made = make(noise, seeds)
+        parts.append((made if decoder is None else decoder(made)).clamp(-1.0, 1.0))
         reporter.advance(len(seeds))
     reporter.finish()
     return torch.cat(parts)

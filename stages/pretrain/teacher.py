@@ -139,7 +139,7 @@ def train_teacher(
     generator = torch.Generator().manual_seed(config.seed)
     unet = make_network(config).to(device)
     scheduler = make_scheduler(config)
-    words = tokenize(make_tokenizer(names), [*names, ""]) if config.texts else None  # the last row says nothing
+    conditions = _conditions(labels, names, config)
     average = ExponentialMovingAverage(unet, config.ema)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -152,7 +152,10 @@ def train_teacher(
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * one_cycle(step, config.steps, config.warmup)
-        told = _told(labels[chosen], config, generator) if words is None else _words(words, chosen, config, generator)
+        told = {}
+        for name, rows in conditions.items():
+            dropped = torch.rand(len(chosen), generator=generator) < config.null_share
+            told[name] = rows[torch.where(dropped, len(rows) - 1, chosen)]
         loss = diffusion_loss(unet, scheduler, images[chosen].to(device), generator, told)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -166,18 +169,13 @@ def train_teacher(
     return average.model, scheduler
 
 
-def _told(labels: Tensor, config: PretrainConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """The rows of the table of classes that the network is told for some images; nothing without classes."""
-    if not config.classes:
-        return {}
-    dropped = torch.rand(len(labels), generator=generator) < config.null_share
-    return {"class_labels": torch.where(dropped, config.num_classes, labels)}
-
-
-def _words(words: Tensor, chosen: Tensor, config: PretrainConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """The token ids of some images' names."""
-    dropped = torch.rand(len(chosen), generator=generator) < config.null_share
-    return {"words": words[torch.where(dropped, len(words) - 1, chosen)]}
+def _conditions(labels: Tensor, names: Sequence[str], config: PretrainConfig) -> dict[str, Tensor]:
+    """What the network is told, by its argument: a row per image, and a last one that says nothing."""
+    if config.texts:
+        return {"words": tokenize(make_tokenizer(names), [*names, ""])}
+    if config.classes:
+        return {"class_labels": torch.cat([labels, torch.tensor([config.num_classes])])}
+    return {}
 
 
 def diffusion_loss(

@@ -21,6 +21,9 @@ from advkd.cache.errors import UsageError
 from advkd.cache.format.prompts import Embedding, PromptCondition
 from advkd.cache.read.reader import TrajectoryCache
 
+_NATIVE = {"float16": np.float32, "float32": np.float32, "int64": np.int64, "bool": np.bool_}
+"""dtype of an array → of its values in memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -150,7 +153,3 @@ def read_prompts(cache: TrajectoryCache, numbers: npt.ArrayLike) -> Tensor:
     values = {one.name: torch.from_numpy(stored.embedding(one, once).astype(_NATIVE[one.dtype])) for one in wanted}
     lengths = {one.name: torch.from_numpy(stored.lengths(one, once)) for one in wanted if one.padded}
     return form.matrices(values, lengths)[torch.from_numpy(places)]
-
-
-_NATIVE = {"float16": np.float32, "float32": np.float32, "int64": np.int64, "bool": np.bool_}
-"""dtype of an array → of its values in memory."""

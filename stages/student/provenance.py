@@ -11,7 +11,7 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
-from advkd.cache.care.summary import origin_of
+from advkd.cache.care.summary import ORIGIN_PATHS, origin_of
 from advkd.cache.errors import TrainingError
 from advkd.cache.files.durable import write_json
 from advkd.cache.format.recipe import Recipe
@@ -65,8 +65,8 @@ def _prompts(recipe: Recipe) -> dict[str, Any]:
 
 def _without_paths(origin: dict[str, Any]) -> dict[str, Any]:
     """The teacher's origin without absolute paths on the machine that built the cache."""
-    parts = ("scheduler", "lora")
-    origin = {key: value for key, value in origin.items() if key not in parts or not PurePath(value).is_absolute()}
+    hidden = {key for key in ORIGIN_PATHS if key in origin and PurePath(origin[key]).is_absolute()}
+    origin = {key: value for key, value in origin.items() if key not in hidden}
     source = origin.get("source")
     if source is None or "commit" in origin or not PurePath(source).is_absolute():
         return origin

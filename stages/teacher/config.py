@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from advkd.cache.care.summary import ORIGIN_PATHS
 from advkd.cache.errors import ConfigError
 from advkd.cache.format.layout import DTYPES
 
-PARTS = ("unet", "variant", "scheduler", "lora")
+PARTS = ("unet", "variant", *ORIGIN_PATHS)
 """Keys of `TeacherConfig` that say which files of a pipeline to load."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 AUTO = "auto"
@@ -50,6 +51,10 @@ class TeacherConfig:
         if self.offload is not None and self.offload not in OFFLOADS:
             raise ConfigError(f"teacher.offload: {self.offload!r} is none of {', '.join(OFFLOADS)}")
 
+    def parts(self) -> dict[str, str]:
+        """The keys of `PARTS` that are given."""
+        return {key: value for key in PARTS if (value := getattr(self, key)) is not None}
+
     @classmethod
     def recorded(cls, origin: Mapping[str, str], source: str | None = None) -> TeacherConfig:
         """What loads the teacher of a store again, from what its provenance says about it.
@@ -60,9 +65,9 @@ class TeacherConfig:
         """
         parts: dict[str, Any] = {key: origin[key] for key in PARTS if key in origin}
         if source is not None:
-            for key in ("scheduler", "lora"):
+            for key in ORIGIN_PATHS:
                 if key in parts and not Path(os.path.expanduser(parts[key])).exists():
-                    del parts[key]  # a path on the machine that built the store
+                    del parts[key]
             return cls(source=source, **parts)
         return cls(source=origin["source"], revision=origin.get("commit"), **parts)
 

@@ -102,12 +102,11 @@ def test_the_clip_score_is_the_cosine(clip: Path) -> None:
 
     scorer, model = ClipScorer.load(clip, torch.device("cpu")), CLIPModel.from_pretrained(clip)
     images, texts = torch.cat([photograph(32, 32), -photograph(32, 32)]), ["red heart", "cat"]
-    found = scorer(images, texts)
+    found = scorer.asked(texts)(images)
     words = scorer.tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt")
     pixels = prepared(images, 32, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     with torch.no_grad():
-        seen = model.vision_model(pixels), model.text_model(**words)
-        projected = model.visual_projection(seen[0].pooler_output), model.text_projection(seen[1].pooler_output)
-    cosine = torch.nn.functional.cosine_similarity(*projected)
+        seen = model(**words, pixel_values=pixels)
+    cosine = torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)
     torch.testing.assert_close(found, 100.0 * cosine.clamp(min=0.0), rtol=1e-4, atol=1e-4)
-    assert float((scorer(images, texts[::-1]) - found).abs().max()) > 1e-3
+    assert float((scorer.asked(texts[::-1])(images) - found).abs().max()) > 1e-3

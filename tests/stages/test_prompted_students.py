@@ -287,7 +287,8 @@ def test_it_is_scored_beside_its_teacher(folder: Path, tmp_path: Path) -> None:
     numbers = [(seed // 4) % len(NAMES) for seed in seeds]
     with torch.no_grad():
         images = student.decode(student(student.noise(seeds), read_prompts(cache, numbers)))
-    by_hand = ClipScorer.load(Path(clip), torch.device("cpu"))(images, [NAMES[number] for number in numbers])
+    scorer = ClipScorer.load(Path(clip), torch.device("cpu"))
+    by_hand = scorer.asked([NAMES[number] for number in numbers])(images)
     assert rows["student"].values["clip_score"][0] == pytest.approx(float(by_hand.mean()), rel=1e-4)
     protocol = details(evaluation)["protocol"]
     assert len(protocol["clip_sha256"]) == 64

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from advkd.cache.errors import AdvkdError, TrainingError, UsageError
+from advkd.cache.errors import AdvkdError, TrainingError, UsageError, first_line
 from advkd.stages.decoder import BATCH
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.prompts import PromptForm
@@ -65,8 +65,7 @@ class OnnxStudent:
             beside = decoder_path(path)
             self._decoder = None if self.geometry.space is None else _session(runtime, beside, self._num_threads)
         except Exception as error:  # onnxruntime's exceptions have no common base
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise TrainingError(f"{path} was not written by advkd-export ({first[:160]})") from None
+            raise TrainingError(f"{path} was not written by advkd-export ({first_line(error)})") from None
         self._threads = ThreadPoolExecutor(self._num_threads)
 
     def __call__(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:

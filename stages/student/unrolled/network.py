@@ -7,8 +7,7 @@ between recorded noise levels (Song et al. 2021, eq. 12 with η = 0), whichever 
 
 The last submodule returns x̂_0. A conditional student embeds the class label or the prompt once; the embedding scales
 and shifts the features of every residual block (FiLM, Perez et al. 2018), and every submodule attends to the prompt's
-tokens. All (α, σ) are in the cache's stored units, where states
-have unit variance.
+tokens. All (α, σ) are in the cache's stored units, where states have unit variance.
 """
 
 from __future__ import annotations

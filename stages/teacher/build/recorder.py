@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advkd.stages.teacher.build.plan import Plan
 from advkd.stages.teacher.load.network import Teacher
-from advkd.stages.teacher.pipelines.path import PipelinePath
+from advkd.stages.teacher.path.solver_path import SolverPath
 from advkd.stages.teacher.pipelines.teacher import PipelineTeacher
 from advkd.stages.teacher.sample.disturbed import Disturbance, DisturbedTeacher
 from advkd.stages.teacher.sample.sampling import record_states
@@ -53,12 +53,12 @@ class Recorder:
             TeacherError: x_0 is not finite, or the teacher's states are not where they would be recorded.
         """
         plan, teacher = self._plan, self._plan.teacher
-        if isinstance(teacher, PipelineTeacher) or isinstance(plan.path, PipelinePath):
-            assert isinstance(teacher, PipelineTeacher)
+        if isinstance(teacher, PipelineTeacher):
             rows = [self._rows[int(number)] for number in teacher.condition.prompts_of(seeds)]
             return teacher.record(
                 noise, self._prompts, rows, record=self._steps, evaluated=evaluated, disturb=self._disturb
             )
+        assert isinstance(plan.path, SolverPath)
         if self._disturb is not None:
             known = {item.name: getattr(teacher, item.name) for item in fields(Teacher)}
             teacher = DisturbedTeacher(**known, disturb=self._disturb)

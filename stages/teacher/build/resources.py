@@ -50,7 +50,7 @@ def measure_evaluation(plan: Plan, repeats: int = 3) -> float:
     if isinstance(plan.teacher, PipelineTeacher):
         assert plan.prompts is not None
         noise = initial_noise(plan.recipe.root_seed, range(batch), plan.recipe.item_shape, plan.layout.dtype)
-        return plan.teacher.seconds_per_evaluation(noise, plan.teacher.encode(plan.prompts.prompts[:1]), [0] * batch)
+        return plan.teacher.seconds_per_evaluation(noise, plan.teacher.encode(plan.prompts.prompts[:1]))
     x = torch.zeros(batch, *plan.recipe.item_shape, device=plan.device)
     x = x.contiguous(memory_format=plan.teacher.memory_format)
     timestep = torch.tensor(plan.teacher.num_timesteps // 2, device=plan.device)

@@ -11,7 +11,7 @@ from advkd.cache.errors import TeacherError, first_line
 from advkd.cache.format.equivalence import NETWORK_OPTIONS
 from advkd.cache.format.space import MAX_CHANNELS, MAX_SIDE
 from advkd.stages.device import forbid_tf32
-from advkd.stages.teacher.config import PARTS, TeacherConfig
+from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.load.folders import find_files
 from advkd.stages.teacher.load.identity import tensors_sha256
 from advkd.stages.teacher.load.latents import load_space
@@ -56,7 +56,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, precision: str = "
         config=network_config,
         card=files.card,
         files=files.network.weights,
-        parts={key: value for key in PARTS if (value := getattr(config, key)) is not None},
+        parts=config.parts(),
         tensors_sha256=checkpoint_hash,
     )
     _try_out(teacher)

@@ -4,7 +4,7 @@ by the image's size, and checked against what the scheduler then does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -96,15 +96,7 @@ class PipelinePath:
         given = {"_class_name": solver.scheduler, **scheduler.config}
         known = SCHEDULER_OPTIONS[solver.scheduler]
         return cls(
-            sampler=SamplerConfig(
-                name=name,
-                steps=sampler.steps,
-                spacing=sampler.spacing,
-                guidance=sampler.guidance,
-                height=sampler.height,
-                width=sampler.width,
-                call=sampler.call,
-            ),
+            sampler=replace(sampler, name=name),
             scheduler=solver.scheduler,
             options=known | json_config(recorded_config(given, known)),
             timesteps=tuple(float(t) for t in scheduler.timesteps),

@@ -18,7 +18,7 @@ from advkd.cache.errors import TeacherError
 from advkd.cache.format.equivalence import SCHEDULER_DEFAULTS
 from advkd.cache.format.prompts import Prompt, PromptCondition
 from advkd.cache.format.space import LatentSpace
-from advkd.stages.teacher.config import PARTS, SamplerConfig, TeacherConfig
+from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.diffusers_api import recorded_config
 from advkd.stages.teacher.load.card import TeacherCard
 from advkd.stages.teacher.load.folders import autoencoder_part, read_json
@@ -218,8 +218,8 @@ class PipelineTeacher:
                 made.setdefault(done, values.new_empty(len(rows), *values.shape[1:]))[group] = values
         return made
 
-    def seconds_per_evaluation(self, noise: npt.NDArray[Any], prompts: EncodedPrompts, rows: Sequence[int]) -> float:
-        """Seconds of one network evaluation for a batch; with guidance, half of what a prediction takes."""
+    def seconds_per_evaluation(self, noise: npt.NDArray[Any], prompts: EncodedPrompts) -> float:
+        """Seconds of one network evaluation for a batch of the first prompt; with guidance, half of a prediction's."""
         times: list[float] = []
 
         def on_step(output: Tensor, state: Tensor, reached: Tensor) -> None:
@@ -228,10 +228,9 @@ class PipelineTeacher:
             if len(times) > _TIMED_STEPS:
                 raise EnoughError
 
-        rows = [rows[0]] * len(rows)  # of one length, which is one call
         start = torch.from_numpy(noise.astype(np.float32))
         times.append(time.perf_counter())
-        self._call(start, prompts.arguments(self.pipe, rows), on_step)
+        self._call(start, prompts.arguments(self.pipe, [0] * len(noise)), on_step)
         first = 1 if len(times) > 2 else 0  # the first one warms up, if there is another
         return (times[-1] - times[first]) / (len(times) - 1 - first) / self.condition.evaluations
 
@@ -310,7 +309,7 @@ def load_pipeline_teacher(
         source=source,
         commit=commit,
         card=TeacherCard.read(folder, index),
-        parts={key: value for key in PARTS if (value := getattr(config, key)) is not None},
+        parts=config.parts(),
         device=device,
         precision=precision,
         tensors_sha256=tensors_sha256(denoiser_of(pipe).state_dict()),
