@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from advkd.cache.format import array_record
+from advkd.cache.read import chunks
+from tests.cache.damage import SEGMENT_BYTES
 from tests.cache.harm import Pristine, put
 
 MEMORY = Path("/dev/shm")
@@ -28,3 +31,11 @@ def whole(fast_folder: Path) -> Path:
     for left in fast_folder.iterdir():
         put(left, None)
     return Pristine(fast_folder / "whole.zarr").root
+
+
+@pytest.fixture(scope="module")
+def pristine(fast_folder: Path) -> Iterator[Pristine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(array_record, "SEGMENT_BYTES", SEGMENT_BYTES)
+        patch.setattr(chunks, "SEGMENT_BYTES", SEGMENT_BYTES)
+        yield Pristine(fast_folder / "toy.zarr")

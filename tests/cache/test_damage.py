@@ -9,78 +9,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
 from advkd.cache.care import strays
 from advkd.cache.care.findings import Finding
-from advkd.cache.care.repair import repair
 from advkd.cache.care.verify import verify
-from advkd.cache.errors import CacheError, DamagedError, NotCachedError
+from advkd.cache.errors import DamagedError, NotCachedError
 from advkd.cache.files.sealed_json import seal
-from advkd.cache.format import array_record
 from advkd.cache.format.store_paths import provenance_path
 from advkd.cache.read import chunks
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.writer import CacheWriter
+from tests.cache.damage import IN_PLACE, PLACES, SEGMENT_BYTES, WHERE, check_mended, harm_of, look, quick
 from tests.cache.harm import (
     NOTES_OF_NOW,
-    NUM_BLOCKS,
     Harm,
     Pristine,
     block_of,
-    content,
     files_of,
     flipped,
     put,
-    rebuild,
     state_of,
 )
 from tests.stores import BLOCK_SIZE, ITEM_SHAPE, block_states, make_layout, make_recipe
 
 ROW_BYTES = 2 * int(np.prod(ITEM_SHAPE))
-SEGMENT_BYTES = 192
-"""Small, and no multiple of a row: so a chunk has many segments, and rows lie in one or in two of them."""
-PLACES = (
-    "zarr.json.bak",
-    "blocks/000002 (1).json",
-    "blocks/000077.json",
-    "blocks/1.json",
-    "conditions/label/c/0",
-    "provenance/block-000077.json",
-    "provenance/copy.json",
-    "provenance/deep/note.json",
-    "provenance/readme.txt",
-    "states/0002/c/1/0/0/1",
-    "states/0002/c/77/0/0/0",
-    "states/0002/c/1/0/0/0.bak",
-    "states/0003/zarr.json",
-    "states/0003/c/0/0/0/0",
-    "states/note",
-)
-"""Where no file of a store belongs."""
-
-IN_PLACE = st.sampled_from(["flip", "truncate", "append", "swap", "overwrite"])
-WHERE = st.integers(0, 1 << 40)
-quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="module")
-def pristine(fast_folder: Path) -> Iterator[Pristine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(array_record, "SEGMENT_BYTES", SEGMENT_BYTES)
-        patch.setattr(chunks, "SEGMENT_BYTES", SEGMENT_BYTES)
-        yield Pristine(fast_folder / "toy.zarr")
-
-
-def look(store: Path) -> tuple[Finding, ...] | str:
-    """What verifying finds; where the store can't even be opened, what that says."""
-    try:
-        return verify(TrajectoryCache.open(store)).findings
-    except CacheError as error:
-        said = str(error)
-    assert len(said.splitlines()) == 1
-    return said
 
 
 def check_named(path: str, found: tuple[Finding, ...] | str) -> None:
@@ -107,23 +60,6 @@ def check_found(pristine: Pristine, harm: Harm) -> None:
     for path in damaged:
         check_named(path, found)
     assert {finding.file for finding in found} == damaged
-
-
-def harm_of(pristine: Pristine, kind: str, where: int, only: str = "") -> Harm:
-    """What happens to one file, or two; `where` chooses which and at what place."""
-    names = [path for path in pristine.names if only in path]
-    where, which = divmod(where, len(names))
-    path, data = names[which], pristine.files[names[which]]
-    if kind == "flip":
-        return {path: flipped(data, where % (8 * len(data)))}
-    if kind == "truncate":
-        return {path: data[: where % len(data)]}
-    if kind == "append":
-        return {path: data + bytes([where % 256])}
-    if kind == "stray":
-        return {PLACES[where % len(PLACES)]: data}
-    other = pristine.names[where % len(pristine.names)]
-    return {path: pristine.files[other]} | ({other: data} if kind == "swap" else {})
 
 
 def changes(pristine: Pristine, harm: Harm) -> list[str]:
@@ -282,93 +218,6 @@ def test_a_file_that_was_replaced_is_checked_again(pristine: Pristine, monkeypat
         put(store / path, flipped(pristine.files[path], 77))
         with pytest.raises(DamagedError, match=re.escape(path)):
             cache.rows(2, seeds)
-
-
-def check_mended(pristine: Pristine, harm: Harm) -> None:
-    """Repairing removes what is damaged and its blocks' records, and a rebuild makes the store as it was."""
-    before = content(pristine.files)
-    damaged = {path for path, data in harm.items() if before.get(path) != data}
-    blocks = {block_of(path) for path in damaged}
-    with pristine.harmed(harm) as store:
-        found = look(store)
-        if isinstance(found, str):
-            if "zarr.json" in harm:
-                with pytest.raises(CacheError):  # without it nothing says what the store is: another must not begin
-                    CacheWriter.open(store, make_recipe(), make_layout())
-                return
-            for path in damaged:
-                if path in found:
-                    (store / path).unlink()
-            found = look(store)
-            if isinstance(found, str):
-                return  # two arrays changed places: the second is found when the first is gone
-        harmed = content(files_of(store))
-        repair(TrajectoryCache.open(store), found)
-        repaired = content(files_of(store))
-        for path in harmed.keys() | repaired.keys():
-            if path not in damaged:
-                is_record = path.startswith("blocks/") and block_of(path) in blocks
-                assert repaired.get(path) == before[path] or (is_record and path not in repaired)
-        left = look(store)
-        assert isinstance(left, tuple)
-        assert {finding.kind for finding in left} <= {"stray"}
-        rebuild(store)
-        assert TrajectoryCache.open(store).blocks == tuple(range(NUM_BLOCKS))
-        strays = harm.keys() - pristine.files.keys()
-        after = content(files_of(store))
-        assert {path: data for path, data in after.items() if path not in strays} == before
-        last = look(store)
-        assert isinstance(last, tuple)
-        assert {finding.file for finding in last} <= strays
-
-
-@quick
-@given(kind=IN_PLACE | st.just("stray"), where=WHERE)
-def test_a_repaired_and_rebuilt_store_is_what_it_was(pristine: Pristine, kind: str, where: int) -> None:
-    check_mended(pristine, harm_of(pristine, kind, where))
-
-
-def test_what_is_gone_comes_back(pristine: Pristine) -> None:
-    for path in pristine.names:
-        if not path.startswith("provenance/"):
-            check_mended(pristine, {path: None})
-
-
-def test_a_repair_keeps_valid_blocks_when_an_array_declares_too_little(pristine: Pristine) -> None:
-    """The smaller number would make readers and repairs believe that the blocks beyond it don't belong."""
-    path = "states/0002/zarr.json"
-    smaller = pristine.files[path].replace(b"    48,", b"    16,")
-    assert smaller != pristine.files[path]
-    with pristine.harmed({path: smaller}) as store:
-        cache = TrajectoryCache.open(store)
-        assert cache.num_seeds == 16
-        assert repair(cache, verify(cache).findings) == [f"{path} is written anew from the recipe"]
-        assert content(files_of(store)) == content(pristine.files)
-
-
-def test_an_interrupted_growth_is_no_loss(pristine: Pristine) -> None:
-    """A crash leaves some arrays larger: readers take the smallest, a repair and a build agree."""
-    for grown in (("0000",), ("0000", "0002")):
-        harm = {
-            path: pristine.files[path].replace(b"    48,", b"    96,")
-            for path in (f"states/{name}/zarr.json" for name in grown)
-        }
-        with pristine.harmed(harm) as store:
-            cache = TrajectoryCache.open(store)
-            assert (cache.num_seeds, cache.blocks) == (48, (0, 1, 2))
-            repair(cache, verify(cache).findings)
-            assert look(store) == ()
-            assert rebuild(store) == []
-
-
-def test_a_repair_of_notes_removes_only_them(pristine: Pristine) -> None:
-    harm = {path: b"torn" for path in pristine.names if path.startswith("provenance/")}
-    with pristine.harmed(harm) as store:
-        cache = TrajectoryCache.open(store)
-        repair(cache, verify(cache).findings)
-        assert look(store) == ()
-        assert content(files_of(store)) == content(pristine.files)
-        assert not [path for path in harm if (store / path).exists()]
 
 
 def test_what_is_built_during_a_verification_is_no_finding(pristine: Pristine, monkeypatch: pytest.MonkeyPatch) -> None:

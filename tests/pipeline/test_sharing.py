@@ -7,27 +7,23 @@ import shlex
 import shutil
 import signal
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from filelock import FileLock
 
 from advkd.cache import TrajectoryCache
-from advkd.cache.errors import LockedError, UsageError
+from advkd.cache.errors import LockedError
 from advkd.cache.files.locks import StoreLocks
 from advkd.pipeline.cli.cache import main as cache_command
-from advkd.pipeline.cli.teacher import main as teacher_command
 from advkd.pipeline.cli.train import main as train_command
-from advkd.stages.pretrain.run import check_folder
-from tests.conftest import ROOT, Invoke
-from tests.pipeline.clones import ENVIRONMENT, commit, edit_config, new_clone, refused, repro, run
+from tests.conftest import Invoke
+from tests.pipeline.clones import ENVIRONMENT, edit_config, refused, repro, run
 from tests.pipeline.processes import wait_until
 from tests.pipeline.readme import commands_below, readme_commands, shell_blocks
+from tests.pipeline.team import PAGE, Team, added, published, pulled, whole_tree
 from tests.stores import tree
 
-PAGE = (ROOT / "docs/sharing.md").read_text()
 STORE, TEACHER = "cache/smoke.zarr", "teachers/smoke"
 BUILD = ("build", "--config", "configs/smoke.yaml", "--out", STORE)
 NUM_STATES = 6
@@ -46,88 +42,9 @@ PULLS = {
 }
 
 
-@dataclass
-class Team:
-    """A repository that all clone, and a remote that all share."""
-
-    folder: Path
-
-    @property
-    def ann(self) -> Path:
-        return self.folder / "ann"
-
-    @property
-    def ben(self) -> Path:
-        return self.folder / "ben"
-
-    @property
-    def repository(self) -> Path:
-        return self.folder / "advkd.git"
-
-    @property
-    def objects(self) -> dict[str, int]:
-        """What is in the remote."""
-        return objects(self.folder / "remote/files/md5")
-
-    def clone(self, name: Path, rev: str = "published") -> Path:
-        """Another's clone, as the repository was at some revision."""
-        run(self.folder, "git", "clone", "-q", "--branch", rev, self.repository, name)
-        return name
-
-    def play(self, folder: Path, heading: str, block: int, fail: str = "") -> None:
-        """Run the commands of a block of the page; one of them may have to fail."""
-        for command in commands_below(PAGE, heading)[block]:
-            here = command.replace("https://example.org/team/advkd.git", str(self.repository))
-            here = here.replace("/mnt/shared/advkd", str(self.folder / "remote"))
-            here = here.replace("digits", "smoke").replace("0050", "0010").replace("0,50", "0,10")
-            if here.startswith("cd "):
-                folder = folder / here.removeprefix("cd ")
-            elif fail and command.startswith(fail):
-                assert subprocess.run(shlex.split(here), cwd=folder, env=ENVIRONMENT, capture_output=True).returncode
-            else:
-                run(folder, *shlex.split(here))
-
-
-def objects(folder: Path) -> dict[str, int]:
-    """DVC's objects, and when each was written."""
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def pulled(clone: Path) -> dict[str, int]:
-    return objects(clone / ".dvc/cache/files/md5")
-
-
-def added(before: dict[str, int], after: dict[str, int]) -> set[str]:
-    """Objects that are new; the others were not written again."""
-    assert before.items() <= after.items()
-    return after.keys() - before.keys()
-
-
-def whole_tree(folder: Path) -> dict[str, bytes]:
-    """Every file, provenance too, but for what .dvcignore leaves out."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith("writer.")
-    }
-
-
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory) -> Team:
-    """Ann has built 192 seeds and published them."""
-    team = Team(tmp_path_factory.mktemp("team"))
-    new_clone(team.ann)
-    edit_config(team.ann, "pretrain", size=8, steps=4, classifier={"epochs": 1})
-    edit_config(team.ann, "cache", accept_range=True, seeds="0:192", block_size=64, batch_size=64)
-    edit_config(team.ann, "train", steps=2, preview_every=2, checkpoint_every=2)
-    commit(team.ann, "quick")
-    run(team.folder, "git", "init", "-q", "--bare", "--initial-branch", "main", team.repository)
-    run(team.ann, "git", "remote", "add", "origin", team.repository)
-    run(team.ann, "git", "push", "-qu", "origin", "main")
-    team.play(team.ann, "Build and publish", 0)
-    run(team.ann, "git", "tag", "published")
-    run(team.ann, "git", "push", "-q", "origin", "published")
-    return team
+    return published(tmp_path_factory.mktemp("team"))
 
 
 @pytest.fixture(scope="module")
@@ -281,26 +198,6 @@ def test_a_store_of_another_recipe_in_place_of_the_recorded_one_is_not_replaced(
     result = invoke(cache_command, *BUILD, "--on-mismatch", "set-aside")
     assert result.exit_code == 1 and f"move it away, and `dvc checkout {STORE}` brings back" in result.stderr
     assert whole_tree(clone / STORE) == before
-
-
-def test_a_teacher_is_made_by_one_process_at_a_time(tmp_path: Path, invoke: Invoke) -> None:
-    """One that a killed `dvc repro` left behind is not disturbed, nor what it makes mixed with another's."""
-    lock = tmp_path / f"{TEACHER}.partial/writer.lock"
-    lock.parent.mkdir(parents=True)
-    (lock.parent / "pipeline").mkdir()
-    with FileLock(lock):
-        result = invoke(teacher_command, "--config", "smoke")
-    assert result.exit_code == 1 and f"another process is making {TEACHER}: wait for it" in result.stderr
-    assert (lock.parent / "pipeline").is_dir()
-
-
-def test_only_the_note_of_a_teacher_from_elsewhere_gives_way(tmp_path: Path) -> None:
-    """Where DVC no longer clears the folder: somebody's own pipeline beside the note stays."""
-    (tmp_path / "teacher.json").touch()
-    check_folder(tmp_path)
-    (tmp_path / "pipeline").mkdir()
-    with pytest.raises(UsageError, match="something other than an earlier teacher"):
-        check_folder(tmp_path)
 
 
 def test_only_new_blocks_travel(extended: Team, tmp_path: Path) -> None:

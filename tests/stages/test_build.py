@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkd.cache.errors import CacheError, LockedError, MismatchError, TeacherError, UsageError
+from advkd.cache.errors import LockedError, MismatchError, TeacherError
 from advkd.cache.format.noise import standard_normal
 from advkd.cache.format.store_paths import chunk_path
 from advkd.cache.read.compare import block_distances, tolerance_of, within
@@ -23,22 +23,14 @@ from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.writer import CacheWriter
 from advkd.stages.reporter import SilentReporter
 from advkd.stages.teacher.build import build as building
-from advkd.stages.teacher.build import recorder, resources
 from advkd.stages.teacher.build.block import SampledBlock
 from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import Plan, make_plan
-from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
+from advkd.stages.teacher.config import SamplerConfig, TeacherConfig
 from advkd.stages.teacher.sample.sampling import initial_noise, record_states
 from tests.cache.labels import add_arrays
+from tests.stages.plans import CACHE, plan_for
 from tests.stores import tree
-
-CACHE = CacheConfig(seeds="0:24", record=2, block_size=8, batch_size=5, device="cpu")
-SAMPLER = SamplerConfig(steps=4)
-
-
-def plan_for(folder: Path, store: Path, **changes: object) -> Plan:
-    config = dataclasses.replace(CACHE, **changes)  # type: ignore[arg-type]
-    return make_plan(TeacherConfig(source=str(folder)), SAMPLER, config, store)
 
 
 def test_a_cache_holds_the_noise_that_the_teacher_started_from(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -212,80 +204,6 @@ def test_the_same_teacher_elsewhere_is_the_same_recipe(pipeline_folder: Path, tm
     assert one.layout.layout_hash != plan_for(copy, tmp_path / "b", record=4).layout.layout_hash
 
 
-def test_nan_stops_the_build_and_leaves_the_committed_blocks(pipeline_folder: Path, tmp_path: Path) -> None:
-    store = tmp_path / "a.zarr"
-    build(plan_for(pipeline_folder, store, seeds="0:8"))
-    before = tree(store)
-    plan = plan_for(pipeline_folder, store, seeds="0:16")
-    torch.nn.init.constant_(next(plan.teacher.network.parameters()), float("nan"))
-    with pytest.raises(TeacherError, match=r"seeds 8:13 is not finite"):
-        build(plan)
-    assert TrajectoryCache.open(store).blocks == (0,)
-    assert {name: data for name, data in tree(store).items() if "states/0" not in name or "/c/" in name}.items() <= (
-        before.items()
-    )
-
-
-def test_constant_output_stops_at_the_first_block(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = recorder.record_states
-
-    def constant(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
-        kept = original(*arguments, **options)  # type: ignore[arg-type]
-        return {step: torch.full_like(states, 0.25) for step, states in kept.items()}
-
-    monkeypatch.setattr(recorder, "record_states", constant)
-    with pytest.raises(TeacherError, match=r"x_0 is constant over 8 seeds"):
-        build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
-    assert not (tmp_path / "a.zarr").exists()
-
-
-def with_images(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    """Let the sampler's x_0 be this many times as large, in some pixels."""
-    original = recorder.record_states
-
-    def larger(*arguments: object, **options: object) -> dict[int, torch.Tensor]:
-        kept = original(*arguments, **options)  # type: ignore[arg-type]
-        images = kept[max(kept)].clone()
-        images[..., 0] = factor
-        return {**kept, max(kept): images}
-
-    monkeypatch.setattr(recorder, "record_states", larger)
-
-
-def test_values_that_are_no_images_stop_at_the_first_block(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One column of eight is 12.5 % of the values."""
-    with_images(monkeypatch, 1.99)
-    build(plan_for(pipeline_folder, tmp_path / "a.zarr", seeds="0:8"))
-    for factor in (2.5, -600.0, 1e6):  # the last is infinite in float16
-        with_images(monkeypatch, factor)
-        with pytest.raises(TeacherError, match=r"12\.5% of x_0's values lie beyond ±2 .*--accept-range"):
-            build(plan_for(pipeline_folder, tmp_path / "b.zarr"))
-        assert not (tmp_path / "b.zarr").exists()
-
-
-def test_a_range_that_was_accepted_is_in_the_provenance(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_images(monkeypatch, -600.0)
-    build(plan_for(pipeline_folder, tmp_path / "a.zarr", seeds="0:8", accept_range=True))
-    note = json.loads((tmp_path / "a.zarr/provenance/block-000000.json").read_text())
-    accepted = note["accepted_range"]
-    assert (accepted["minimum"], accepted["share_beyond_2"]) == (-600.0, 0.125) and accepted["maximum"] <= 2.0
-
-
-def test_an_accepted_range_ends_at_what_float16_holds(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_images(monkeypatch, 1e6)
-    with pytest.raises(CacheError, match="states/0004 of seeds 0:8 has 64 values that are not finite"):
-        build(plan_for(pipeline_folder, tmp_path / "a.zarr", seeds="0:8", accept_range=True))
-    assert TrajectoryCache.open(tmp_path / "a.zarr").blocks == ()
-
-
 def test_a_store_that_differs_in_further_arrays_alone_is_set_aside(pipeline_folder: Path, tmp_path: Path) -> None:
     build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
     before = tree(tmp_path / "a.zarr")
@@ -315,76 +233,6 @@ def test_the_ledger_is_that_of_the_values_as_they_were_computed(
         record = other.commit(0, {step: np.concatenate(parts) for step, parts in computed.items()})
     assert {array.rounding_max > 0.0 for name, array in record.arrays.items() if name != "states/0000"} == {True}
     assert tree(tmp_path / "a.zarr") == tree(tmp_path / "b.zarr")
-
-
-def test_blocks_that_do_not_fit_into_memory_are_refused_with_a_size_that_does(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A million seeds of 8×8 in three states are 1.6 GB."""
-    monkeypatch.setattr(resources, "memory_limit", lambda: resources.SPARE_MEMORY + 10**9)
-    plan = plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=1 << 20)
-    with pytest.raises(UsageError, match=r"need \d+\.\d\d GB of memory .* 1\.00 GB are available") as refused:
-        build(plan)
-    assert not (tmp_path / "a.zarr").exists()
-    size = int(str(refused.value).split("--block-size ")[1].split()[0])
-    resources.check_memory(plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=size))
-    with pytest.raises(UsageError):
-        resources.check_memory(plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=2 * size))
-
-
-def test_each_worker_needs_memory_for_a_block_and_its_copies(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_for(pipeline_folder, tmp_path / "a.zarr", block_size=1 << 20)
-    one = resources.memory_bytes(plan, 1)
-    assert resources.memory_bytes(plan) == one + plan.block_bytes
-    assert resources.memory_bytes(plan, 8) == 8 * one
-    monkeypatch.setattr(resources, "memory_limit", lambda: resources.SPARE_MEMORY + one)
-    resources.check_memory(plan, 1)
-    for workers in (None, 2):
-        with pytest.raises(UsageError, match=r"--block-size \d+ would fit"):
-            resources.check_memory(plan, workers)
-    monkeypatch.setattr(resources, "memory_limit", lambda: resources.SPARE_MEMORY)
-    with pytest.raises(UsageError, match=r"no --block-size would fit"):
-        resources.check_memory(plan, 1)
-
-
-def test_memory_is_what_this_process_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_LIMIT_FILES", (str(tmp_path / "absent"), str(tmp_path / "limit")))
-    machine = resources.memory_limit()
-    assert machine > 1 << 28
-    for text, expected in (("max\n", machine), ("1048576\n", 1 << 20), (f"{1 << 62}\n", machine)):
-        (tmp_path / "limit").write_text(text)
-        assert resources.memory_limit() == expected
-
-
-def test_a_full_disk_is_seen_before_anything_is_written(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UsageError, match=r"needs 0\.00 GB more, 0\.00 GB are free"):
-        build(plan_for(pipeline_folder, tmp_path / "a.zarr"))
-    assert not (tmp_path / "a.zarr").exists()
-
-
-def test_a_disk_that_fills_up_keeps_what_is_committed(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = tmp_path / "a.zarr"
-    original = CacheWriter.commit
-
-    def full(self: CacheWriter, block: int, *rest: object, **options: object) -> object:
-        if block == 1:
-            raise OSError(errno.ENOSPC, "No space left on device", "states/0002/c/1/0/0/0")
-        return original(self, block, *rest, **options)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CacheWriter, "commit", full)
-        with pytest.raises(OSError, match="No space left"):
-            build(plan_for(pipeline_folder, store))
-    plan = plan_for(pipeline_folder, store)
-    assert plan.writer.missing(plan.seeds) == [1, 2]
 
 
 def test_half_precision_states_are_recorded_as_such(pipeline_folder: Path, tmp_path: Path) -> None:
