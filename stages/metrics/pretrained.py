@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from advkd.cache.errors import UsageError, first_line
+from advkd.stages.transformers_api import transformers
 
 
 def model_type(folder: Path) -> str | None:
@@ -34,14 +35,9 @@ def load_part(folder: Path, class_name: str, what: str, **options: Any) -> Any:
     Raises:
         UsageError: transformers isn't installed, or it can't be loaded.
     """
+    kind = getattr(transformers(f"{what} {folder}"), class_name)
     try:
-        import transformers
-    except ImportError:
-        raise UsageError(f"{what} {folder}: needs transformers: pip install 'advkd[text]'") from None
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True, **options)
+        return kind.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # whatever foreign files make transformers and torch raise
         raise UsageError(f"{what} {folder}: no {class_name} can be loaded ({first_line(error)})") from None
 

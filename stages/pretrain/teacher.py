@@ -86,7 +86,7 @@ def save_pipeline(folder: Path, unet: Any, scheduler: Any, autoencoder: Any = No
             text_encoder=unet.encoder,
             tokenizer=make_tokenizer(names),
             unet=unet.unet,
-            scheduler=diffusers().DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=True),
+            scheduler=diffusers().DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=True, steps_offset=1),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advkd.cache.errors import UsageError
+from advkd.stages.transformers_api import transformers
 
 TOKENS = 24
 """Per name, the marks at both ends included; longer ones are cut."""
@@ -45,7 +45,6 @@ def make_tokenizer(names: Sequence[str]) -> Any:
     Raises:
         UsageError: transformers is not installed.
     """
-    transformers = _transformers()
     letters = [*string.ascii_lowercase, *string.digits]
     known = dict.fromkeys([*_MARKS, *string.punctuation, *letters, *(f"##{letter}" for letter in letters)])
     found = Counter(word for name in names for word in _words(name) if word not in known)
@@ -53,7 +52,7 @@ def make_tokenizer(names: Sequence[str]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder, "vocab.txt")
         vocabulary.write_text("".join(f"{word}\n" for word in [*known, *words]), encoding="utf-8")
-        return transformers.BertTokenizer(str(vocabulary), model_max_length=TOKENS)
+        return transformers("pretrain.texts").BertTokenizer(str(vocabulary), model_max_length=TOKENS)
 
 
 def _words(name: str) -> list[str]:
@@ -67,8 +66,8 @@ def make_encoder() -> nn.Module:
     Raises:
         UsageError: transformers is not installed.
     """
-    transformers = _transformers()
-    config = transformers.CLIPTextConfig(
+    library = transformers("pretrain.texts")
+    config = library.CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
@@ -80,7 +79,7 @@ def make_encoder() -> nn.Module:
         bos_token_id=_MARKS.index("[CLS]"),
         eos_token_id=_MARKS.index("[SEP]"),
     )
-    encoder: nn.Module = transformers.CLIPTextModel(config)
+    encoder: nn.Module = library.CLIPTextModel(config)
     return encoder
 
 
@@ -89,11 +88,3 @@ def tokenize(tokenizer: Any, names: Sequence[str]) -> Tensor:
     found = tokenizer(list(names), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     ids: Tensor = found.input_ids
     return ids.to(torch.int64)
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise UsageError("pretrain.texts needs transformers: pip install 'advkd[text]'") from None
-    return transformers

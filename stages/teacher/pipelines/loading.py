@@ -16,6 +16,7 @@ from advkd.stages.device import forbid_tf32
 from advkd.stages.teacher.config import TeacherConfig
 from advkd.stages.teacher.diffusers_api import diffusers
 from advkd.stages.teacher.load.folders import local_folder, read_json
+from advkd.stages.transformers_api import transformers
 
 _LIBRARIES = ("diffusers", "transformers")
 """Whose classes a pipeline may be made of; its model_index.json could name any module of Python."""
@@ -82,11 +83,13 @@ def load_pipeline(
 
     Raises:
         TeacherError: it is no text-to-image pipeline, or can't be loaded.
+        UsageError: transformers isn't installed.
     """
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     kind = _checked_class(index, config.source)
     forbid_tf32()
-    _quiet()
+    transformers(f"teacher {config.source}")  # its encoders are made of it
+    warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)  # on how a dtype was named
     try:
         pipe = kind.from_pretrained(
             folder,
@@ -129,17 +132,6 @@ def _fuse_lora(pipe: Any, lora: str) -> None:
         pipe.unload_lora_weights()
     except Exception as error:  # whatever foreign files make diffusers, peft and torch raise
         raise TeacherError(f"teacher.lora {lora} can't be fused ({first_line(error)})") from error
-
-
-def _quiet() -> None:
-    """Without transformers' bars, and diffusers' note on how a dtype was named."""
-    warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return  # the pipeline's loading says what is missing
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def denoiser_of(pipe: Any) -> torch.nn.Module:
