@@ -56,7 +56,7 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("teacher", origin),
         *([("licence", str(teacher["license"]))] if "license" in teacher else []),
         *([("attribution", str(teacher["attribution"]))] if "attribution" in teacher else []),
-        ("precision", f"teacher in {summary['precision']['compute']}"),
+        ("precision", _precision(summary)),
         ("noise", f"{summary['noise']['rule']}, root seed {summary['noise']['root_seed']}"),
         ("fingerprint", summary["fingerprint"]),
         ("digest", summary["digest"]),
@@ -86,6 +86,13 @@ def _prompts(summary: dict[str, Any]) -> str:
         f"{count:,} with {prompts['seeds_per_prompt']} seeds each; guidance {prompts['guidance']:g}, "
         f"{prompts['evaluations']} evaluations per prediction"
     )
+
+
+def _precision(summary: dict[str, Any]) -> str:
+    from advkd.cache.format.recipe import NOT_RECORDED
+
+    compute = str(summary["precision"]["compute"])
+    return compute if compute == NOT_RECORDED else f"teacher in {compute}"
 
 
 def _listed(labels: Sequence[object]) -> str:

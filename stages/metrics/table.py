@@ -213,10 +213,15 @@ class ScoreTable:
 
     @classmethod
     def from_json(cls, samplers: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote: the student first, then the teacher itself, the others as they come.
+        """Read what `to_json` wrote: the student first, then the teacher itself, the others by solver and evaluations.
 
         Raises:
             ValueError, KeyError, TypeError, AttributeError: it is something else.
         """
         rows = [Row.from_json(name, value) for name, value in samplers.items()]
-        return cls(rows=sorted(rows, key=lambda row: (row.name != "student", not row.name.startswith("teacher"))))
+
+        def place(row: Row) -> tuple[bool, bool, str, int]:
+            solver, _, _ = row.name.rpartition(" ")
+            return row.name != "student", not row.name.startswith("teacher"), solver, row.evaluations
+
+        return cls(rows=sorted(rows, key=place))
