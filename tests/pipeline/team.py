@@ -5,6 +5,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from advkd.cache.errors import LockedError
+from advkd.cache.files.locks import StoreLocks
 from tests.conftest import ROOT
 from tests.pipeline.clones import ENVIRONMENT, commit, edit_config, new_clone, run
 from tests.pipeline.readme import commands_below
@@ -78,8 +80,8 @@ def whole_tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def published(folder: Path) -> Team:
-    """Ann has built 192 seeds and published them."""
+def founded(folder: Path) -> Team:
+    """Ann has an experiment of 192 seeds, and a repository for all."""
     team = Team(folder)
     new_clone(team.ann)
     edit_config(team.ann, "pretrain", size=8, steps=4, classifier={"epochs": 1})
@@ -89,7 +91,12 @@ def published(folder: Path) -> Team:
     run(team.folder, "git", "init", "-q", "--bare", "--initial-branch", "main", team.repository)
     run(team.ann, "git", "remote", "add", "origin", team.repository)
     run(team.ann, "git", "push", "-qu", "origin", "main")
-    team.play(team.ann, "Build and publish", 0)
-    run(team.ann, "git", "tag", "published")
-    run(team.ann, "git", "push", "-q", "origin", "published")
     return team
+
+
+def is_free(store: Path) -> bool:
+    try:
+        with StoreLocks(store).alone():
+            return True
+    except LockedError:
+        return False

@@ -13,15 +13,13 @@ import pytest
 import yaml
 
 from advkd.cache import TrajectoryCache
-from advkd.cache.errors import LockedError
-from advkd.cache.files.locks import StoreLocks
 from advkd.pipeline.cli.cache import main as cache_command
 from advkd.pipeline.cli.train import main as train_command
 from tests.conftest import Invoke
 from tests.pipeline.clones import ENVIRONMENT, edit_config, refused, repro, run
 from tests.pipeline.processes import wait_until
 from tests.pipeline.readme import commands_below, readme_commands, shell_blocks
-from tests.pipeline.team import PAGE, Team, added, published, pulled, whole_tree
+from tests.pipeline.team import PAGE, Team, added, founded, is_free, pulled, whole_tree
 from tests.stores import tree
 
 STORE, TEACHER = "cache/smoke.zarr", "teachers/smoke"
@@ -44,7 +42,12 @@ PULLS = {
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory) -> Team:
-    return published(tmp_path_factory.mktemp("team"))
+    """Ann has built 192 seeds and published them."""
+    team = founded(tmp_path_factory.mktemp("team"))
+    team.play(team.ann, "Build and publish", 0)
+    run(team.ann, "git", "tag", "published")
+    run(team.ann, "git", "push", "-q", "origin", "published")
+    return team
 
 
 @pytest.fixture(scope="module")
@@ -327,14 +330,6 @@ def test_the_builder_that_a_killed_dvc_left_behind_helps_the_next(team: Team, tm
     team.play(clone, "Locks and killed runs", 0)
     assert repro(clone, "cache") == []
     assert TrajectoryCache.open(store).blocks == tuple(range(num_blocks))
-
-
-def is_free(store: Path) -> bool:
-    try:
-        with StoreLocks(store).alone():
-            return True
-    except LockedError:
-        return False
 
 
 def test_every_command_of_the_page_is_played() -> None:
