@@ -151,7 +151,11 @@ def _ranges(runs: list[list[int]], most: int = 8) -> str:
 
 @click.command(epilog=example("advkd-cache preview cache/digits.zarr --seeds 0:6"))
 @click.argument("store")
-@click.option("--seeds", metavar="A:B", help="Whose trajectories; the first eight that are there if not given.")
+@click.option(
+    "--seeds",
+    metavar="A:B",
+    help="Whose trajectories; the first eight that are there if not given, of different prompts.",
+)
 @click.option(
     "--out",
     metavar="FILE.png",
@@ -164,24 +168,19 @@ def preview(store: str, seeds: str | None, out: Path | None) -> None:
     from advkd.cache.errors import UsageError
     from advkd.cache.format.seeds import parse_seed_range
     from advkd.cache.read.reader import TrajectoryCache
-    from advkd.stages.decoder import as_images, cache_decoder
-    from advkd.stages.pictures import save_denoising, save_trajectories
+    from advkd.stages.trajectories import draw_trajectories
 
     cache = TrajectoryCache.open(store)
     cache.check_begun()
-    first = cache.blocks[0] * cache.layout.block_size
-    chosen = parse_seed_range(seeds) if seeds else range(first, first + min(8, cache.layout.block_size))
+    chosen = parse_seed_range(seeds) if seeds else cache.varied(cache.seeds(), 8)
     if len(chosen) > 256:
         raise UsageError(f"--seeds {seeds}: at most 256 make a picture")
     picture = out or Path(f"{store_name(store)}.png")
     if picture.suffix.lower() != ".png":
         raise UsageError(f"--out {picture}: expected a name that ends in .png")
-    names = [state.label for state in cache.states.values()]
-    decoder = cache_decoder(cache)
-    states = [as_images(cache.rows(step, chosen), decoder) for step in cache.states]
-    sheet = save_trajectories(picture, names, states, cache.told(chosen))
-    film = save_denoising(picture.with_suffix(".gif"), names, states)
-    click.echo(f"seeds {chosen.start}:{chosen.stop}; look: {sheet}  {film}")
+    film = picture.with_suffix(".gif")
+    draw_trajectories(picture, cache, chosen, film)
+    click.echo(f"seeds {seeds or ', '.join(map(str, chosen))}; look: {picture}  {film}")
 
 
 @click.command(epilog=example("advkd-cache diff cache/mine.zarr cache/theirs.zarr"))

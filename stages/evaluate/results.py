@@ -11,13 +11,13 @@ import torch
 
 from advkd.cache.files.durable import write_atomically, write_json
 from advkd.cache.read.reader import TrajectoryCache
-from advkd.stages.decoder import as_images, cache_decoder
 from advkd.stages.evaluate.plots import plot_scores
 from advkd.stages.evaluate.scores import Evaluation
 from advkd.stages.metrics.kid import MAX_REFERENCE
 from advkd.stages.metrics.registry import MEASURES
-from advkd.stages.pictures import save_rows, save_trajectories
+from advkd.stages.pictures import save_rows
 from advkd.stages.provenance import versions
+from advkd.stages.trajectories import draw_trajectories
 
 SEEDS_IN_PICTURE = 12
 SAMPLES, NEAREST, TRAJECTORY, SCORES = "samples.png", "nearest.png", "trajectory.png", "scores.png"
@@ -46,15 +46,7 @@ def write_results(folder: Path, evaluation: Evaluation, cache: TrajectoryCache) 
             folder / NEAREST,
             {"student": evaluation.pictures[evaluation.table.student.name][: len(near)].numpy(), "nearest": near},
         )
-    seeds = cache.seeds()[: SEEDS_IN_PICTURE // 2]
-    states = list(cache.states.values())
-    decoder = cache_decoder(cache)
-    save_trajectories(
-        folder / TRAJECTORY,
-        [state.label for state in states],
-        [as_images(cache.rows(state.step, seeds), decoder) for state in states],
-        None if cache.recipe.condition is None else [evaluation.name_of(label) for label in cache.labels(seeds)],
-    )
+    draw_trajectories(folder / TRAJECTORY, cache, cache.varied(cache.seeds(), SEEDS_IN_PICTURE // 2))
     plot_scores(folder / SCORES, evaluation)
 
 

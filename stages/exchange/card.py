@@ -8,25 +8,15 @@ import yaml
 
 from advkd.cache.care.summary import origin_of
 from advkd.cache.read.reader import TrajectoryCache
-from advkd.stages.decoder import as_images, cache_decoder
-from advkd.stages.pictures import save_trajectories
+from advkd.stages.trajectories import draw_trajectories
 
 PREVIEW = "preview.png"
 NUM_SHOWN = 8
 
 
 def save_preview(cache: TrajectoryCache, path: Path) -> Path:
-    """The recorded states of the cache's first seeds."""
-    seeds, decoder = cache.seeds()[:NUM_SHOWN], cache_decoder(cache)
-    states = list(cache.states.values())
-    names = origin_of(cache).get("class_names", {})
-    labels = None if cache.recipe.condition is None else [names.get(str(n), n) for n in cache.labels(seeds).tolist()]
-    return save_trajectories(
-        path,
-        [state.label for state in states],
-        [as_images(cache.rows(state.step, seeds), decoder) for state in states],
-        labels,
-    )
+    """The recorded states of the cache's first seeds, of different prompts."""
+    return draw_trajectories(path, cache, cache.varied(cache.seeds(), NUM_SHOWN))
 
 
 def cache_card(cache: TrajectoryCache, address: str) -> str:

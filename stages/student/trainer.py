@@ -233,7 +233,8 @@ class Trainer:
 
     def _preview(self) -> Path:
         """Save x_0 of teacher and student, on the same seeds every time, held-out ones where there are any."""
-        seeds = self.split.held_out[:PREVIEW_SEEDS] if len(self.split.held_out) else self.split.training[:PREVIEW_SEEDS]
+        known = self.split.held_out if len(self.split.held_out) else self.split.training
+        seeds = self.cache.varied(known, PREVIEW_SEEDS)
         noise = read_float(self.cache, self.geometry.steps[0], seeds)
         real = read_float(self.cache, self.geometry.steps[-1], seeds)
         made = generate(self.average.model, noise, read_condition(self.cache, seeds))

@@ -176,6 +176,12 @@ def test_whole_prompts_are_held_out(cache: TrajectoryCache) -> None:
     assert 0 < by_prompt.all(1).sum() < len(NAMES) / 4
 
 
+def test_pictures_show_different_prompts_first(cache: TrajectoryCache) -> None:
+    assert cache.varied(cache.seeds(), 3).tolist() == [0, 4, 8]
+    assert cache.varied(range(4, 12), 4).tolist() == [4, 5, 8, 9]
+    assert cache.varied([], 4).tolist() == []
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
     train(folder / "a.zarr", SHORT, tmp_path / "run", max_steps=3)
     train(folder / "a.zarr", SHORT, tmp_path / "run", resume=True)

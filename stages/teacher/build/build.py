@@ -21,8 +21,6 @@ from advkd.cache.format.store_paths import TEACHER_PATH
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.divide import Attempt, Outcome, divide
 from advkd.cache.write.writer import OnMismatch
-from advkd.stages.decoder import as_images, cache_decoder
-from advkd.stages.pictures import save_trajectories
 from advkd.stages.reporter import Reporter, SilentReporter
 from advkd.stages.teacher.build.background import Background
 from advkd.stages.teacher.build.block import SampledBlock, check_images, commit_block, sample_block
@@ -30,6 +28,7 @@ from advkd.stages.teacher.build.plan import Plan, origin, say_warnings
 from advkd.stages.teacher.build.resources import check_disk, check_memory
 from advkd.stages.teacher.build.tolerance import record_tolerance
 from advkd.stages.teacher.load.loader import saved_network
+from advkd.stages.trajectories import draw_trajectories
 
 PREVIEWED = 8
 """Seeds in the picture of the first block."""
@@ -235,14 +234,7 @@ def _sample_first(plan: Plan, block: int, reporter: Reporter) -> SampledBlock:
 
 def _show(plan: Plan, sampled: SampledBlock, reporter: Reporter) -> Path:
     cache = TrajectoryCache.open(plan.store)
-    decoder = cache_decoder(cache)
-    shown = seeds_of(sampled.number, plan.layout.block_size)[:PREVIEWED]
-    preview = save_trajectories(
-        plan.store.with_suffix(".png"),
-        [state.label for state in plan.layout.states],
-        [as_images(sampled.states[state.step][:PREVIEWED], decoder) for state in plan.layout.states],
-        cache.told(shown),
-    )
     seeds, described = seeds_of(sampled.number, plan.layout.block_size), check_images(plan, sampled)
+    preview = draw_trajectories(plan.store.with_suffix(".png"), cache, cache.varied(seeds, PREVIEWED))
     reporter.say(f"first block, seeds {seeds.start}:{seeds.stop}: x_0 {described}; look: {preview}")
     return preview
