@@ -6,6 +6,7 @@ Nothing heavy is imported before it is used: the cache room's tests run where ne
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # other processes run tests on the other cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MEMORY, ROOM = Path("/dev/shm"), 8 << 30
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+    # A durable write waits milliseconds for a disk. What is tested isn't whether a disk keeps its promises.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipeline", "benchmarks", "stages", "cache")

@@ -13,6 +13,8 @@ FULL_SOLVER_STEPS = [5, 10, 20]
 FULL_NUM_SETS = 5
 FULL_SET_SIZE = 2048
 FULL_REFERENCE = 8192
+FIRST_FRESH_SEED = 1 << 40
+"""Seeds of caches lie below this one."""
 MAX_FRESH_SEEDS = 1 << 24
 """Of one evaluation: the sets of two values of `seed` lie that far apart."""
 MAX_SEED = (1 << 16) - 1

@@ -19,8 +19,6 @@ LARGE_BATCH = 64
 """Images timed together, beside one alone."""
 MIN_REPEATS, MAX_REPEATS = 3, 15
 SECONDS_OF_TIMING = 2.0
-SETTLE_SECONDS = 0.05
-"""Between two evaluations: another library's threads spin for a while after their work, and occupy the cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +46,19 @@ def count_macs(evaluate: Callable[[int], object]) -> float:
 
 
 @torch.no_grad()
-def interleaved_latency(evaluations: Mapping[str, Callable[[int], Tensor]], batch: int) -> dict[str, float]:
-    """Median seconds of each evaluation at a batch size, timed in turns so that drift affects all alike."""
+def interleaved_latency(
+    evaluations: Mapping[str, Callable[[int], Tensor]], batch: int, *, settle: float = 0.0
+) -> dict[str, float]:
+    """Median seconds of each evaluation at a batch size, timed in turns so that drift affects all alike.
+
+    Args:
+        evaluations: by name, what is timed: batch size → values.
+        batch: its size.
+        settle: seconds of rest before each, for libraries of which one's threads disturb the next one's.
+    """
 
     def seconds(name: str) -> float:
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(settle)
         float(evaluations[name](batch).flatten()[0])
         begin = time.perf_counter()
         float(evaluations[name](batch).flatten()[0])  # reading a value waits for the device

@@ -21,6 +21,8 @@ from advkd.stages.student.hub import Student
 
 Form = Callable[..., Tensor]
 """x_T (N, C, H, W), and labels (N,) if it has classes → x_0."""
+SETTLE_SECONDS = 0.05
+"""ONNX Runtime's threads spin for a while after their work, and occupy the cores."""
 
 
 @torch.no_grad()
@@ -86,5 +88,5 @@ def time_forms(forms: Mapping[str, Form], student: Student) -> dict[int, dict[st
     for batch in (1, LARGE_BATCH):
         given = student.inputs(range(batch))
         passes = {name: lambda _, form=form, given=given: form(*given) for name, form in forms.items()}
-        timed[batch] = interleaved_latency(passes, batch)
+        timed[batch] = interleaved_latency(passes, batch, settle=SETTLE_SECONDS)
     return timed

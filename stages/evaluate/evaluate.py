@@ -44,7 +44,7 @@ from advkd.stages.evaluate.measure import (
     reported,
 )
 from advkd.stages.evaluate.networks import load_features, with_own_features
-from advkd.stages.evaluate.prompted import prompts_in_turn
+from advkd.stages.evaluate.prompted import prompts_told
 from advkd.stages.evaluate.samplers import Decode, all_samplers, as_they_are, find_teacher, student_sampler, told_fresh
 from advkd.stages.evaluate.scores import Evaluation, HeldOut
 from advkd.stages.images.real import RealImages
@@ -213,7 +213,7 @@ def _clip(
 
 def _asked(clip: ClipScorer, cache: TrajectoryCache, seeds: range) -> Callable[[Tensor], Tensor]:
     """What tells how well images fit the prompts that fresh seeds are told."""
-    return clip.asked([prompt.text for prompt in cache.prompts.texts(prompts_in_turn(cache, seeds))])
+    return clip.asked([prompt.text for prompt in cache.prompts.texts(prompts_told(cache, seeds))])
 
 
 def check_same_cache(trained_on: str | None, cache: TrajectoryCache, who: str) -> None:

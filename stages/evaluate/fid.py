@@ -23,9 +23,8 @@ from advkd.cache.format.recipe import digest
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.decoder import cache_decoder
 from advkd.stages.device import best_device, forbid_tf32
-from advkd.stages.evaluate.config import MAX_FRESH_SEEDS, EvaluateConfig
+from advkd.stages.evaluate.config import FIRST_FRESH_SEED, MAX_FRESH_SEEDS, EvaluateConfig
 from advkd.stages.evaluate.evaluate import check_same_cache
-from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
 from advkd.stages.evaluate.networks import load_features
 from advkd.stages.evaluate.samplers import as_they_are, student_sampler, told_fresh
 from advkd.stages.metrics.base import Floats

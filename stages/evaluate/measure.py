@@ -13,7 +13,7 @@ from torch import Tensor
 from advkd.cache.format.condition import ClassCondition, Labels
 from advkd.cache.format.hashing import Seeds
 from advkd.cache.read.reader import TrajectoryCache
-from advkd.stages.evaluate.config import MAX_FRESH_SEEDS, EvaluateConfig
+from advkd.stages.evaluate.config import FIRST_FRESH_SEED, MAX_FRESH_SEEDS, EvaluateConfig
 from advkd.stages.evaluate.samplers import Decode, Sampler, as_they_are
 from advkd.stages.metrics.base import Floats, Observed, Reference
 from advkd.stages.metrics.classes import agreement, class_shares, same_classes
@@ -27,8 +27,6 @@ from advkd.stages.metrics.table import Row, ScoreTable
 from advkd.stages.reporter import Reporter
 from advkd.stages.student.training.data import read_float
 
-FIRST_FRESH_SEED = 1 << 40
-"""Seeds of caches lie below this one."""
 SEEDS_IN_PICTURES = 16
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
 Observations = dict[Observed, list[Floats]]

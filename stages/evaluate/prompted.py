@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,21 +14,31 @@ from torch import Tensor
 
 from advkd.cache.format.prompts import Prompt
 from advkd.cache.read.reader import TrajectoryCache
+from advkd.stages.evaluate.config import FIRST_FRESH_SEED
 from advkd.stages.teacher.config import SamplerConfig
 from advkd.stages.teacher.pipelines.encoding import Encoded, EncodedPrompts
 from advkd.stages.teacher.pipelines.loading import denoiser_of
 from advkd.stages.teacher.pipelines.teacher import PipelineTeacher
 from advkd.stages.teacher.sample.sampling import initial_noise
 
+GOLDEN = 0.618
+"""Leaps of this share of a circle spread points evenly over it, however many there are."""
 
-def prompts_in_turn(cache: TrajectoryCache, seeds: range) -> npt.NDArray[np.int64]:
-    """Which of a cache's prompts seeds beyond it have: all that it holds, in turn, int64, shape (N,).
 
-    A cache without gaps gives its own seeds their own prompts.
+def prompts_told(cache: TrajectoryCache, seeds: range) -> npt.NDArray[np.int64]:
+    """Which of a cache's prompts seeds have, int64, shape (N,): below `FIRST_FRESH_SEED` their own.
+
+    Fresh seeds have all that it holds, in leaps over the list: prompts of a kind often stand together, and a set of
+    fewer seeds than prompts must be as varied as the cache.
     """
     condition, there = cache.recipe.prompts, cache.prompts.committed
     assert condition is not None
-    numbers: npt.NDArray[np.int64] = there[condition.prompts_of(seeds) % len(there)]
+    if seeds.stop <= FIRST_FRESH_SEED:
+        return condition.prompts_of(seeds)
+    leap = round(len(there) * GOLDEN) or 1
+    while math.gcd(leap, len(there)) > 1:
+        leap += 1
+    numbers: npt.NDArray[np.int64] = there[np.asarray(seeds) % len(there) * leap % len(there)]
     return numbers
 
 
@@ -57,7 +68,7 @@ class PromptedTeacher:
         """x_0 of some seeds: float32 on the CPU, shape (N, C, H, W)."""
         recipe, steps = self.cache.recipe, self.teacher.path.sampler.steps
         noise = initial_noise(recipe.root_seed, seeds, recipe.item_shape, self.cache.layout.dtype)
-        numbers = prompts_in_turn(self.cache, seeds)
+        numbers = prompts_told(self.cache, seeds)
         once, rows = np.unique(numbers, return_inverse=True)
         return self.teacher.record(noise, self._encoded(once), rows.tolist(), record=[steps])[steps]
 

@@ -13,7 +13,7 @@ from advkd.cache.errors import ConfigError, TeacherError
 from advkd.cache.format.equivalence import equivalent_teachers
 from advkd.cache.format.recipe import NOT_RECORDED, Recipe
 from advkd.cache.read.reader import TrajectoryCache
-from advkd.stages.evaluate.prompted import PromptedTeacher, prompts_in_turn
+from advkd.stages.evaluate.prompted import PromptedTeacher, prompts_told
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.prompts import read_prompts
 from advkd.stages.student.student import generate, labels_of, noise_of
@@ -57,7 +57,7 @@ def told_fresh(cache: TrajectoryCache, geometry: Geometry) -> Told:
     """What the teacher would be told for seeds beyond a cache: labels by its rule, or its prompts in turn."""
     if geometry.prompts is None:
         return partial(labels_of, geometry)
-    return lambda seeds: read_prompts(cache, prompts_in_turn(cache, seeds))
+    return lambda seeds: read_prompts(cache, prompts_told(cache, seeds))
 
 
 def student_sampler(student: nn.Module, geometry: Geometry, told: Told, decode: Decode = as_they_are) -> Sampler:

@@ -1,7 +1,5 @@
 """A folder where thousands of small stores are quickly made."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,17 +10,10 @@ from advkd.cache.read import chunks
 from tests.cache.damage import SEGMENT_BYTES
 from tests.cache.harm import Pristine, put
 
-MEMORY = Path("/dev/shm")
-
 
 @pytest.fixture(scope="module")
-def fast_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """In memory where the system has such a place: what is tested there isn't whether a disk keeps its promises."""
-    if not (MEMORY.is_dir() and os.access(MEMORY, os.W_OK)):
-        yield tmp_path_factory.mktemp("fast")
-        return
-    with tempfile.TemporaryDirectory(prefix="advkd-", dir=MEMORY) as folder:
-        yield Path(folder)
+def fast_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fast")
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from advkd.cache.read.compare import compare
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import merge, subset
 from advkd.cache.write.writer import CacheWriter
-from tests.cache.conftest import MEMORY
 from tests.cache.harm import content, files_of, flipped, put
+from tests.conftest import MEMORY
 from tests.stores import BLOCK_SIZE, ITEM_SHAPE, block_states, make_layout, make_recipe
 
 MOST_BLOCKS = 7

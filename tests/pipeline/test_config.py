@@ -26,6 +26,7 @@ def test_all_of_them_ship_and_load() -> None:
         "digits-long",
         "digits-small",
         "emoji",
+        "emoji-latent",
         "emoji-names",
         "mnist",
         "mnist-progressive",

@@ -27,6 +27,7 @@ from advkd.cache.write.combine import merge
 from advkd.stages.teacher.build.build import build
 from advkd.stages.teacher.build.plan import make_plan
 from advkd.stages.teacher.config import CacheConfig, SamplerConfig, TeacherConfig
+from tests.conftest import MEMORY, ROOT
 from tests.pipeline.clones import edit_config, new_clone, repro
 from tests.pipeline.processes import BIN, DEADLINE, Process, finish, start, stop, wait_until
 from tests.stores import tree, write_store
@@ -211,10 +212,11 @@ def test_merges_killed_at_fifty_moments(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_merges_across_file_systems_killed_at_thirty_moments(tmp_path: Path) -> None:
     """No hard links there: files are copied."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+    folders = [folder for folder in (ROOT, MEMORY) if folder.is_dir()]
+    others = [folder for folder in folders if folder.stat().st_dev != tmp_path.stat().st_dev]
+    if not others:
         pytest.skip("one file system only")
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    with tempfile.TemporaryDirectory(dir=others[0], prefix=".campaign-") as folder:
         kill_merges(tmp_path, Path(folder) / "all.zarr", kills=30)
 
 

@@ -144,7 +144,7 @@ def test_what_torch_cannot_export_costs_a_line(student: Student, tmp_path: Path)
 
 
 def test_seeds_that_check_and_calibrate_are_none_that_score() -> None:
-    from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
+    from advkd.stages.evaluate.config import FIRST_FRESH_SEED
 
     assert FIRST_FRESH_SEED + 10**9 < export.FIRST_CHECK_SEED < export.FIRST_CALIBRATION_SEED - 10**9
     batches = list(export._calibration(make_student()))

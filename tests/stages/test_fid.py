@@ -12,9 +12,8 @@ import torch
 from advkd.cache.errors import UsageError
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.stages.evaluate import fid as module
-from advkd.stages.evaluate.config import EvaluateConfig
+from advkd.stages.evaluate.config import FIRST_FRESH_SEED, EvaluateConfig
 from advkd.stages.evaluate.fid import fid, measured_fid, read_statistics
-from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
 from advkd.stages.metrics.classifier import SmallClassifier, save_classifier
 from advkd.stages.metrics.frechet import Gaussian, frechet_distance
 from advkd.stages.reporter import SilentReporter

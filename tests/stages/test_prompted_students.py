@@ -15,10 +15,9 @@ from advkd.pipeline.cli.export import main as export_command
 from advkd.pipeline.cli.page import main as page_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.texts import encode_prompts
-from advkd.stages.evaluate.config import EvaluateConfig
+from advkd.stages.evaluate.config import FIRST_FRESH_SEED, EvaluateConfig
 from advkd.stages.evaluate.evaluate import evaluate
-from advkd.stages.evaluate.measure import FIRST_FRESH_SEED
-from advkd.stages.evaluate.prompted import PromptedTeacher
+from advkd.stages.evaluate.prompted import PromptedTeacher, prompts_told
 from advkd.stages.evaluate.results import details
 from advkd.stages.evaluate.samplers import find_teacher
 from advkd.stages.metrics.clip_score import ClipScorer
@@ -277,6 +276,13 @@ def test_the_teachers_own_row_is_what_the_cache_would_hold(folder: Path, cache: 
     np.testing.assert_array_equal(found.images(range(8)).numpy().astype(np.float16), cache.rows(4, range(8)))
 
 
+def test_fresh_seeds_are_told_prompts_from_all_over_the_list(cache: TrajectoryCache) -> None:
+    told = prompts_told(cache, range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + len(NAMES)))
+    assert sorted(told) == list(range(len(NAMES)))
+    assert np.ptp(told[: len(NAMES) // 4]) > len(NAMES) // 2
+    assert prompts_told(cache, range(2, 6)).tolist() == [0, 0, 1, 1]
+
+
 def test_it_is_scored_beside_its_teacher(folder: Path, tmp_path: Path) -> None:
     clip = str(save_clip(tmp_path))
     config = EvaluateConfig(features="self", num_sets=2, set_size=16, solver_steps=[2], clip=clip)
@@ -287,10 +293,10 @@ def test_it_is_scored_beside_its_teacher(folder: Path, tmp_path: Path) -> None:
     rows = {row.name: row for row in evaluation.table.rows}
     assert [row.evaluations for row in rows.values()] == [1, 8, 4, 4]
     assert all(len(row.values["clip_score"]) == 2 for row in rows.values())
-    # Of the student, by hand: fresh seeds are told the cache's prompts in turn.
+    # Of the student, by hand: fresh seeds are told the cache's prompts.
     cache, student = TrajectoryCache.open(folder / "a.zarr"), Student.from_pretrained(folder / "run")
     seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + 16)
-    numbers = [(seed // 4) % len(NAMES) for seed in seeds]
+    numbers = prompts_told(cache, seeds).tolist()
     with torch.no_grad():
         images = student.decode(student(student.noise(seeds), read_prompts(cache, numbers)))
     scorer = ClipScorer.load(Path(clip), torch.device("cpu"))
