@@ -143,6 +143,7 @@ def evaluate(
         reported(real.batches(config.batch_size), "real images", real.num_images, reporter) if real else None,
         config.num_sets,
         None if condition is None else cache.labels(seeds),
+        mixed=cache.recipe.prompts is not None,
     )
     if real and real.note():
         reporter.say(real.note())

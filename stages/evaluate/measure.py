@@ -14,6 +14,7 @@ from advkd.cache.format.condition import ClassCondition, Labels
 from advkd.cache.format.hashing import Seeds
 from advkd.cache.read.reader import TrajectoryCache
 from advkd.stages.evaluate.config import FIRST_FRESH_SEED, MAX_FRESH_SEEDS, EvaluateConfig
+from advkd.stages.evaluate.prompted import leaps
 from advkd.stages.evaluate.samplers import Decode, Sampler, as_they_are
 from advkd.stages.metrics.base import Floats, Observed, Reference
 from advkd.stages.metrics.classes import agreement, class_shares, same_classes
@@ -73,6 +74,8 @@ def make_reference(
     real: Iterable[Tensor] | None,
     num_sets: int,
     labels: Labels | None = None,
+    *,
+    mixed: bool = False,
 ) -> Reference:
     """Look at what samples are compared with.
 
@@ -82,8 +85,12 @@ def make_reference(
         real: real images in batches; None without any.
         num_sets: sets that will be scored.
         labels: of the cached images, shape (N,); None if the teacher is unconditional.
+        mixed: whether to take the cached images from all over, since neighbours have prompts of a kind: some measures
+            compare with a part of them.
     """
     features, probabilities = see(network, cached)
+    if mixed:
+        features = features[leaps(len(features))]
     return Reference(
         features=features,
         class_shares=None if probabilities is None else class_shares(probabilities),

@@ -25,6 +25,14 @@ GOLDEN = 0.618
 """Leaps of this share of a circle spread points evenly over it, however many there are."""
 
 
+def leaps(count: int) -> npt.NDArray[np.int64]:
+    """All numbers below `count`, each once, in leaps, so that any run of them comes from all over: shape (count,)."""
+    leap = max(1, round(count * GOLDEN))
+    while math.gcd(leap, count) > 1:
+        leap += 1
+    return np.arange(count) * leap % max(1, count)
+
+
 def prompts_told(cache: TrajectoryCache, seeds: range) -> npt.NDArray[np.int64]:
     """Which of a cache's prompts seeds have, int64, shape (N,): below `FIRST_FRESH_SEED` their own.
 
@@ -35,10 +43,7 @@ def prompts_told(cache: TrajectoryCache, seeds: range) -> npt.NDArray[np.int64]:
     assert condition is not None
     if seeds.stop <= FIRST_FRESH_SEED:
         return condition.prompts_of(seeds)
-    leap = round(len(there) * GOLDEN) or 1
-    while math.gcd(leap, len(there)) > 1:
-        leap += 1
-    numbers: npt.NDArray[np.int64] = there[np.asarray(seeds) % len(there) * leap % len(there)]
+    numbers: npt.NDArray[np.int64] = there[leaps(len(there))[np.asarray(seeds) % len(there)]]
     return numbers
 
 

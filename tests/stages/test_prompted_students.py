@@ -17,10 +17,12 @@ from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.texts import encode_prompts
 from advkd.stages.evaluate.config import FIRST_FRESH_SEED, EvaluateConfig
 from advkd.stages.evaluate.evaluate import evaluate
+from advkd.stages.evaluate.measure import make_reference
 from advkd.stages.evaluate.prompted import PromptedTeacher, prompts_told
 from advkd.stages.evaluate.results import details
 from advkd.stages.evaluate.samplers import find_teacher
 from advkd.stages.metrics.clip_score import ClipScorer
+from advkd.stages.metrics.features import FeatureNetwork, Look
 from advkd.stages.student.config import StudentConfig, TrainConfig
 from advkd.stages.student.geometry import Geometry
 from advkd.stages.student.hub import Student
@@ -281,6 +283,19 @@ def test_fresh_seeds_are_told_prompts_from_all_over_the_list(cache: TrajectoryCa
     assert sorted(told) == list(range(len(NAMES)))
     assert np.ptp(told[: len(NAMES) // 4]) > len(NAMES) // 2
     assert prompts_told(cache, range(2, 6)).tolist() == [0, 0, 1, 1]
+
+
+def test_a_reference_of_prompts_is_mixed() -> None:
+    images = torch.linspace(-1, 1, 64).reshape(64, 1, 1, 1)
+
+    def look(batch: Tensor) -> Look:
+        return Look(features=batch.flatten(1), maps=[batch], probabilities=None)
+
+    network = FeatureNetwork(name="pixel", network=torch.nn.Identity(), look=look)
+    plain, mixed = (make_reference(network, images.split(16), None, 2, mixed=wanted) for wanted in (False, True))
+    np.testing.assert_array_equal(plain.features[:, 0], images.flatten())
+    np.testing.assert_array_equal(np.sort(mixed.features[:, 0]), images.flatten())
+    assert np.ptp(mixed.features[:8]) > 1.0 > np.ptp(plain.features[:8])
 
 
 def test_it_is_scored_beside_its_teacher(folder: Path, tmp_path: Path) -> None:
