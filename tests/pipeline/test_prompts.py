@@ -141,6 +141,41 @@ def test_a_negative_prompt_leads_away(teacher: Path, tmp_path: Path, invoke: Inv
     assert refused.exit_code == 2 and 'line 2: \'{"prompts": "cat"}\' is no prompt' in refused.output
 
 
+def play(invoke: Invoke, number: int, smaller: dict[str, list[object]]) -> None:
+    """Run a block of the page's commands, each with some more options."""
+    entries = {"advkd-cache": command, "advkd-train": train, "advkd-sample": sample, "advkd-evaluate": evaluate}
+    lines = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)[number].splitlines()
+    for line, (name, more) in zip(lines, smaller.items(), strict=True):
+        assert line.startswith(name)
+        words = shlex.split(line)
+        result = invoke(entries[words[0]], *words[1:], *more)
+        assert result.exit_code == 0, result.output
+
+
+def settings(*pairs: str) -> list[object]:
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
+def test_the_page_has_two_blocks_of_commands() -> None:
+    assert PAGE.count("```sh\n") == 2
+
+
+def test_the_hearts_commands_run(tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fewer = ("pretrain.steps=2", "pretrain.autoencoder.steps=2", "pretrain.classifier.epochs=1")
+    sizes = ("pretrain.report_samples=64", "cache.block_size=16", "cache.batch_size=16", "sampler.steps=5")
+    training = ("train.steps=2", "train.batch_size=8", "train.student.width=8")
+    smaller = {
+        "advkd-cache build": [*settings(*fewer, *sizes), "--seeds", "0:32"],
+        "advkd-train": settings(*training),
+        "advkd-sample": [],
+    }
+    play(invoke, 1, smaller)
+    cache = TrajectoryCache.open(tmp_path / "cache/emoji-names.zarr")
+    assert cache.recipe.prompts is not None and cache.recipe.prompts.guidance == 3.0
+    assert (tmp_path / "hearts.png").is_file()
+
+
 def test_the_page_s_commands_run(
     teacher: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,15 +197,7 @@ def test_the_page_s_commands_run(
         "advkd-sample": [],
         "advkd-evaluate": ["--sets", 2, "--set", "evaluate.set_size=16", "--set", "evaluate.solver_steps=[2]"],
     }
-    entries = {"advkd-cache": command, "advkd-train": train, "advkd-sample": sample, "advkd-evaluate": evaluate}
-    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
-    lines = block.splitlines()
-    assert len(lines) == len(smaller)
-    for line, (name, more) in zip(lines, smaller.items(), strict=True):
-        assert line.startswith(name)
-        words = shlex.split(line)
-        result = invoke(entries[words[0]], *words[1:], *more)
-        assert result.exit_code == 0, result.output
+    play(invoke, 0, smaller)
     assert (tmp_path / "apples.png").is_file()
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     made: dict[str, torch.Tensor] = {}
