@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,16 +35,17 @@ def tolerance_of(cache: TrajectoryCache) -> dict[int, float]:
     Raises:
         DamagedError: the recorded tolerance is damaged or impossible.
     """
-    floor = _ROUNDING[cache.layout.dtype]
-    try:
-        recorded = unseal(cache.source.read(TOLERANCE_FILE))["rms"]
-        values = {state.step: float(recorded.get(state.name, 0.0)) for state in cache.layout.states}
-    except FileNotFoundError:
-        values = {state.step: 0.0 for state in cache.layout.states}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DamagedError(
-            f"{cache.address}/{TOLERANCE_FILE} is torn or altered ({in_line(error)}): remove it"
-        ) from None
+    floor, states = _ROUNDING[cache.layout.dtype], cache.layout.states
+    values = {state.step: 0.0 for state in states}
+    with suppress(FileNotFoundError):
+        raw = cache.source.read(TOLERANCE_FILE)
+        try:
+            recorded = unseal(raw)["rms"]
+            values = {state.step: float(recorded.get(state.name, 0.0)) for state in states}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise DamagedError(
+                f"{cache.address}/{TOLERANCE_FILE} is torn or altered ({in_line(error)}): remove it"
+            ) from None
     if not all(math.isfinite(value) and value >= 0 for value in values.values()):
         raise DamagedError(f"{cache.address}/{TOLERANCE_FILE} holds a negative or infinite number: remove it")
     return {step: 0.0 if step == 0 else min(max(value, floor), MAX_TOLERANCE) for step, value in values.items()}
