@@ -54,7 +54,7 @@ def as_they_are(x_0: Tensor) -> Tensor:
 
 
 def told_fresh(cache: TrajectoryCache, geometry: Geometry) -> Told:
-    """What the teacher would be told for seeds beyond a cache: labels by its rule, or its prompts in turn."""
+    """What the teacher would be told for seeds beyond a cache: labels by its rule, or the cache's prompts."""
     if geometry.prompts is None:
         return partial(labels_of, geometry)
     return lambda seeds: read_prompts(cache, prompts_told(cache, seeds))
