@@ -87,6 +87,11 @@ def one_thread() -> Iterator[None]:
 Invoke = Callable[..., "Result"]
 
 
+def settings(*changes: str) -> list[str]:
+    """A command's options that change keys of its configuration, such as `train.steps=4`."""
+    return [part for change in changes for part in ("--set", change)]
+
+
 @pytest.fixture
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """Run a command in this process, in an empty folder."""

@@ -182,8 +182,8 @@ class TrajectoryCache(Contents):
     def varied(self, seeds: npt.ArrayLike, most: int) -> npt.NDArray[np.int64]:
         """Up to `most` of some seeds, in their order, for a picture: one per prompt before a second of any."""
         given = np.asarray(seeds, dtype=np.int64)
-        place = given % self.recipe.prompts.seeds_per_prompt if self.recipe.prompts else np.zeros_like(given)
-        return given[np.sort(np.argsort(place, kind="stable")[:most])]
+        alike = self.recipe.prompts.seeds_per_prompt if self.recipe.prompts else 1
+        return given[np.sort(np.argsort(given % alike, kind="stable")[:most])]
 
     def _declared(self, seeds: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Seeds as int64, shape (N,), each of which the arrays declare."""

@@ -1,6 +1,7 @@
 """Stores are built, extended, merged, cut, damaged and mended in any order, beside a model that is a dictionary."""
 
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -29,7 +30,6 @@ from advkd.cache.read.reader import TrajectoryCache
 from advkd.cache.write.combine import merge, subset
 from advkd.cache.write.writer import CacheWriter
 from tests.cache.harm import content, files_of, flipped, put
-from tests.conftest import MEMORY
 from tests.stores import BLOCK_SIZE, ITEM_SHAPE, block_states, make_layout, make_recipe
 
 MOST_BLOCKS = 7
@@ -76,7 +76,7 @@ class Stores(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
+        self.folder = Path(tempfile.mkdtemp(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
         self.models: list[Model] = []
         self.open: dict[Path, TrajectoryCache] = {}
         self.digests: dict[tuple[tuple[int, ...], frozenset[int]], str] = {}

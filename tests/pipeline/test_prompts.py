@@ -1,7 +1,6 @@
 """`advkd-cache build --prompts` with a whole Stable Diffusion: killed, resumed, divided, extended, the same bytes."""
 
 import os
-import re
 import shlex
 import signal
 from pathlib import Path
@@ -17,8 +16,9 @@ from advkd.pipeline.cli.cache import main as command
 from advkd.pipeline.cli.evaluate import main as evaluate
 from advkd.pipeline.cli.sample import main as sample
 from advkd.pipeline.cli.train import main as train
-from tests.conftest import Invoke
+from tests.conftest import Invoke, settings
 from tests.pipeline.processes import BIN, committed, finish, start, wait_until
+from tests.pipeline.readme import python_blocks, shell_blocks
 from tests.stages.text_to_image import load, stable_diffusion
 from tests.stores import tree
 
@@ -144,20 +144,15 @@ def test_a_negative_prompt_leads_away(teacher: Path, tmp_path: Path, invoke: Inv
 def play(invoke: Invoke, number: int, smaller: dict[str, list[object]]) -> None:
     """Run a block of the page's commands, each with some more options."""
     entries = {"advkd-cache": command, "advkd-train": train, "advkd-sample": sample, "advkd-evaluate": evaluate}
-    lines = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)[number].splitlines()
-    for line, (name, more) in zip(lines, smaller.items(), strict=True):
+    for line, (name, more) in zip(shell_blocks(PAGE)[number], smaller.items(), strict=True):
         assert line.startswith(name)
         words = shlex.split(line)
         result = invoke(entries[words[0]], *words[1:], *more)
         assert result.exit_code == 0, result.output
 
 
-def settings(*pairs: str) -> list[object]:
-    return [part for pair in pairs for part in ("--set", pair)]
-
-
 def test_the_page_has_two_blocks_of_commands() -> None:
-    assert PAGE.count("```sh\n") == 2
+    assert len(shell_blocks(PAGE)) == 2
 
 
 def test_the_hearts_commands_run(tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,20 +181,13 @@ def test_the_page_s_commands_run(
     write_prompts(tmp_path / "prompts.txt", TEXTS * 4)
     smaller = {
         "advkd-cache build": ["--block-size", 16, "--steps", 4, "--record", 2],
-        "advkd-train": [
-            "--set",
-            "train.steps=4",
-            "--set",
-            "train.batch_size=8",
-            "--set",
-            "train.student.attention=false",
-        ],
+        "advkd-train": settings("train.steps=4", "train.batch_size=8", "train.student.attention=false"),
         "advkd-sample": [],
-        "advkd-evaluate": ["--sets", 2, "--set", "evaluate.set_size=16", "--set", "evaluate.solver_steps=[2]"],
+        "advkd-evaluate": ["--sets", 2, *settings("evaluate.set_size=16", "evaluate.solver_steps=[2]")],
     }
     play(invoke, 0, smaller)
     assert (tmp_path / "apples.png").is_file()
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    (code,) = python_blocks(PAGE)
     made: dict[str, torch.Tensor] = {}
     exec(code, made)
     assert made["images"].shape == (2, 3, 16, 16)

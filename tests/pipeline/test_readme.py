@@ -19,7 +19,7 @@ from advkd.pipeline.cli.config import main as config_command
 from advkd.pipeline.cli.evaluate import main as evaluate_command
 from advkd.pipeline.cli.sample import main as sample_command
 from advkd.pipeline.cli.train import main as train_command
-from tests.conftest import ROOT, Invoke, save_random_inception
+from tests.conftest import ROOT, Invoke, save_random_inception, settings
 from tests.pipeline.clones import new_clone, run
 from tests.pipeline.readme import TEXT, below, commands_below, python_blocks, readme_commands, shell_blocks
 from tests.stores import write_store
@@ -92,8 +92,7 @@ def test_the_commands_for_ones_own_teacher(invoke: Invoke, tmp_path: Path, monke
         name, *arguments = shlex.split(command)
         if name == "advkd-config":
             *arguments, arrow, target = arguments
-            options = [option for change in shorter for option in ("--set", change)]
-            result = invoke(config_command, *arguments, *options)
+            result = invoke(config_command, *arguments, *settings(*shorter))
             assert arrow == ">"
             Path(target).write_text(result.output)
         else:

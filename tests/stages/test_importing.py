@@ -26,7 +26,7 @@ from advkd.stages.exchange.forms import FORMS, Rows
 from advkd.stages.exchange.importing import import_cache
 from advkd.stages.reporter import SilentReporter
 from advkd.stages.teacher.config import SamplerConfig
-from tests.conftest import Invoke
+from tests.conftest import Invoke, settings
 from tests.stages.teachers import save_conditional, save_ldm
 from tests.stages.test_conditional_teachers import record
 from tests.stores import tree, write_store
@@ -216,12 +216,12 @@ def test_the_commands_train_and_score_from_an_imported_cache(tmp_path: Path, inv
     imported = invoke(cache_command, "import", str(tmp_path / "pairs"), "--out", store)
     assert imported.exit_code == 0 and "24 seeds" in imported.output
     changes = ("student.width=4", "batch_size=4", "objective.adversarial.weight=0")
-    small = [part for change in changes for part in ("--set", f"train.{change}")]
+    small = settings(*(f"train.{change}" for change in changes))
     trained = invoke(train_command, "--cache", store, "--run", run, "--max-steps", "2", *small)
     assert trained.exit_code == 0, trained.output
     asked = ("set_size=8", "features=self", "real=null")
-    settings = [part for change in asked for part in ("--set", f"evaluate.{change}")]
-    scored = invoke(evaluate_command, "--run", run, "--cache", store, "--sets", "2", *settings)
+    scoring = settings(*(f"evaluate.{change}" for change in asked))
+    scored = invoke(evaluate_command, "--run", run, "--cache", store, "--sets", "2", *scoring)
     assert scored.exit_code == 0 and "the cache was imported" in scored.output, scored.output
     assert TrajectoryCache.open(store).layout.block_size == 2
     assert "t not recorded, alpha = 0.0000" in invoke(cache_command, "info", store).output
