@@ -24,10 +24,11 @@ class Gaussian:
     covariance: npt.NDArray[np.float64]
 
     @classmethod
-    def fit(cls, features: Floats) -> Self:
-        """Fit features of shape (N, D), N ≥ 2."""
+    def fit(cls, features: Floats, weights: Floats | None = None) -> Self:
+        """Fit features of shape (N, D), N ≥ 2; the weight of each, shape (N,), equal ones by default."""
         values = features.astype(np.float64)
-        return cls(mean=values.mean(0), covariance=np.atleast_2d(np.cov(values, rowvar=False)))
+        covariance = np.cov(values, rowvar=False, aweights=weights)
+        return cls(mean=np.average(values, axis=0, weights=weights), covariance=np.atleast_2d(covariance))
 
     @cached_property
     def root(self) -> npt.NDArray[np.float64]:

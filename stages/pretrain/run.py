@@ -62,8 +62,9 @@ class PretrainReport:
     """The quality of the teacher and the classifier."""
 
     frechet_to_real: float
+    """Of a teacher of classes: to real images weighted to equal shares, as its own classes have."""
     frechet_real_to_real: float
-    """Mean Fréchet distance between random halves of the real images."""
+    """Mean Fréchet distance between random halves of the real images, weighted alike."""
     classifier_accuracy: float
     num_parameters: int
     """Of the network, without an autoencoder."""
@@ -152,9 +153,10 @@ def _make(config: PretrainConfig, partial: Path, reporter: Reporter) -> Pretrain
         made = sample_pipeline(partial / "pipeline", config.report_samples, reporter, device, config.num_classes)
     columns = config.num_classes or 8
     save_grid(partial / "samples.png", made[: columns**2].numpy(), columns)
+    weights = _balanced(labels) if config.classes else None  # it made as many of each class
     report = PretrainReport(
-        frechet_to_real=_frechet(classifier, made, images),
-        frechet_real_to_real=real_to_real(classifier, images),
+        frechet_to_real=frechet_distance(_fit(classifier, made), _fit(classifier, images, weights)),
+        frechet_real_to_real=real_to_real(classifier, images, weights),
         classifier_accuracy=accuracy,
         num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
         reconstruction_mse=coded.mse if coded else None,
@@ -199,7 +201,7 @@ def _encode(
         autoencoder=model,
         latents=encode(model, data.images, device),
         mse=mse,
-        frechet=_frechet(classifier, decoded, data.images),
+        frechet=frechet_distance(_fit(classifier, decoded), _fit(classifier, data.images)),
     )
 
 
@@ -286,17 +288,26 @@ def _images(
     return torch.cat(parts)
 
 
-def _frechet(classifier: SmallClassifier, first: Tensor, second: Tensor) -> float:
-    fitted = [Gaussian.fit(classifier.body(images).numpy()) for images in (first, second)]
-    return frechet_distance(fitted[0], fitted[1])
+def _fit(classifier: SmallClassifier, images: Tensor, weights: Tensor | None = None) -> Gaussian:
+    features = classifier.body(images).numpy()
+    return Gaussian.fit(features, None if weights is None else weights.numpy())
 
 
-def real_to_real(classifier: SmallClassifier, images: Tensor) -> float:
-    """Mean Fréchet distance between random halves of the real images."""
+def _balanced(labels: Tensor) -> Tensor:
+    """Weights that give all classes the same share, shape (N,)."""
+    return 1.0 / torch.bincount(labels)[labels].double()
+
+
+def real_to_real(classifier: SmallClassifier, images: Tensor, weights: Tensor | None = None) -> float:
+    """Mean Fréchet distance between random halves of the real images, each with its weight."""
     generator = np.random.default_rng(0)
     half = len(images) // 2
     distances = []
     for _ in range(HALVINGS):
         order = torch.from_numpy(generator.permutation(len(images)))
-        distances.append(_frechet(classifier, images[order[:half]], images[order[half : 2 * half]]))
+        first, second = (
+            _fit(classifier, images[part], None if weights is None else weights[part])
+            for part in (order[:half], order[half : 2 * half])
+        )
+        distances.append(frechet_distance(first, second))
     return float(np.mean(distances))

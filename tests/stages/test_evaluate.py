@@ -50,6 +50,16 @@ def test_distance_of_samples_converges_to_the_closed_form() -> None:
     assert frechet_distance(Gaussian.fit(first), Gaussian.fit(second)) == pytest.approx(expected, rel=0.01)
 
 
+def test_weights_undo_unequal_shares() -> None:
+    generator = np.random.default_rng(0)
+    rare, frequent = generator.normal(size=(2, 500, 3)) + np.array([[[0.0]], [[4.0]]])
+    equal = Gaussian.fit(np.concatenate([rare, frequent]))
+    unequal = np.concatenate([rare, frequent, frequent, frequent])
+    weights = np.repeat([1.0, 1.0 / 3.0], [500, 1500])
+    assert frechet_distance(Gaussian.fit(unequal), equal) > 3.0
+    assert frechet_distance(Gaussian.fit(unequal, weights), equal) == pytest.approx(0.0, abs=1e-4)
+
+
 def test_distance_agrees_with_pytorch_fid() -> None:
     from pytorch_fid.fid_score import calculate_frechet_distance
 

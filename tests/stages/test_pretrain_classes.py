@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from advkd.cache.errors import ConfigError
-from advkd.stages.pretrain.config import PretrainConfig
+from advkd.stages.pretrain.config import ClassifierConfig, PretrainConfig
 from advkd.stages.pretrain.run import sample_pipeline
 from advkd.stages.pretrain.teacher import save_pipeline, train_teacher
 from advkd.stages.reporter import SilentReporter
@@ -62,6 +62,25 @@ def test_its_folder_is_a_conditional_teacher(tmp_path: Path) -> None:
     assert (teacher.num_classes, teacher.null_class) == (11, 10)
     images = sample_pipeline(tmp_path, 12, SilentReporter(), CPU, num_classes=10)
     assert images.shape == (12, 1, 8, 8) and bool(torch.isfinite(images).all())
+
+
+def test_its_classes_are_compared_with_as_many_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real images hold few of most classes here; the teacher makes as many of each, and loses nothing by it."""
+    from advkd.stages.pretrain import run
+
+    data = run.load_dataset("digits", 8)
+    rank = torch.stack([(data.labels[: row + 1] == label).sum() for row, label in enumerate(data.labels)])
+    equal = data.images[rank <= 40]
+    few = (data.labels < 2) | (rank <= 40)
+    unequal = type(data)(*(values[few] for values in data))
+    monkeypatch.setattr(run, "load_dataset", lambda *_: unequal)
+    monkeypatch.setattr(run, "sample_pipeline", lambda *_: equal)
+    settings = config(steps=1, classifier=ClassifierConfig(epochs=2, held_out=100))
+    report = run.pretrain(settings, tmp_path / "classes")
+    assert report.frechet_to_real < report.frechet_real_to_real
+    monkeypatch.setattr(run, "_balanced", lambda labels: torch.ones(len(labels)))
+    unweighted = run.pretrain(settings, tmp_path / "unweighted")
+    assert unweighted.frechet_to_real > 2.0 * unweighted.frechet_real_to_real
 
 
 def test_a_share_out_of_range_is_refused() -> None:
